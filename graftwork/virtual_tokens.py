@@ -1,0 +1,64 @@
+"""Virtual tokens are token ids: where they start, and which prompt owns which of them.
+
+The layout is a plain object of the lowest floor: prompt adapters make it, data templates read it, and
+neither of the two imports the other.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from graftwork.errors import MatchError, suggest
+
+VIRTUAL_BASE = 2**30
+"""First virtual id; a constant, so tokenised data do not depend on the (padded) vocabulary size."""
+
+PLACEMENTS = ("prefix", "before_bos", "template")
+
+
+@dataclass(frozen=True)
+class PromptSlot:
+    """One prompt: ``length`` consecutive virtual ids from ``VIRTUAL_BASE + offset``, owned by adapter ``name``."""
+
+    name: str
+    offset: int
+    length: int
+    placement: str = "prefix"
+    task: str | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """The slot's token ids, in order."""
+        return list(range(VIRTUAL_BASE + self.offset, VIRTUAL_BASE + self.offset + self.length))
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """All prompts of a model; empty when no prompt adapter is attached."""
+
+    slots: tuple[PromptSlot, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of virtual ids that exist."""
+        return max((s.offset + s.length for s in self.slots), default=0)
+
+    def ids(self, name: str, task: str | None = None) -> list[int]:
+        """Ids of prompt ``name`` (and ``task``); raises MatchError naming the prompts that exist."""
+        for slot in self.slots:
+            if slot.name == name and slot.task == task:
+                return slot.ids
+        raise MatchError(f"no prompt is called {name!r}; {suggest(name, (s.name for s in self.slots))}")
+
+    def placed(self, placement: str, task: str | None = None) -> list[int]:
+        """Ids of every prompt with this placement that serves ``task``, in stack order."""
+        chosen = (s for s in self.slots if s.placement == placement and s.task in (None, task))
+        return [i for slot in chosen for i in slot.ids]
+
+    def appended(self, slots: Iterable[PromptSlot]) -> "PromptLayout":
+        """Return a layout with ``slots`` added."""
+        return PromptLayout((*self.slots, *slots))
+
+
+def is_virtual(token: int) -> bool:
+    """Tell whether ``token`` names a row of a prompt table."""
+    return token >= VIRTUAL_BASE
