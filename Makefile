@@ -1,0 +1,60 @@
+# Every target makes its own virtual environment; on a fresh clone nothing but Python >= 3.11 is needed.
+# `make test PYTHON=python3.12` uses (and keeps) a second environment beside the first.
+PYTHON ?= python3
+VENV   ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PYTEST ?= -q
+LOG    := $(VENV)/install.log
+
+# Two cores shared by several processes: more OpenMP threads than cores makes every barrier many times slower.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint types bench docs golden clean
+.NOTPARALLEL:
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make the virtual environment with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "graftwork needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (log: $(LOG))"
+	@{ $(BIN)/python -m pip install -c constraints.txt torch \
+	   && $(BIN)/python -m pip install -c constraints.txt -e '.[dev]'; } > $(LOG) 2>&1 \
+	  || { tail -n 15 $(LOG); echo "installation failed; the whole log is in $(LOG)"; exit 1; }
+	@touch $@
+
+demo: $(STAMP) ## fine-tune a real 135M model on real data and compare before and after
+	@$(BIN)/python examples/sentiment/demo.py
+
+test: lint types ## lint, types, floors, then the fast tests
+	@$(BIN)/python -m pytest $(PYTEST) -m "not slow"
+
+test-all: lint types ## the same with the tests that need the pretrained model
+	@$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(STAMP) ## ruff and the import floors
+	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports --no-logo
+
+types: $(STAMP) ## mypy
+	@$(BIN)/mypy
+
+bench: $(STAMP) ## seconds and tokens per step of each method on a small model
+	@$(BIN)/python benchmarks/step_time.py
+
+docs: $(STAMP) ## build the documentation site into site/
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	@$(BIN)/mkdocs build --strict -q && echo "site/index.html"
+
+golden: $(STAMP) ## rewrite tests/golden after an intended recipe change (review the diff)
+	@$(BIN)/python -m tests.helpers.golden
+
+clean: ## remove caches and the built site, keep environments and runs
+	@rm -rf site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info
