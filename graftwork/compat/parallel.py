@@ -1,0 +1,228 @@
+"""The parallel state: megatron-core's process groups, made, named and destroyed in one place.
+
+Axes: tensor, pipeline (with virtual stages), context, expert, and data for what is left of the world size. Experts are
+never cut over tensor-parallel ranks (gloo cannot gather uneven parts), so expert tensor parallelism is always 1.
+"""
+
+import importlib
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel import random as megatron_random
+from torch.distributed import ProcessGroup
+
+from graftwork.compat.sharding import Sharding
+from graftwork.errors import ParallelismError
+
+__all__ = ["Sharding", "Sizes", "destroy", "ensure_initialized", "initialize", "seed_rng"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of ranks along each axis; virtual_pipeline is the number of model chunks per pipeline rank."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    context: int = 1
+    expert: int = 1
+
+    def check(self, world: int) -> None:
+        """Raise unless ``world`` ranks can be laid out with these sizes."""
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ParallelismError(f"{name} parallel size is {value}, but it must be at least 1.")
+        model = self.tensor * self.pipeline * self.context
+        if world % model:
+            raise ParallelismError(
+                f"{world} rank(s) cannot be laid out with tensor={self.tensor} x pipeline={self.pipeline} x "
+                f"context={self.context}: the number of ranks must be a multiple of {model}."
+            )
+        if world % (self.expert * self.pipeline):
+            raise ParallelismError(
+                f"{world} rank(s) cannot be laid out with expert={self.expert} x pipeline={self.pipeline}: "
+                f"the number of ranks must be a multiple of {self.expert * self.pipeline}."
+            )
+        if self.virtual_pipeline is not None and self.pipeline == 1:
+            raise ParallelismError("virtual pipeline stages need a pipeline parallel size above 1.")
+
+
+_sizes: Sizes | None = None
+
+
+def initialize(
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: int | None = None,
+    context: int = 1,
+    expert: int = 1,
+    seed: int = 1234,
+) -> None:
+    """Make the process groups and seed the random states; collective over all ranks of ``torch.distributed``.
+
+    Without ``torch.distributed`` this process becomes a world of its own. Groups of the same sizes are kept.
+    """
+    global _sizes
+    sizes = Sizes(tensor, pipeline, virtual_pipeline, context, expert)
+    sizes.check(dist.get_world_size() if dist.is_initialized() else 1)
+    if not dist.is_initialized():
+        _make_world_of_one()
+    if not is_initialized() or sizes != _sizes:
+        mpu.destroy_model_parallel()
+        mpu.initialize_model_parallel(
+            tensor,
+            pipeline,
+            virtual_pipeline_model_parallel_size=virtual_pipeline,
+            context_parallel_size=context,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+        )
+        _sizes = sizes
+    seed_rng(seed)
+
+
+def ensure_initialized(seed: int = 1234) -> None:
+    """Make a one-process parallel state when there is none; leave an existing one alone."""
+    if not is_initialized():
+        initialize(seed=seed)
+
+
+def is_initialized() -> bool:
+    """Return whether the parallel state exists."""
+    return bool(dist.is_initialized() and mpu.model_parallel_is_initialized())
+
+
+def destroy() -> None:
+    """Forget the parallel state, its groups, buffers and random states; the next initialize starts afresh."""
+    global _sizes
+    _sizes = None
+    mpu.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    megatron_random.initialize_rng_tracker(force_reset=True)
+    importlib.import_module("megatron.core.num_microbatches_calculator").unset_num_microbatches_calculator()
+
+
+def seed_rng(seed: int, per_data_rank: bool = False) -> None:
+    """Seed the default generator and the tensor- and expert-parallel states from ``seed``.
+
+    Pipeline stages differ. Data-parallel ranks agree unless ``per_data_rank`` (dropout then differs between replicas;
+    set it only after the weights exist, because weights drawn from the default generator must agree).
+    """
+    offset = 100 * pp_rank() + (10_000 * dp_rank(with_context_parallel=True) if per_data_rank else 0)
+    torch.manual_seed(seed + offset)
+    megatron_random.model_parallel_cuda_manual_seed(seed + offset)
+
+
+def _make_world_of_one() -> None:
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def tp_rank() -> int:
+    """Rank along the tensor axis."""
+    return int(mpu.get_tensor_model_parallel_rank())
+
+
+def tp_size() -> int:
+    """Number of ranks along the tensor axis."""
+    return int(mpu.get_tensor_model_parallel_world_size())
+
+
+def tp_group() -> ProcessGroup:
+    """Ranks that hold the other cuts of this rank's tensors."""
+    return mpu.get_tensor_model_parallel_group()
+
+
+def pp_rank() -> int:
+    """Rank along the pipeline axis."""
+    return int(mpu.get_pipeline_model_parallel_rank())
+
+
+def pp_size() -> int:
+    """Number of ranks along the pipeline axis."""
+    return int(mpu.get_pipeline_model_parallel_world_size())
+
+
+def pp_group() -> ProcessGroup:
+    """Ranks that hold the other stages of this rank's pipeline."""
+    return mpu.get_pipeline_model_parallel_group()
+
+
+def vp_size() -> int | None:
+    """Number of virtual stages on each pipeline rank, None without virtual stages."""
+    return None if _sizes is None else _sizes.virtual_pipeline
+
+
+def cp_rank() -> int:
+    """Rank along the context axis."""
+    return int(mpu.get_context_parallel_rank())
+
+
+def cp_size() -> int:
+    """Number of ranks along the context axis."""
+    return int(mpu.get_context_parallel_world_size())
+
+
+def cp_group() -> ProcessGroup:
+    """Ranks that hold the other parts of this rank's sequences."""
+    return mpu.get_context_parallel_group()
+
+
+def dp_rank(with_context_parallel: bool = False) -> int:
+    """Rank along the data axis (data x context with the flag)."""
+    return int(mpu.get_data_parallel_rank(with_context_parallel=with_context_parallel))
+
+
+def dp_size(with_context_parallel: bool = False) -> int:
+    """Number of ranks along the data axis (data x context with the flag)."""
+    return int(mpu.get_data_parallel_world_size(with_context_parallel=with_context_parallel))
+
+
+def dp_group(with_context_parallel: bool = False) -> ProcessGroup:
+    """Ranks that hold the same non-expert parameters and other rows (or other parts of rows, with the flag)."""
+    return mpu.get_data_parallel_group(with_context_parallel=with_context_parallel)
+
+
+def ep_rank() -> int:
+    """Rank along the expert axis."""
+    return int(mpu.get_expert_model_parallel_rank())
+
+
+def ep_size() -> int:
+    """Number of ranks along the expert axis."""
+    return int(mpu.get_expert_model_parallel_world_size())
+
+
+def ep_group() -> ProcessGroup:
+    """Ranks that hold the other experts of this rank's layers."""
+    return mpu.get_expert_model_parallel_group()
+
+
+def expert_dp_group() -> ProcessGroup:
+    """Ranks that hold the same experts."""
+    return mpu.get_expert_data_parallel_group()
+
+
+def embedding_group() -> ProcessGroup:
+    """The first and last pipeline stage, which both hold tied embeddings."""
+    return mpu.get_embedding_group()
+
+
+def model_parallel_group(expert: bool = False) -> ProcessGroup:
+    """Ranks that together hold one model (tensor x pipeline); with ``expert`` one set of experts."""
+    return mpu.get_expert_tensor_model_pipeline_parallel_group() if expert else mpu.get_model_parallel_group()
+
+
+def is_first_stage(vp: int | None = None) -> bool:
+    """Return whether this pipeline rank's chunk ``vp`` holds the embedding."""
+    return pp_rank() == 0 and vp in (None, 0)
+
+
+def is_last_stage(vp: int | None = None) -> bool:
+    """Return whether this pipeline rank's chunk ``vp`` holds the output layer."""
+    size = vp_size()
+    return pp_rank() == pp_size() - 1 and (vp is None or size is None or vp == size - 1)
