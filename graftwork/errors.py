@@ -36,6 +36,10 @@ class TrainingError(GraftworkError, RuntimeError):
     """Training went wrong in a way that must not pass silently (NaN loss, dead adapter, moved base)."""
 
 
+class LaunchError(GraftworkError, RuntimeError):
+    """A launched task failed, or could not be started."""
+
+
 def suggest(name: str, valid: Iterable[str], limit: int = 8) -> str:
     """Return ``did you mean ...`` for a near miss, else the list of valid names (at most ``limit``)."""
     names = sorted(set(valid))

@@ -1,0 +1,90 @@
+"""Launch a recipe and check how it ended: NeMo Run itself reports success whatever the task did."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+import nemo_run as run
+
+from graftwork import errors
+from graftwork.errors import ConfigError, GraftworkError, LaunchError
+
+TAIL_LINES = 15
+_GOOD = ("SUCCEEDED",)
+_USER_ERROR = re.compile(r"graftwork\.errors\.(\w+): (.+)$")
+_RANK_PREFIX = re.compile(r"^\[\w+\]:\s?")
+
+
+def launch(
+    recipe: run.Partial,
+    executor: run.Executor | run.Config | None = None,
+    name: str = "graftwork",
+    wait: bool = True,
+    tail: bool = True,
+) -> str:
+    """Run ``recipe`` on ``executor`` (default: this machine) as one fresh experiment and return the experiment's id.
+
+    ``wait=False`` detaches where the executor can; ``tail`` shows the task's log while it runs. A task that fails
+    raises the GraftworkError it ended with, or LaunchError with the end of its log.
+    """
+    task = task_name(name)
+    with run.Experiment(
+        task,
+        executor=_built(executor),
+        log_level="WARNING",
+        clean_mode=True,
+        enable_goodbye_message=False,
+        skip_status_at_exit=True,
+    ) as experiment:
+        experiment.add(recipe, name=task, tail_logs=tail)
+        try:
+            experiment.run(detach=not wait, tail_logs=tail)
+        except OSError as error:
+            raise LaunchError(f"could not start {task!r} on {experiment.executor.info()}: {error}") from error
+    if wait:
+        check(experiment.status(return_dict=True))
+    return experiment._id
+
+
+def check(status: dict[str, dict[str, Any]]) -> None:
+    """Raise for the first task of an experiment's status that did not succeed."""
+    for task, state in status.items():
+        outcome = getattr(state["status"], "name", str(state["status"]))
+        if outcome not in _GOOD:
+            raise failure(task, outcome, Path(state["local_dir"]))
+
+
+def failure(task: str, outcome: str, directory: Path) -> GraftworkError:
+    """Return what a failed task ended with: its own GraftworkError if its log shows one, else LaunchError with the tail."""
+    lines = log_lines(directory)
+    for line in reversed(lines):
+        if found := _USER_ERROR.search(line):
+            kind = getattr(errors, found.group(1), GraftworkError)
+            return kind(found.group(2))
+    shown = "\n".join("  " + line for line in lines[-TAIL_LINES:]) or "  (no output)"
+    return LaunchError(f"task {task!r} ended as {outcome}; its log is in {directory} and ends with:\n{shown}")
+
+
+def log_lines(directory: Path) -> list[str]:
+    """Return the lines of the task's logs, the most recently written file last, rank prefixes removed."""
+    found = [p for pattern in ("**/*.log", "**/*.out") for p in directory.glob(pattern) if p.is_file()]
+    files = sorted((p for p in found if p.stat().st_size), key=lambda p: (p.stat().st_mtime_ns, p.name))
+    lines = (line for p in files for line in p.read_text(errors="replace").splitlines())
+    return [_RANK_PREFIX.sub("", line) for line in lines if line.strip()]
+
+
+def task_name(name: str) -> str:
+    """Return ``name`` as schedulers accept it; raises ConfigError when nothing usable is left."""
+    cleaned = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")
+    if not cleaned:
+        raise ConfigError(f"{name!r} is no name for a run; use letters, digits, '-' and '_'.")
+    return cleaned
+
+
+def _built(executor: run.Executor | run.Config | None) -> run.Executor:
+    from graftwork.executors.local import local
+
+    if executor is None:
+        return local()
+    return fdl.build(executor) if isinstance(executor, fdl.Buildable) else executor

@@ -1,0 +1,73 @@
+"""launch(): what the task did is what the caller learns."""
+
+import os
+from pathlib import Path
+
+import nemo_run as run
+import pytest
+
+from graftwork.errors import ConfigError, DataError, LaunchError
+from graftwork.executors import launch, local
+from graftwork.executors.launch import check, log_lines, task_name
+from tests.helpers.tasks import write_ranks
+
+
+def test_a_task_runs_in_another_process_with_quiet_threads(tmp_path: Path) -> None:
+    executor = local(env={"OMP_NUM_THREADS": "3"}).to_config()
+    identifier = launch(run.Partial(write_ranks, directory=str(tmp_path)), executor, name="one task")
+    assert identifier.startswith("one-task_")
+    assert (tmp_path / "rank0").read_text() == "3"
+
+
+def test_a_rank_s_own_error_comes_back_as_itself(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^train.jsonl, line 3: field 'output' is missing; valid: input, output.$"):
+        launch(run.Partial(write_ranks, directory=str(tmp_path), fail="data"), local(ntasks=2), tail=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rank0", "rank1"]
+
+
+def test_a_bug_comes_back_with_the_end_of_its_log(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="ended as FAILED") as caught:
+        launch(run.Partial(write_ranks, directory=str(tmp_path), fail="bug"), tail=False)
+    assert "ZeroDivisionError: a bug" in str(caught.value)
+
+
+def test_an_executor_that_cannot_start_says_so(tmp_path: Path) -> None:
+    broken = local(ntasks=2, env={"PATH": str(tmp_path)})
+    with pytest.raises(LaunchError, match="could not start 'graftwork'.*torchrun"):
+        launch(run.Partial(write_ranks, directory=str(tmp_path)), broken)
+
+
+def test_every_outcome_but_success_is_a_failure(tmp_path: Path) -> None:
+    for outcome in ("FAILED", "CANCELLED", "UNKNOWN", "PENDING"):
+        with pytest.raises(LaunchError, match=outcome):
+            check({"task": {"status": outcome, "local_dir": str(tmp_path)}})
+    check({"task": {"status": "SUCCEEDED", "local_dir": str(tmp_path)}})
+
+
+def test_log_lines_end_with_the_file_written_last(tmp_path: Path) -> None:
+    for age, name in ((2, "b.log"), (1, "a.out")):
+        (tmp_path / name).write_text(f"[default0]: from {name}\n\n")
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    assert log_lines(tmp_path) == ["from b.log", "from a.out"]
+
+
+def test_local_runs_the_interpreter_that_submits() -> None:
+    import sys
+
+    executor = local()
+    assert executor.env_vars["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)
+    assert (executor.launcher, local(ntasks=2).nproc_per_node()) == (None, 2)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"), [({"ntasks": 0}, "at least 1"), ({"launcher": "torchrnu"}, "did you mean 'torchrun'")]
+)
+def test_wrong_arguments_name_what_is_valid(kwargs: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        local(**kwargs)
+
+
+def test_a_name_without_a_usable_character_is_refused() -> None:
+    assert task_name("my run/1") == "my-run-1"
+    with pytest.raises(ConfigError):
+        task_name("///")

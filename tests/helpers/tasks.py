@@ -1,0 +1,18 @@
+"""Tasks small enough to launch for real: importable by a child process, no torch."""
+
+import os
+from pathlib import Path
+from typing import Optional
+
+from graftwork.errors import DataError
+
+
+def write_ranks(directory: str, fail: Optional[str] = None) -> str:
+    """Write one file per rank holding its OMP_NUM_THREADS; then fail as a user (``data``) or as a bug (``bug``)."""
+    rank = os.environ.get("RANK", "0")
+    Path(directory, f"rank{rank}").write_text(os.environ["OMP_NUM_THREADS"])
+    if fail == "data":
+        raise DataError("train.jsonl, line 3: field 'output' is missing; valid: input, output.")
+    if fail == "bug":
+        raise ZeroDivisionError("a bug")
+    return rank
