@@ -56,7 +56,7 @@ def check(status: dict[str, dict[str, Any]]) -> None:
 
 
 def failure(task: str, outcome: str, directory: Path) -> GraftworkError:
-    """Return what a failed task ended with: its own GraftworkError if its log shows one, else LaunchError with the tail."""
+    """Return what a failed task ended with: its own GraftworkError if its log shows one, else LaunchError."""
     lines = log_lines(directory)
     for line in reversed(lines):
         if found := _USER_ERROR.search(line):
