@@ -75,7 +75,7 @@ class SDPACoreAttention(MegatronModule):
         if self._cp_size > 1:
             whole = [Segment(0, key.shape[0] * self._cp_size)]
             rows = row_positions(whole, self._cp_rank, self._cp_size)
-            key, value = (gather_rows(t, whole, self.cp_group) for t in (key, value))
+            key, value = (self._gather(t, whole) for t in (key, value))
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         allowed = _allowed(q, k, attention_mask, causal, rows)
         out = self._attend(q, k, v, allowed, attention_bias, causal)
@@ -89,12 +89,15 @@ class SDPACoreAttention(MegatronModule):
     def _cp_rank(self) -> int:
         return 0 if self.cp_group is None else self.cp_group.rank()
 
+    def _gather(self, local: Tensor, row: list[Segment]) -> Tensor:
+        return local if self.cp_group is None else gather_rows(local, row, self.cp_group)
+
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams, causal: bool) -> Tensor:
         """Attend inside each segment only: [tokens, (1,) heads, d] -> [tokens, (1,) heads * d]."""
         row = segments(params.cu_seqlens_q, params.cu_seqlens_q_padded)
         q, k, v = (t.reshape(t.shape[0], *t.shape[-2:]) for t in (query, key, value))
         if self._cp_size > 1:
-            k, v = (gather_rows(t, row, self.cp_group) for t in (k, v))
+            k, v = (self._gather(t, row) for t in (k, v))
         out = torch.zeros_like(q)
         for batch in batches(row, self._cp_rank, self._cp_size):
             piece = self._attend_batch(q, k, v, batch, causal)

@@ -37,7 +37,7 @@ def positions_on_this_rank(pos_emb: Tensor, seq_dim: int, cp_group: ProcessGroup
 
 
 def split_sizes_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Return split sizes as numpy also when they are on the CPU already: gloo's all-to-all needs a list, not a tensor."""
+    """Return split sizes as numpy also when they are on the CPU already; gloo's all-to-all refuses tensors."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 

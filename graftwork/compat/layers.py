@@ -63,7 +63,7 @@ def _device(config: TransformerConfig) -> torch.device | None:
 
 
 class TorchNorm(nn.Module):
-    """LayerNorm or RMSNorm that also knows zero-centered gamma and sequence parallelism, which megatron-core's lacks."""
+    """LayerNorm or RMSNorm with zero-centered gamma and sequence parallelism, unlike megatron-core's torch norm."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()

@@ -15,6 +15,8 @@ from megatron.core.tensor_parallel import random as megatron_random
 class CPURNGStatesTracker(megatron_random.CudaRNGStatesTracker):
     """CudaRNGStatesTracker whose states belong to the default CPU generator."""
 
+    _current_state_name: str
+
     def add(self, name: str, seed: int) -> None:
         """Track a state ``name`` that starts from ``seed``; both must be new."""
         if seed in self.seeds_ or name in self.states_:

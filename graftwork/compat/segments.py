@@ -5,6 +5,7 @@ parallelism every segment is cut into 2 * size chunks and rank r holds chunks r 
 (zig-zag), so that the causal work is balanced; an unpacked row is one segment.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +42,12 @@ def segments(cu_seqlens: Tensor, padded: Tensor | None = None) -> list[Segment]:
     """Return the non-empty segments; ``padded`` gives the starts where segments are followed by unused rows."""
     bounds = cu_seqlens.tolist()
     starts = bounds if padded is None else padded.tolist()
-    lengths = [after - before for before, after in zip(bounds, bounds[1:], strict=False)]
+    lengths = [after - before for before, after in itertools.pairwise(bounds)]
     return [Segment(start, length) for start, length in zip(starts, lengths, strict=False) if length > 0]
 
 
 def local_positions(length: int, rank: int, size: int) -> Tensor:
-    """Return the positions of a segment of ``length`` tokens that context-parallel rank ``rank`` holds, in its order."""
+    """Return the positions of a segment of ``length`` tokens that context-parallel rank ``rank`` holds, in order."""
     if length % (2 * size):
         raise ParallelismError(
             f"a sequence of {length} tokens cannot be cut for context_parallel_size={size}: "

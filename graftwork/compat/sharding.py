@@ -77,7 +77,9 @@ class Sharding:
         if self.dim is None:
             return parts[0]
         blocks = [part.chunk(self.blocks, self.dim) for part in parts]
-        joined = torch.cat([blocks[rank][block] for block in range(self.blocks) for rank in range(len(parts))], self.dim)
+        joined = torch.cat(
+            [blocks[rank][block] for block in range(self.blocks) for rank in range(len(parts))], self.dim
+        )
         return joined.narrow(self.dim, 0, self.length)
 
     def _index(self, along: slice) -> tuple[slice, ...]:
