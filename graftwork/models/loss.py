@@ -1,0 +1,33 @@
+"""Answer-token losses over a vocabulary that is cut over the tensor-parallel ranks."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch import Tensor
+
+from graftwork.compat.parallel import tp_rank, tp_size
+
+IGNORED = -100
+
+
+def mask_padded_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
+    """Set the logits [..., v/tp] of padding rows to -inf, so that no loss or sample depends on the padding."""
+    width = logits.shape[-1]
+    real = vocab_size - tp_rank() * width
+    if real >= width:
+        return logits
+    padding = torch.arange(width, device=logits.device) >= real
+    return logits.masked_fill(padding, float("-inf"))
+
+
+def token_losses(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Return the fp32 cross entropy [n] of logits [n, v/tp] against real-vocabulary targets [n]."""
+    logits = mask_padded_vocabulary(logits.float(), vocab_size)
+    if tp_size() == 1:
+        return F.cross_entropy(logits, targets, reduction="none")
+    return vocab_parallel_cross_entropy(logits.unsqueeze(1), targets.unsqueeze(1)).squeeze(1)
+
+
+def answer_rows(labels: Tensor) -> Tensor:
+    """Return the flat indices of the positions that have a target, in [b, s] order."""
+    return (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)

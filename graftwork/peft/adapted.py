@@ -1,0 +1,115 @@
+"""The one wrapper: a base module and the adapters grafted onto it.
+
+The wrapper *adopts* the base's parameters, buffers and children under their own names and keeps the base itself
+out of the module tree. So ``named_parameters()``, ``state_dict()`` and ``sharded_state_dict()`` have the same base
+keys with and without adapters, and only ``adapters.<name>.`` keys are new.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftwork.peft.adapter import Adapter
+
+
+class AdaptedModule(nn.Module):
+    """``base`` with named adapters around it, inner to outer in the order in which they were added."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["base"] = base  # not registered: a registered child would rename the base's parameters
+        self._parameters = base._parameters
+        self._buffers = base._buffers
+        self._non_persistent_buffers_set = base._non_persistent_buffers_set
+        self._modules = dict(base._modules)
+        self.training = base.training
+        self.adapters = nn.ModuleDict()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base through every active adapter; the last one added is the outermost."""
+        call: Callable[..., Any] = self.base
+        for adapter in self.active():
+            call = partial(adapter, call)
+        return call(*args, **kwargs)
+
+    def active(self) -> Iterator[Adapter]:
+        """Yield the adapters that are switched on and not merged."""
+        for adapter in self.adapters.values():
+            assert isinstance(adapter, Adapter)
+            if adapter.enabled and not adapter.merged:
+                yield adapter
+
+    def train(self, mode: bool = True) -> "AdaptedModule":
+        """Set the mode of the base (which is outside the module tree), its children and the adapters."""
+        super().train(mode)
+        self.base.training = mode
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["base"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        base = self.__dict__.get("base")
+        if base is not None and name in base._modules:
+            setattr(base, name, value)  # a child replaced later (another adapter's site) is what the base must call
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.base._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.base._load_from_state_dict(*args)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Return the base's sharded state under its own keys, plus every adapter's."""
+        state = dict(self.base.sharded_state_dict(prefix, sharded_offsets, metadata))
+        for name, adapter in self.adapters.items():
+            assert isinstance(adapter, Adapter)
+            state.update(adapter.sharded_state_dict(f"{prefix}adapters.{name}.", sharded_offsets, metadata))
+        return state
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """Return the base under a wrapper, or ``module`` itself."""
+    return module.base if isinstance(module, AdaptedModule) else module
+
+
+def graft(root: nn.Module, path: str, name: str, adapter: Adapter) -> AdaptedModule:
+    """Put ``adapter`` around the module at ``path`` of ``root``, wrapping the module if it is still bare."""
+    parent, leaf = _parent(root, path)
+    module = getattr(parent, leaf)
+    if not isinstance(module, AdaptedModule):
+        module = AdaptedModule(module)
+        setattr(parent, leaf, module)
+    module.adapters[name] = adapter
+    return module
+
+
+def ungraft(root: nn.Module, path: str, name: str) -> None:
+    """Take adapter ``name`` off the module at ``path``; the wrapper goes with its last adapter."""
+    parent, leaf = _parent(root, path)
+    module = getattr(parent, leaf)
+    del module.adapters[name]
+    if not len(module.adapters):
+        setattr(parent, leaf, module.base)
+
+
+def adapted_modules(root: nn.Module) -> list[tuple[str, AdaptedModule]]:
+    """List ``(path, wrapper)`` for every grafted module below ``root``."""
+    return [(path, m) for path, m in root.named_modules() if isinstance(m, AdaptedModule)]
+
+
+def _parent(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    head, _, leaf = path.rpartition(".")
+    return root.get_submodule(head), leaf
+
+
+def parameter_device(module: nn.Module) -> torch.device:
+    """Return the device of the module's first parameter (CPU when it has none)."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))

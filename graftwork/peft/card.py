@@ -1,0 +1,43 @@
+"""The model card beside an adapter."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+CARD = """---
+library_name: graftwork
+base_model: {base}
+tags: [peft, {methods}]
+---
+
+# Adapter for {base}
+
+{rows}
+
+{count:,} values ({size:.1f} MB), trained for {step} steps. Load it on the same base:
+
+```python
+from graftwork import models
+
+model = models.load("{base}")
+model.load_adapters("path/to/this/directory")
+model.freeze()
+```
+"""
+
+
+def model_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return a README for the artifact: what it is, what base it needs, how to load it."""
+    rows = []
+    for adapter in config["adapters"]:
+        settings = ", ".join(f"{k}={v!r}" for k, v in adapter["hyperparameters"].items() if v is not None)
+        rows.append(f"* `{adapter['method']}({settings})`")
+    return CARD.format(
+        base=config["base"]["name"],
+        methods=", ".join(sorted({a["method"].lower() for a in config["adapters"]})),
+        rows="\n".join(rows),
+        count=sum(t.numel() for t in tensors.values()),
+        size=sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6,
+        step=config["step"] if config["step"] is not None else "an unknown number of",
+    )

@@ -1,0 +1,31 @@
+"""Adapters around the word embedding: where its output stands under sequence parallelism."""
+
+from typing import Any
+
+from torch import Tensor
+
+from graftwork.compat.parallel import Sharding, tp_rank, tp_size
+from graftwork.peft.adapter import Adapter, Birth, Initializer
+
+
+class EmbeddingLookup(Adapter):
+    """Base of adapters that add or replace embedding rows.
+
+    The embedding returns [b, s, h], or this rank's [s/tp, b, h] when it scatters the sequence itself (sequence
+    parallelism without learned positions). Only in that second case each rank looks up its own part, so that the
+    gradient of a replicated tensor must be summed over the group; in the first the scatter's backward gathers it.
+    """
+
+    def __init__(self, birth: Birth, base: Any) -> None:
+        super().__init__(birth)
+        self.scattered = bool(getattr(base, "reduce_scatter_embeddings", False)) and tp_size() > 1
+
+    def new_matrix(self, name: str, shape: tuple[int, ...], init: Initializer) -> None:
+        """Register a replicated parameter whose gradient is summed over the group when lookups are scattered."""
+        self.new_parameter(name, Sharding(shape), init, summed=self.scattered)
+
+    def like_output(self, values: Tensor) -> Tensor:
+        """Bring [b, s, ...] into the layout of the embedding's output."""
+        if not self.scattered:
+            return values
+        return values.transpose(0, 1).chunk(tp_size(), dim=0)[tp_rank()]

@@ -1,0 +1,117 @@
+"""Finding sites: which modules of a megatron-core model a transform wraps.
+
+Names are *global*: the layer index of ``decoder.layers.N`` counts over all pipeline stages and the expert index over
+all expert-parallel ranks, so a site has one name in every layout.
+"""
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from graftwork.compat.collective import all_gather_objects
+from graftwork.compat.parallel import ep_rank, pp_group
+from graftwork.errors import MatchError, suggest
+from graftwork.peft.adapted import AdaptedModule, innermost
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module to wrap: ``path`` inside its model chunk, ``name`` the same in every layout, ``module`` the bare base."""
+
+    path: str
+    name: str
+    module: nn.Module
+    chunk: int = 0
+
+    @property
+    def leaf(self) -> str:
+        """The last part of the name, e.g. ``linear_qkv``."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def layer(self) -> int | None:
+        """Global index of the transformer layer, or None outside the layers."""
+        found = re.search(r"\blayers\.(\d+)", self.name)
+        return int(found.group(1)) if found else None
+
+    @property
+    def in_expert(self) -> bool:
+        """Whether the module belongs to one expert of a mixture."""
+        return ".local_experts." in self.name
+
+
+def modules_of(chunks: Sequence[nn.Module]) -> list[Site]:
+    """List every module of the model's chunks except adapters' insides, as sites."""
+    return [
+        Site(path, global_name(root, path), innermost(module), index)
+        for index, root in enumerate(chunks)
+        for path, module in root.named_modules()
+        if path and ".adapters" not in f".{path}"
+    ]
+
+
+def global_name(root: nn.Module, path: str) -> str:
+    """Translate a path inside one model chunk to the name the site has in a one-process model."""
+    parts = path.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if not parts[i + 1].isdigit():
+            continue
+        if part == "layers":
+            layer = root.get_submodule(".".join(path.split(".")[: i + 2]))
+            parts[i + 1] = str(layer.layer_number - 1)
+        elif part == "local_experts":
+            experts = root.get_submodule(".".join(path.split(".")[: i + 1]))
+            parts[i + 1] = str(ep_rank() * len(list(experts.children())) + int(parts[i + 1]))
+    return ".".join(parts)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Tell whether ``pattern`` names ``name``: whole trailing parts, or a ``*`` pattern over the full name.
+
+    ``layers.1.mlp`` does not match ``layers.10.mlp``; ``*.layers.0.*`` works as in NeMo.
+    """
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return f".{name}".endswith(f".{pattern}")
+
+
+def select(
+    sites: Iterable[Site], patterns: Sequence[str], layers: Sequence[int] | None, num_layers: int, who: str
+) -> list[Site]:
+    """Return the sites that a pattern names and whose layer is selected.
+
+    Raises MatchError on every pipeline stage when a pattern matches nothing in the whole model, or a layer does not
+    exist; near names are listed.
+    """
+    candidates = list(sites)
+    _check_layers(layers, num_layers, who)
+    chosen = [
+        s for s in candidates if (layers is None or s.layer in layers) and any(matches(p, s.name) for p in patterns)
+    ]
+    hit = {p for p in patterns if any(matches(p, s.name) for s in chosen)}
+    leaves = {s.leaf for s in candidates}
+    for other_hit, other_leaves in all_gather_objects((hit, leaves), pp_group()):
+        hit, leaves = hit | other_hit, leaves | other_leaves
+    for pattern in patterns:
+        if pattern not in hit:
+            where = "" if layers is None else f" in layers {list(layers)}"
+            raise MatchError(
+                f"{who}: target {pattern!r} matches no module{where}; {suggest(pattern.split('.')[-1], leaves)}"
+            )
+    return chosen
+
+
+def _check_layers(layers: Sequence[int] | None, num_layers: int, who: str) -> None:
+    for layer in layers or ():
+        if not 0 <= layer < num_layers:
+            raise MatchError(f"{who}: layers has {layer}, but the model's layers are 0 to {num_layers - 1}.")
+    if layers is not None and not layers:
+        raise MatchError(f"{who}: layers is an empty list; leave it out for all {num_layers} layers.")
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Tell whether a module carries adapters."""
+    return isinstance(module, AdaptedModule)

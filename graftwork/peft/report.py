@@ -1,0 +1,62 @@
+"""What a stack adds to a model: sites, shapes and parameters, as numbers and as text."""
+
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+
+from graftwork.compat.collective import all_gather_objects
+from graftwork.compat.parallel import pp_group
+from graftwork.peft.adapter import sharding_of
+from graftwork.peft.stack import Stack
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One adapter at one site: global site name, adapter name, method, full tensor shapes, parameter count."""
+
+    site: str
+    adapter: str
+    method: str
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, un-sharded."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+
+def sites(stack: Stack) -> list[SiteReport]:
+    """Return every adapter site of the whole model (all pipeline stages), in stack order."""
+    local = [
+        SiteReport(
+            item.site.name,
+            name,
+            type(stack.transforms[name]).__name__,
+            {key: sharding_of(p).shape for key, p in item.adapter.named_parameters()},
+        )
+        for name, items in stack.grafted.items()
+        for item in items
+    ]
+    return [report for part in all_gather_objects(local, pp_group()) for report in part]
+
+
+def as_text(stack: Stack, total_parameters: int, limit: int = 12) -> str:
+    """Return a table of the sites (``limit`` shown) and a line with trainable count and percentage."""
+    rows = sites(stack)
+    width = max((len(r.site) for r in rows), default=4)
+    lines = [f"{'site':<{width}}  {'adapter':<18} {'parameters':>12}  shapes"]
+    for row in rows[:limit]:
+        shapes = ", ".join(f"{k} {list(v)}" for k, v in row.shapes.items())
+        lines.append(f"{row.site:<{width}}  {row.adapter:<18} {row.parameters:>12,}  {shapes}")
+    if len(rows) > limit:
+        lines.append(f"... {len(rows) - limit} more sites")
+    added = sum(r.parameters for r in rows)
+    share = 100 * added / max(total_parameters, 1)
+    lines.append(f"{len(rows)} sites, {added:,} adapter parameters, {share:.3f} % of the base's {total_parameters:,}")
+    return "\n".join(lines)
+
+
+def trainable(chunks: list[nn.Module]) -> int:
+    """Return the number of trainable values on this rank."""
+    return sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)
