@@ -98,10 +98,12 @@ class SDPACoreAttention(MegatronModule):
         q, k, v = (t.reshape(t.shape[0], *t.shape[-2:]) for t in (query, key, value))
         if self._cp_size > 1:
             k, v = (self._gather(t, row) for t in (k, v))
-        out = torch.zeros_like(q)
+        rows, values = [], []
         for batch in batches(row, self._cp_rank, self._cp_size):
-            piece = self._attend_batch(q, k, v, batch, causal)
-            out = out.index_put((batch.queries[batch.real],), piece[batch.real])
+            rows.append(batch.queries[batch.real])
+            values.append(self._attend_batch(q, k, v, batch, causal)[batch.real])
+        found = torch.cat(values)
+        out = found.new_zeros(q.shape[0], *found.shape[1:]).index_copy(0, torch.cat(rows).to(q.device), found)
         return out.reshape(*query.shape[:-2], -1)
 
     def _attend_batch(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, causal: bool) -> Tensor:

@@ -5,6 +5,7 @@ never cut over tensor-parallel ranks (gloo cannot gather uneven parts), so exper
 """
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,16 @@ def destroy() -> None:
         dist.destroy_process_group()
     megatron_random.initialize_rng_tracker(force_reset=True)
     importlib.import_module("megatron.core.num_microbatches_calculator").unset_num_microbatches_calculator()
+    _forget_expert_metrics()
+
+
+def _forget_expert_metrics() -> None:
+    """Drop the auxiliary-loss buffers, whose length is the last model's number of layers."""
+    moe = "megatron.core.transformer.moe"
+    if importlib.util.find_spec(f"{moe}.moe_logging"):  # from megatron-core 0.17 on
+        importlib.import_module(f"{moe}.moe_logging").destroy_moe_metrics_tracker()
+    else:
+        importlib.import_module(f"{moe}.moe_utils").get_moe_layer_wise_logging_tracker().clear()
 
 
 def seed_rng(seed: int, per_data_rank: bool = False) -> None:

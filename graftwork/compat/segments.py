@@ -48,13 +48,15 @@ def segments(cu_seqlens: Tensor, padded: Tensor | None = None) -> list[Segment]:
 
 def local_positions(length: int, rank: int, size: int) -> Tensor:
     """Return the positions of a segment of ``length`` tokens that context-parallel rank ``rank`` holds, in order."""
+    if size == 1:
+        return torch.arange(length)
     if length % (2 * size):
         raise ParallelismError(
             f"a sequence of {length} tokens cannot be cut for context_parallel_size={size}: "
             f"its length must be a multiple of {2 * size}."
         )
     chunks = torch.arange(length).chunk(2 * size)
-    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]]) if size > 1 else torch.arange(length)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
 
 
 def row_positions(row: list[Segment], rank: int, size: int) -> Tensor:
