@@ -31,7 +31,7 @@ def tiny_tokenizer(
     chat_template: str | None = CHATML,
     adds_bos: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """Train, save to ``directory`` (Hugging Face files) and return a tokenizer of exactly ``vocab_size`` (at least 260).
+    """Train, save to ``directory`` (Hugging Face files) and return a tokenizer of ``vocab_size`` (at least 260) tokens.
 
     ``<|im_end|>`` is the end of sequence and of a chat turn, ``<s>`` the beginning; ``pad_is_eos`` makes the
     padding token the end token (the usual trap), ``adds_bos`` makes ``tokenizer(text)`` begin with ``<s>``.

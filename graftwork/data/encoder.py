@@ -1,0 +1,122 @@
+"""Rows to token sequences: template or chat, BOS, virtual tokens, EOS, cut to length."""
+
+from typing import Any, Optional
+
+from graftwork.data import chat
+from graftwork.data.schema import Chat, Place, Prompt
+from graftwork.data.sequence import Sequence, TooLong
+from graftwork.data.template import Piece, PromptTemplate, check_task, template_slots
+from graftwork.data.tokenizer import TextEncoder
+from graftwork.errors import ConfigError, DataError
+from graftwork.virtual_tokens import PromptLayout
+
+Placed = tuple[Place, Prompt | Chat]
+TOO_LONG = ("error", "drop")
+
+
+class RowEncoder:
+    """Encodes checked rows for one tokenizer, prompt layout and pair of templates.
+
+    Prompt and answer are tokenised separately: the ids of a training prompt are the ids generation starts from.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        layout: PromptLayout | None = None,
+        *,
+        prompt_template: str = "{input}",
+        answer_template: str = " {output}",
+        seq_length: int = 1024,
+        add_bos: Optional[bool] = None,
+        add_eos: bool = True,
+        too_long: str = "error",
+    ) -> None:
+        self.layout = layout or PromptLayout()
+        self.template = PromptTemplate(prompt_template, answer_template, self.layout)
+        self.text = TextEncoder(tokenizer, add_bos, add_eos)
+        self.tokenizer = tokenizer
+        self.seq_length = seq_length
+        self.too_long = too_long
+
+    def learn(self, rows: list[Placed]) -> list[tuple[Sequence | None, int]]:
+        """``(sequence, tokens cut away)`` per row, to learn from; the sequence is None where the row is dropped."""
+        sequences = self._encode(rows, [self._learned(row, place) for place, row in rows])
+        return [self._fit(sequence, place) for sequence, (place, _) in zip(sequences, rows)]
+
+    def ask(self, rows: list[Placed]) -> list[tuple[list[int], str, str | None]]:
+        """``(prompt ids, question, right answer or None)`` per row, to generate from."""
+        asked = [self._asked(row, place) for place, row in rows]
+        sequences = self._encode(rows, [pieces for pieces, _, _ in asked])
+        for sequence, (place, _) in zip(sequences, rows):
+            self._checked_cut(sequence, place)
+        return [(s.tokens, question, answer) for s, (_, question, answer) in zip(sequences, asked)]
+
+    def answers(self, outputs: list[str]) -> list[list[int]]:
+        """Ids each output would have as an answer (EOS included), to compare or to score."""
+        end = [self.text.eos] if self.text.add_eos and self.text.eos is not None else []
+        return [ids + end for ids in self.text.continuing([self.template.answer_text(o) for o in outputs])]
+
+    def _learned(self, row: Prompt | Chat, place: Place) -> list[Piece]:
+        if isinstance(row, Chat):
+            return chat.learned_pieces(self.tokenizer, row, place, self.text.add_eos)
+        assert row.output is not None, "parse_row(answered=True) lets no row without an answer through"
+        end = [Piece(ids=(self.text.eos,), loss=True)] if self.text.add_eos and self.text.eos is not None else []
+        answer = Piece(self.template.answer_text(row.output), loss=True)
+        return [*self.template.prompt_pieces(row, place), answer, *end]
+
+    def _asked(self, row: Prompt | Chat, place: Place) -> tuple[list[Piece], str, str | None]:
+        if isinstance(row, Chat):
+            pieces, answer = chat.prompt_pieces(self.tokenizer, row, place)
+            return pieces, chat.question(row), answer
+        return self.template.prompt_pieces(row, place), row.input, row.output
+
+    def _encode(self, rows: list[Placed], pieces: list[list[Piece]]) -> list[Sequence]:
+        """Tokenise all texts of many rows in two calls (fast tokenizers work on them in parallel), then assemble."""
+        first = [next((i for i, p in enumerate(row) if p.text), -1) for row in pieces]
+        starts = iter(self.text.starting([row[i].text for row, i in zip(pieces, first) if i >= 0]))
+        later = [p.text for row, i in zip(pieces, first) for k, p in enumerate(row) if p.text and k != i]
+        continued = iter(self.text.continuing(later))
+        sequences = []
+        for (place, row), parts, i in zip(rows, pieces, first):
+            body = Sequence()
+            for k, part in enumerate(parts):
+                ids = part.ids if not part.text else next(starts) if k == i else next(continued)
+                body.extend(ids, loss=part.loss, loose=bool(part.text))
+            sequences.append(self._headed(body, row, place))
+        return sequences
+
+    def _headed(self, body: Sequence, row: Prompt | Chat, place: Place) -> Sequence:
+        """Put BOS and the virtual tokens of this row's task before the body."""
+        is_chat = isinstance(row, Chat)
+        check_task(self.layout, row.task, place)
+        if is_chat and template_slots(self.layout, row.task):
+            raise ConfigError(
+                "prompt adapters with placement='template' need rows with 'input' and 'output'; "
+                f"{place} is a conversation: use placement='prefix' or 'before_bos'."
+            )
+        # Chat templates write BOS themselves; elsewhere a template may do so too: never twice.
+        written = self.text.add_bos and body.tokens[:1] == [self.text.bos]
+        head = Sequence()
+        head.extend(self.layout.placed("before_bos", row.task))
+        if written or (self.text.add_bos and not is_chat):
+            head.extend([self.text.bos])  # type: ignore[list-item]
+        head.extend(self.layout.placed("prefix", row.task))
+        head.join(body, skip=int(written))
+        return head
+
+    def _fit(self, sequence: Sequence, place: Place) -> tuple[Sequence | None, int]:
+        try:
+            return sequence, self._checked_cut(sequence, place)
+        except TooLong:
+            if self.too_long == "drop":
+                return None, 0
+            raise
+
+    def _checked_cut(self, sequence: Sequence, place: Place) -> int:
+        if sequence.loss[:1] == [True] or not sequence.tokens:
+            raise DataError(f"{place}: the prompt is empty, nothing precedes the answer; fill it or set add_bos=True.")
+        try:
+            return sequence.cut(self.seq_length)
+        except TooLong as error:
+            raise TooLong(f"{place}: {error}; raise seq_length, shorten the row or set too_long='drop'.") from None

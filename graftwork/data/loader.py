@@ -1,0 +1,126 @@
+"""Iterables of step batches for one data-parallel rank.
+
+They are no torch ``DataLoader``: Lightning then neither replaces the sampler nor shards a second time.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from graftwork.data.collate import Batch, Collator, round_up
+from graftwork.data.rows import LearnedRows
+from graftwork.data.sampler import FILL, RowStream
+from graftwork.data.surroundings import Topology
+
+
+class StepBuilder:
+    """Builds this rank's part of a global batch: rows ``rank::world_size``.
+
+    ``bins`` lists the samples of each packed row; None = one sample a row, padded to the longest row of the *global*
+    batch, so that all ranks have one length.
+    """
+
+    def __init__(
+        self,
+        rows: LearnedRows,
+        bins: list[list[int]] | None,
+        collate: Collator,
+        seq_length: int,
+        place: Topology,
+    ) -> None:
+        self.rows = rows
+        self.bins = bins
+        self.collate = collate
+        self.seq_length = seq_length
+        self.place = place
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.bins is None else len(self.bins)
+
+    def __call__(self, chosen: list[int]) -> Batch:
+        mine = chosen[self.place.rank :: self.place.world_size]
+        return self.collate([[self.rows[i] for i in self._samples(row)] for row in mine], self._length(chosen))
+
+    def _samples(self, row: int) -> list[int]:
+        if row == FILL:
+            return []
+        return [row] if self.bins is None else self.bins[row]
+
+    def _length(self, chosen: list[int]) -> int:
+        if self.bins is not None:
+            return self.seq_length
+        real = [row for row in chosen if row != FILL]
+        return round_up(int(self.rows.lengths[real].max()), self.place.multiple)
+
+
+class TrainLoader:
+    """One Lightning epoch a pass: as many steps as show every row, going on where the stream stands."""
+
+    def __init__(self, stream: RowStream, build: StepBuilder, num_workers: int = 0) -> None:
+        self.stream = stream
+        self.build = build
+        self.num_workers = num_workers
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __iter__(self) -> Iterator[Batch]:
+        stream = self.stream
+        if stream.overfit:
+            stream.consumed_samples = 0
+        start, step = stream.consumed_samples, stream.global_batch_size
+        plans = (stream.batch(start + i * step) for i in range(len(stream)))
+        for batch in ordered_map(self.build, plans, self.num_workers):
+            # Counted when handed out, not when a worker prepares it: a checkpoint then holds what was trained on.
+            stream.consumed_samples += step
+            yield batch
+
+
+class ListLoader:
+    """The same batches on every pass: validation, test and prediction."""
+
+    def __init__(self, build: Callable[[Any], Batch], plans: list[Any], num_workers: int = 0) -> None:
+        self.build = build
+        self.plans = plans
+        self.num_workers = num_workers
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return ordered_map(self.build, self.plans, self.num_workers)
+
+
+class QuestionBuilder:
+    """Builds predict batches: lists of ``prompts`` (ids), ``inputs``, ``outputs`` (None where unknown), ``rows``."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+    def __call__(self, chosen: list[int]) -> Batch:
+        found = self.table[chosen]
+        names = {"prompts": "tokens", "inputs": "input", "outputs": "output", "rows": "row"}
+        return {ours: list(found[column]) for ours, column in names.items()}
+
+
+class _Built(Dataset):
+    def __init__(self, build: Callable[[Any], Batch], plans: list[Any]) -> None:
+        self.build = build
+        self.plans = plans
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.build(self.plans[index])
+
+
+def ordered_map(build: Callable[[Any], Batch], plans: Iterable[Any], num_workers: int) -> Iterator[Batch]:
+    """``map(build, plans)``, in ``num_workers`` processes where asked."""
+    if num_workers == 0:
+        return map(build, plans)
+    # A generator of its own: torch's loader would draw its workers' seed from the global one and shift the dropout.
+    own = torch.Generator().manual_seed(0)
+    return iter(DataLoader(_Built(build, list(plans)), batch_size=None, num_workers=num_workers, generator=own))

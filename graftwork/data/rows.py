@@ -1,0 +1,168 @@
+"""Tokenised rows of one file: built once through the cache, read by number."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pyarrow
+
+from graftwork.data.cache import Batches, Report, cache_key, cached_table
+from graftwork.data.encoder import RowEncoder
+from graftwork.data.files import content_hash, read_rows
+from graftwork.data.schema import Chat, Place, Prompt, parse_row
+from graftwork.data.sequence import Sequence
+from graftwork.data.tokenizer import fingerprint
+from graftwork.errors import DataError
+
+IGNORED = -100
+CHUNK = 1000
+
+LEARNED = pyarrow.schema(
+    [
+        ("tokens", pyarrow.list_(pyarrow.int32())),  # virtual ids start at 2**30: they fit
+        ("loss", pyarrow.list_(pyarrow.bool_())),
+        ("length", pyarrow.int32()),
+        ("row", pyarrow.int64()),
+        ("number", pyarrow.int64()),
+        ("share", pyarrow.float64()),
+    ]
+)
+ASKED = pyarrow.schema(
+    [
+        ("tokens", pyarrow.list_(pyarrow.int32())),
+        ("input", pyarrow.string()),
+        ("output", pyarrow.string()),
+        ("row", pyarrow.int64()),
+        ("share", pyarrow.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenised row: ``tokens`` and ``labels`` int64 [n]; ``labels[t]`` is the token after t, or -100."""
+
+    tokens: numpy.ndarray
+    labels: numpy.ndarray
+    row: int
+
+
+class LearnedRows:
+    """Rows to learn from; ``lengths`` int32 [len(self)] counts tokens, virtual ones included."""
+
+    def __init__(self, table: Any, chosen: numpy.ndarray | None = None) -> None:
+        count = table.num_rows
+        self.chosen = numpy.arange(count) if chosen is None else chosen
+        self.lengths: numpy.ndarray = table.data.column("length").to_numpy()[self.chosen]
+        self._table = table
+        self._reader = table.with_format("numpy", columns=["tokens", "loss", "row"])
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Sample:
+        found = self._reader[int(self.chosen[index])]
+        tokens = found["tokens"].astype(numpy.int64)
+        labels = numpy.full_like(tokens, IGNORED)
+        labels[:-1] = numpy.where(found["loss"][1:], tokens[1:], IGNORED)
+        return Sample(tokens, labels, int(found["row"]))
+
+    @property
+    def shares(self) -> numpy.ndarray:
+        """A number in [0, 1) per row, float64, by the row's content: equal rows fall on one side of any split."""
+        return self._table.data.column("share").to_numpy()[self.chosen]
+
+    def take(self, chosen: numpy.ndarray) -> "LearnedRows":
+        """Only the rows with these numbers."""
+        return LearnedRows(self._table, self.chosen[chosen])
+
+    def number_of(self, row: int) -> int:
+        """1-based line (or Parquet row) of dataset row ``row``."""
+        at = numpy.flatnonzero(self._table.data.column("row").to_numpy() == row)
+        if not len(at):
+            raise DataError(f"there is no dataset row {row}; rows count from 0, dropped ones are missing.")
+        return int(self._table.data.column("number")[int(at[0])].as_py())
+
+
+def learned_rows(path: str, encoder: RowEncoder, root: Path) -> tuple[LearnedRows, Report]:
+    """Tokenise ``path`` to learn from, or find it in the cache; raises DataError on a malformed row."""
+    table, report = cached_table(root, _key("learn", path, encoder), LEARNED, lambda r: _learn(path, encoder, r))
+    if len(table) == 0:
+        raise DataError(f"every row of {path!r} was dropped as longer than seq_length={encoder.seq_length}.")
+    return LearnedRows(table), {"file": path, **report}
+
+
+def asked_rows(path: str, encoder: RowEncoder, root: Path) -> Any:
+    """Tokenised prompts of ``path`` as a ``datasets.Dataset`` with tokens, input, output and row."""
+    return cached_table(root, _key("ask", path, encoder), ASKED, lambda _: _ask(path, encoder))[0]
+
+
+def _key(purpose: str, path: str, encoder: RowEncoder) -> str:
+    return cache_key(
+        purpose=purpose,
+        kind=Path(path).suffix,
+        content=content_hash(path),
+        tokenizer=fingerprint(encoder.tokenizer),
+        prompt=encoder.template.prompt,
+        answer=encoder.template.answer,
+        layout=encoder.layout.slots,
+        seq_length=encoder.seq_length,
+        bos_eos=[encoder.text.add_bos, encoder.text.add_eos],
+        too_long=encoder.too_long,
+    )
+
+
+def _chunks(path: str, answered: bool) -> Iterator[tuple[list[int], list[tuple[Place, Prompt | Chat]], list[float]]]:
+    numbered = enumerate(read_rows(path))
+    while chunk := list(itertools.islice(numbered, CHUNK)):
+        placed = [(place, parse_row(raw, place, answered=answered)) for _, (place, raw) in chunk]
+        yield [row for row, _ in chunk], placed, [_share(raw) for _, (_, raw) in chunk]
+
+
+def _share(raw: Any) -> float:
+    """A number in [0, 1) that depends on the row's content only."""
+    digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _learn(path: str, encoder: RowEncoder, report: Report) -> Batches:
+    report.update(rows=0, truncated=0, dropped=0, tokens=0, answer_tokens=0, longest=0)
+    for rows, placed, shares in _chunks(path, answered=True):
+        found = encoder.learn(placed)
+        kept = [i for i, (sequence, _) in enumerate(found) if sequence is not None]
+        sequences = [sequence for sequence, _ in found if sequence is not None]
+        _count(report, sequences, dropped=len(found) - len(kept), truncated=sum(cut > 0 for _, cut in found))
+        yield {
+            "tokens": [s.tokens for s in sequences],
+            "loss": [s.loss for s in sequences],
+            "length": [len(s) for s in sequences],
+            "row": [rows[i] for i in kept],
+            "number": [placed[i][0].number for i in kept],
+            "share": [shares[i] for i in kept],
+        }
+
+
+def _count(report: Report, sequences: list[Sequence], dropped: int, truncated: int) -> None:
+    report["rows"] += len(sequences)
+    report["dropped"] += dropped
+    report["truncated"] += truncated
+    report["tokens"] += sum(len(s) for s in sequences)
+    report["answer_tokens"] += sum(sum(s.loss) for s in sequences)
+    report["longest"] = max([report["longest"], *(len(s) for s in sequences)])
+
+
+def _ask(path: str, encoder: RowEncoder) -> Batches:
+    for rows, placed, shares in _chunks(path, answered=False):
+        found = encoder.ask(placed)
+        yield {
+            "tokens": [tokens for tokens, _, _ in found],
+            "input": [question for _, question, _ in found],
+            "output": [answer for _, _, answer in found],
+            "row": rows,
+            "share": shares,
+        }

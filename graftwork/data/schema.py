@@ -1,0 +1,121 @@
+"""What a row of a data file must look like; errors name the file, the line and the field."""
+
+import difflib
+from typing import Any, Literal, NamedTuple, Optional
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from graftwork.errors import DataError
+
+VALID_ROWS = (
+    "a row holds the strings 'input' and 'output', or 'messages', a list of {'role', 'content'}; 'task' is optional"
+)
+
+
+class Place(NamedTuple):
+    """Where a row stands: file, unit ("line" or "row") and its 1-based number."""
+
+    file: str
+    unit: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.unit} {self.number}"
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    task: Optional[str] = None
+
+    @field_validator("task")
+    @classmethod
+    def _no_empty_task(cls, task: Optional[str]) -> Optional[str]:
+        return task or None
+
+
+class Prompt(_Row):
+    """A row to answer: ``input``, and ``output`` where the right answer is known."""
+
+    input: str
+    output: Optional[str] = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a prompt template may name: ``input`` and every further field of the row."""
+        return {**(self.model_extra or {}), "input": self.input}
+
+
+class Example(Prompt):
+    """A row to learn from: the answer is there and not empty."""
+
+    output: str = Field(min_length=1)
+
+
+class Message(BaseModel):
+    """One turn of a conversation; further fields are handed to the chat template."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str
+
+
+class Chat(_Row):
+    """A conversation to continue."""
+
+    messages: list[Message] = Field(min_length=1)
+
+
+class ChatExample(Chat):
+    """A conversation to learn from: somebody speaks first, then the assistant answers at least once."""
+
+    @model_validator(mode="after")
+    def _has_answer(self) -> "ChatExample":
+        roles = [message.role for message in self.messages]
+        if roles[0] == "assistant":
+            raise ValueError("the first of 'messages' must not be the assistant's")
+        if "assistant" not in roles:
+            raise ValueError("none of 'messages' has the role 'assistant', so there is no answer to learn")
+        return self
+
+
+def parse_row(raw: object, place: Place, *, answered: bool) -> Prompt | Chat:
+    """Check one row; ``answered`` asks for an answer to learn from. Raises DataError naming place and field."""
+    if not isinstance(raw, dict):
+        raise DataError(f"{place}: a row must be an object with named fields, got {_short(raw)}; {VALID_ROWS}.")
+    kind: type[_Row]
+    if "messages" in raw:
+        kind = ChatExample if answered else Chat
+    else:
+        kind = Example if answered else Prompt
+    try:
+        return kind.model_validate(raw)  # type: ignore[return-value]
+    except ValidationError as error:
+        raise DataError(f"{place}: {_explain(error, raw)}; {VALID_ROWS}.") from None
+
+
+def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"field {name!r} is missing{_misspelt(raw) if len(first['loc']) == 1 else ''}"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    said = first["msg"][0].lower() + first["msg"][1:]
+    return f"field {name!r}: {said}, got {_short(first['input'])}"
+
+
+def _misspelt(raw: dict[str, Any]) -> str:
+    """Say which of the row's unknown fields looks like a required one."""
+    wanted = [name for name in ("input", "output", "messages") if name not in raw]
+    for found in raw:
+        near = difflib.get_close_matches(str(found), wanted, n=1, cutoff=0.6)
+        if near and found not in ("input", "output", "messages", "task"):
+            return f" (did you mean {near[0]!r} where it says {found!r}?)"
+    return f" (it has {', '.join(repr(str(k)) for k in list(raw)[:8]) or 'no fields'})"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

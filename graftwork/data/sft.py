@@ -1,0 +1,239 @@
+"""Supervised fine-tuning data as a LightningDataModule: files in, step batches out."""
+
+import logging
+from typing import Any, Optional
+
+import lightning.pytorch as pl
+import numpy
+
+from graftwork.data.cache import Report, cache_root
+from graftwork.data.collate import Collator
+from graftwork.data.encoder import TOO_LONG, RowEncoder
+from graftwork.data.files import check_file, unit
+from graftwork.data.loader import ListLoader, QuestionBuilder, StepBuilder, TrainLoader
+from graftwork.data.packing import best_fit_decreasing, efficiency
+from graftwork.data.rows import LearnedRows, asked_rows, learned_rows
+from graftwork.data.sampler import RowStream, in_order
+from graftwork.data.schema import Place
+from graftwork.data.surroundings import Surroundings, Topology, check_batches, check_packed_length
+from graftwork.data.template import check_templates
+from graftwork.errors import ConfigError, DataError, suggest
+from graftwork.virtual_tokens import PromptLayout
+
+log = logging.getLogger(__name__)
+
+
+class SFTDataModule(pl.LightningDataModule):
+    """Rows of JSONL, CSV or Parquet files, answer-only loss, padded or packed.
+
+    ``tokenizer``: a directory (None = the model's own). ``seq_length``: tokens per row, virtual ones included; longer
+    prompts lose tokens on the left. ``global_batch_size``: rows (packed rows when ``packing``) per optimizer step, over
+    all devices. ``prompt_template``: see graftwork.data.template; ``answer_template`` follows it and is tokenised on
+    its own. ``add_bos=None``: as the tokenizer itself. ``validation_fraction``: share of ``train`` held out when there
+    is no ``validation`` file, chosen by each row's content. ``too_long``: "error" or "drop" for answers beyond
+    ``seq_length``. Raises ConfigError, ParallelismError on settings, DataError on files and rows.
+    """
+
+    allow_zero_length_dataloader_with_multiple_devices = True  # prediction on fewer rows than devices
+
+    def __init__(
+        self,
+        train: Optional[str] = None,
+        validation: Optional[str] = None,
+        test: Optional[str] = None,
+        predict: Optional[str] = None,
+        tokenizer: Optional[str] = None,
+        seq_length: int = 1024,
+        micro_batch_size: int = 1,
+        global_batch_size: int = 8,
+        packing: bool = False,
+        prompt_template: str = "{input}",
+        answer_template: str = " {output}",
+        add_bos: Optional[bool] = None,
+        add_eos: bool = True,
+        validation_fraction: float = 0.0,
+        too_long: str = "error",
+        seed: int = 1234,
+        num_workers: int = 0,
+        cache_dir: Optional[str] = None,
+    ) -> None:
+        super().__init__()
+        self.files = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.seq_length = seq_length
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.packing = packing
+        self.validation_fraction = validation_fraction
+        self.seed = seed
+        self.num_workers = num_workers
+        self.cache_dir = cache_dir
+        self.report: dict[str, Report] = {}
+        """Per split: file, rows, truncated, dropped, tokens, answer_tokens, longest, packing figures."""
+        self._format = {
+            "prompt_template": prompt_template, "answer_template": answer_template, "seq_length": seq_length,
+            "add_bos": add_bos, "add_eos": add_eos, "too_long": too_long,
+        }  # fmt: skip
+        self._surroundings = Surroundings(tokenizer)
+        self._rows: dict[str, LearnedRows] = {}
+        self._stream: RowStream | None = None
+        self._resume: dict[str, Any] = {}
+        check_templates(prompt_template, answer_template)
+        self._check_settings(too_long)
+
+    def attach(
+        self,
+        tokenizer: Any = None,
+        prompt_layout: Optional[PromptLayout] = None,
+        rank: int = 0,
+        world_size: int = 1,
+        pad_to_multiple: int = 1,
+    ) -> "SFTDataModule":
+        """Give by hand what a trainer would; it wins over the trainer's. Returns the data module itself."""
+        self._surroundings.attached_tokenizer = tokenizer
+        self._surroundings.attached_layout = prompt_layout
+        self._surroundings.attached_topology = Topology(rank, world_size, pad_to_multiple)
+        return self
+
+    def setup(self, stage: Optional[str] = None) -> None:
+        """Check that the files are there (on every rank, before the model is built)."""
+        for path in self.files.values():
+            if path is not None:
+                check_file(path)
+        if stage == "fit":
+            self._stream = None  # a second fit starts at the first row, unless a state is loaded
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation set."""
+        return self.files["validation"] is not None or self.validation_fraction > 0
+
+    @property
+    def encoder(self) -> RowEncoder:
+        """Encodes rows as this data module does, for the adapters attached now."""
+        around = self._around()
+        return RowEncoder(around.tokenizer, around.layout, **self._format)  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> TrainLoader:
+        """Endless shuffled steps; see RowStream."""
+        build = self._builder("train")
+        if self._stream is None:
+            overfit = bool(getattr(self.trainer, "overfit_batches", 0))
+            self._stream = RowStream(len(build), self.global_batch_size, self.seed, overfit)
+            if self._resume:
+                self._stream.load_state_dict(self._resume)
+                self._resume = {}
+        return TrainLoader(self._stream, build, self.num_workers)
+
+    def val_dataloader(self) -> ListLoader | list[ListLoader]:
+        """Every validation row once; an empty list where there is no validation set."""
+        return self._evaluation("validation") if self.has_validation else []
+
+    def test_dataloader(self) -> ListLoader:
+        """Every test row once."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> ListLoader:
+        """Prompts of the predict, test or validation rows: the first of these that there are."""
+        if self.files["predict"] is None and self.files["test"] is None and not self.has_validation:
+            raise DataError("nothing to predict: give the data module a 'predict', 'test' or 'validation' file.")
+        return self.questions(next(s for s in ("predict", "test", "validation") if self.files[s] or s == "validation"))
+
+    def questions(self, split: str) -> ListLoader:
+        """This rank's prompts of ``split``, ``micro_batch_size`` a batch; right answers where the file has them."""
+        path = self._source(split)
+        table = asked_rows(path, self.encoder, cache_root(self.cache_dir))
+        place = self._around().topology
+        mine = self._share_of(split, table.data.column("share").to_numpy())[place.rank :: place.world_size].tolist()
+        size = self.micro_batch_size
+        return ListLoader(QuestionBuilder(table), [mine[i : i + size] for i in range(0, len(mine), size)])
+
+    def where(self, rows: list[int], split: str = "train") -> list[str]:
+        """Name dataset rows (a batch's ``rows``) by file and line; fills (-1) are left out."""
+        path = self._source(split)
+        learned = self._rows[split] if split in self._rows else self._learned(split)
+        return [str(Place(path, unit(path), learned.number_of(row))) for row in rows if row >= 0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the training data."""
+        return self._stream.state_dict() if self._stream is not None else self._resume
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at a saved position, now or once the training data are built."""
+        if self._stream is not None:
+            self._stream.load_state_dict(state_dict)
+        else:
+            self._resume = dict(state_dict)
+
+    def _around(self) -> Surroundings:
+        self._surroundings.trainer = self.trainer
+        return self._surroundings
+
+    def _evaluation(self, split: str) -> ListLoader:
+        build = self._builder(split)
+        plans = in_order(len(build), self.global_batch_size, self.micro_batch_size * build.place.world_size)
+        return ListLoader(build, plans, self.num_workers)
+
+    def _builder(self, split: str) -> StepBuilder:
+        place = self._around().topology
+        check_batches(self.global_batch_size, self.micro_batch_size, place.world_size)
+        rows = self._learned(split)
+        bins = self._bins(split, rows, place.multiple) if self.packing else None
+        collate = Collator(self.encoder.text.pad, self.micro_batch_size, self.packing)
+        return StepBuilder(rows, bins, collate, self.seq_length, place)
+
+    def _bins(self, split: str, rows: LearnedRows, multiple: int) -> list[list[int]]:
+        check_packed_length(self.seq_length, multiple)
+        bins = best_fit_decreasing(rows.lengths, self.seq_length)
+        used = efficiency(rows.lengths, bins, self.seq_length)
+        self.report[split] |= {"packed_rows": len(bins), "packing_efficiency": used}
+        return bins
+
+    def _learned(self, split: str) -> LearnedRows:
+        path = self._source(split)
+        rows, report = learned_rows(path, self.encoder, cache_root(self.cache_dir))
+        rows = rows.take(self._share_of(split, rows.shares))
+        self._tell(split, report)
+        self._rows[split] = rows
+        return rows
+
+    def _share_of(self, split: str, shares: numpy.ndarray) -> numpy.ndarray:
+        """Numbers of the rows that belong to ``split`` where the training file is divided; else all of them."""
+        held_out = shares < self.validation_fraction
+        if self.validation_fraction == 0 or split not in ("train", "validation"):
+            return numpy.arange(len(shares))
+        if held_out.all() or not held_out.any():
+            raise DataError(
+                f"validation_fraction={self.validation_fraction} holds out {held_out.sum()} of {len(shares)} rows of "
+                f"{self.files['train']!r}; both parts need at least one."
+            )
+        return numpy.flatnonzero(held_out if split == "validation" else ~held_out)
+
+    def _source(self, split: str) -> str:
+        """The file that ``split`` is read from."""
+        held_out = split == "validation" and self.validation_fraction > 0
+        path = self.files.get("train" if held_out else split)
+        if path is None:
+            given = [name for name, file in self.files.items() if file is not None]
+            raise DataError(f"the data module has no {split!r} file; {suggest(split, given)}")
+        return path
+
+    def _tell(self, split: str, report: Report) -> None:
+        told = split in self.report
+        self.report[split] = dict(report)
+        if not told and (report["truncated"] or report["dropped"]):
+            log.warning(
+                "%s: %d rows had their prompt cut on the left and %d were dropped to fit seq_length=%d (%d rows stay).",
+                report["file"], report["truncated"], report["dropped"], self.seq_length, report["rows"],
+            )  # fmt: skip
+
+    def _check_settings(self, too_long: str) -> None:
+        for name, least in (("seq_length", 2), ("micro_batch_size", 1), ("global_batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
+        check_batches(self.global_batch_size, self.micro_batch_size, 1)
+        if too_long not in TOO_LONG:
+            raise ConfigError(f"too_long={too_long!r} is unknown; {suggest(too_long, TOO_LONG)}")
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError(f"validation_fraction={self.validation_fraction} must be in [0, 1).")
+        if self.validation_fraction and self.files["validation"] is not None:
+            raise ConfigError("set either a 'validation' file or validation_fraction, not both.")

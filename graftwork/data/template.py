@@ -1,0 +1,156 @@
+"""Prompt templates: text, fields of the row, and markers where virtual tokens stand.
+
+``"Review: {input}\\nSentiment:"`` names fields of the row; ``{virtual:10}`` takes the next ten virtual tokens of the
+adapters placed by template, ``{virtual:name}`` all those of adapter ``name``; ``{{`` and ``}}`` are literal braces.
+"""
+
+import string
+from dataclasses import dataclass
+
+from graftwork.data.schema import Place, Prompt
+from graftwork.errors import ConfigError, DataError, suggest
+from graftwork.virtual_tokens import PromptLayout, PromptSlot
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a sequence: text still to be tokenised, or ready token ids; ``loss`` where it is learned."""
+
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    loss: bool = False
+
+
+@dataclass(frozen=True)
+class Field:
+    """Stands for the row's field ``name``."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Stands for virtual tokens: ``count`` of them in turn, or all of adapter ``name``."""
+
+    name: str | None = None
+    count: int = 0
+
+
+Part = str | Field | Marker
+
+
+def parse_template(template: str) -> tuple[Part, ...]:
+    """Split a template into literal text, fields and markers; raises ConfigError on a malformed one."""
+    try:
+        found = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(f"template {template!r}: {error}; write {{{{ and }}}} for literal braces.") from None
+    parts: list[Part] = []
+    for literal, name, option, conversion in found:
+        if literal:
+            parts.append(literal)
+        if name is not None:
+            parts.append(_placeholder(template, name, option or "", conversion))
+    return tuple(parts)
+
+
+def _placeholder(template: str, name: str, option: str, conversion: str | None) -> Field | Marker:
+    if name == "virtual" and option and not conversion:
+        return Marker(count=int(option)) if option.isdecimal() else Marker(name=option)
+    if not name.isidentifier() or name == "virtual" or option or conversion:
+        shown = "{" + name + (f"!{conversion}" if conversion else "") + (f":{option}" if option else "") + "}"
+        raise ConfigError(
+            f"template {template!r}: {shown} is not a placeholder; "
+            "valid: {field} naming a field of the row, {virtual:10} or {virtual:adapter_name}."
+        )
+    return Field(name)
+
+
+class PromptTemplate:
+    """Renders rows with ``input`` and ``output``; the answer is tokenised on its own, so generation continues it."""
+
+    def __init__(self, prompt: str, answer: str, layout: PromptLayout) -> None:
+        self.prompt = parse_template(prompt)
+        self.answer = parse_template(answer)
+        self.text = prompt
+        self.layout = layout
+        self._markers: dict[str | None, list[tuple[int, ...]]] = {}
+        check_templates(prompt, answer)
+
+    def prompt_pieces(self, row: Prompt, place: Place) -> list[Piece]:
+        """The prompt of one row: text and virtual tokens in the template's order."""
+        markers = iter(self.markers(row.task))
+        pieces: list[Piece] = []
+        for part in self.prompt:
+            if isinstance(part, Marker):
+                pieces.append(Piece(ids=next(markers)))
+            else:
+                text = part if isinstance(part, str) else self._value(part.name, row, place)
+                # Text and field are one text, so that the tokenizer sees what it would see in plain use.
+                before = pieces.pop().text if pieces and not pieces[-1].ids else ""
+                pieces.append(Piece(before + text))
+        return pieces
+
+    def answer_text(self, output: str) -> str:
+        """The answer as it stands after the prompt."""
+        return "".join(part if isinstance(part, str) else output for part in self.answer)
+
+    def markers(self, task: str | None) -> list[tuple[int, ...]]:
+        """Virtual ids of every marker in turn, for rows of ``task``."""
+        if task not in self._markers:
+            self._markers[task] = _bind([p for p in self.prompt if isinstance(p, Marker)], self.layout, task, self.text)
+        return self._markers[task]
+
+    def _value(self, name: str, row: Prompt, place: Place) -> str:
+        if name not in row.fields:
+            raise DataError(f"{place}: field {name!r} of the prompt template is missing; {suggest(name, row.fields)}")
+        value = row.fields[name]
+        if not isinstance(value, str | int | float):
+            raise DataError(f"{place}: field {name!r} must be text to stand in the prompt, got {value!r}.")
+        return str(value)
+
+
+def check_templates(prompt: str, answer: str) -> None:
+    """Raise ConfigError unless the prompt names a field of the row but not the answer, and the answer ``{output}``."""
+    names = [part.name for part in parse_template(prompt) if isinstance(part, Field)]
+    if not names or "output" in names:
+        raise ConfigError(f"prompt_template {prompt!r} must name a field such as {{input}}, and never {{output}}.")
+    if [part for part in parse_template(answer) if not isinstance(part, str)] != [Field("output")]:
+        raise ConfigError(f"answer_template {answer!r} must hold {{output}} once and no other placeholder.")
+
+
+def check_task(layout: PromptLayout, task: str | None, place: Place) -> None:
+    """Raise DataError when the prompts are kept per task and the row does not name one of them."""
+    tasks = {slot.task for slot in layout.slots if slot.task is not None}
+    if tasks and task not in tasks:
+        said = "names no 'task'" if task is None else f"has the unknown task {task!r}"
+        raise DataError(f"{place}: the row {said}, but its prompt is chosen by task; {suggest(task or '', tasks)}")
+
+
+def template_slots(layout: PromptLayout, task: str | None) -> list[PromptSlot]:
+    """Prompts that a template has to place in rows of ``task``."""
+    return [s for s in layout.slots if s.placement == "template" and s.task in (None, task)]
+
+
+def _bind(markers: list[Marker], layout: PromptLayout, task: str | None, template: str) -> list[tuple[int, ...]]:
+    slots = template_slots(layout, task)
+    named = {m.name for m in markers if m.name is not None}
+    for name in sorted(named - {s.name for s in slots}):
+        near = suggest(name, (s.name for s in slots))
+        raise ConfigError(f"prompt_template {template!r}: no prompt adapter {name!r} with placement='template'; {near}")
+    pool = [i for s in slots if s.name not in named for i in s.ids]
+    asked = sum(m.count for m in markers)
+    if asked != len(pool):
+        raise ConfigError(
+            f"prompt_template {template!r} places {asked} virtual tokens by count, but the adapters with "
+            f"placement='template' have {len(pool)}{f' for task {task!r}' if task else ''}; "
+            "use {virtual:N} or {virtual:adapter_name} so that every one stands once."
+        )
+    bound, taken = [], 0
+    for marker in markers:
+        if marker.name is not None:
+            bound.append(tuple(i for s in slots if s.name == marker.name for i in s.ids))
+        else:
+            bound.append(tuple(pool[taken : taken + marker.count]))
+            taken += marker.count
+    return bound
