@@ -1,6 +1,6 @@
 """A LightningModule that adapters can be grafted onto: the same interface for every model family."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,19 +142,22 @@ class Adaptable(pl.LightningModule):
         """Return a table of adapter sites with parameter counts."""
         return report.as_text(self.stack, total_parameters)
 
-    def freeze(self) -> None:
+    def freeze(self) -> "Adaptable":
         """Stop all training: no parameter requires a gradient and the model is in eval mode."""
         if self.chunks:
             super().freeze()
         else:
             self._queue.append(("freeze", (), {}))
+        return self
 
     def _carry_out_queue(self) -> None:
         """Do what was asked before the module existed, in order."""
         queue, self._queue = self._queue, []
-        calls = {"add": self.add_adapter, "load": self.load_adapters, "freeze": self.freeze}
         for kind, arguments, options in queue:
-            calls[kind](*arguments, **options)
+            call: Callable[..., Any] = {"add": self.add_adapter, "load": self.load_adapters, "freeze": self.freeze}[
+                kind
+            ]
+            call(*arguments, **options)
 
     def _attach_loaded(self, path: str | Path, transforms: list[PEFT], trainable: bool) -> None:
         flags = [(p, p.requires_grad) for p in self.parameters()]

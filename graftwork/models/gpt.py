@@ -24,7 +24,7 @@ from graftwork.optim import AdamW
 from graftwork.peft import artifact
 from graftwork.peft.host import Host
 
-RECOMPUTE = {
+RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
 }
@@ -226,7 +226,7 @@ class GPT(Adaptable):
             self._validation = []
             self.log("val_loss", (loss_sum / count).float(), prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Return ``self.optim`` (default ``AdamW()``) built over what trains, scheduled per step."""
         steps = self.trainer.estimated_stepping_batches
         optimizer, schedule = (self.optim or AdamW()).build(self, steps)
