@@ -1,0 +1,98 @@
+"""Shape -> megatron-core's TransformerConfig."""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+import graftwork.compat  # noqa: F401  (accommodations must precede any megatron import)
+from graftwork.errors import ConfigError, ParallelismError, suggest
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+    from graftwork.models.shapes.shape import Shape
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh approximation (GPT-2's ``gelu_new``)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def transformer_config(shape: "Shape", **parallel: Any) -> "TransformerConfig":
+    """Build the configuration of ``shape``; ``parallel`` sets any further TransformerConfig field.
+
+    Raises ParallelismError when the parallel sizes do not fit the shape, ConfigError for an unknown field.
+    """
+    from megatron.core.transformer import TransformerConfig
+
+    valid = [f.name for f in fields(TransformerConfig)]
+    for name in parallel:
+        if name not in valid:
+            raise ConfigError(f"TransformerConfig has no field {name!r}; {suggest(name, valid)}")
+    _check_parallel(shape, parallel)
+    return TransformerConfig(**{**_model_fields(shape), **_moe_fields(shape), **_run_fields(parallel), **parallel})
+
+
+def _model_fields(shape: "Shape") -> dict[str, Any]:
+    same = (
+        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
+        "layernorm_epsilon layernorm_zero_centered_gamma add_bias_linear add_qkv_bias qk_layernorm "
+        "hidden_dropout attention_dropout"
+    )
+    named = {name: getattr(shape, name) for name in same.split()}
+    return {**named, "gated_linear_unit": shape.gated, "activation_func": _activation(shape.activation)}
+
+
+def _activation(name: str) -> Any:
+    from megatron.core.activations import squared_relu
+
+    return {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "squared_relu": squared_relu}[name]
+
+
+def _moe_fields(shape: "Shape") -> dict[str, Any]:
+    if shape.num_moe_experts is None:
+        return {}
+    # Expert tensor parallelism stays 1: gloo cannot gather its uneven sizes.
+    return {
+        "num_moe_experts": shape.num_moe_experts,
+        "moe_router_topk": shape.moe_router_topk or 2,
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size or shape.ffn_hidden_size,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_tensor_parallel_size": 1,
+    }
+
+
+def _run_fields(parallel: dict[str, Any]) -> dict[str, Any]:
+    dtype = parallel.get("params_dtype", torch.float32)
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "calculate_per_token_loss": True,
+    }
+
+
+def _check_parallel(shape: "Shape", parallel: dict[str, Any]) -> None:
+    tensor = parallel.get("tensor_model_parallel_size", 1)
+    valid = valid_tensor_parallel(shape)
+    if tensor not in valid:
+        raise ParallelismError(f"tensor_model_parallel_size={tensor} does not fit this model; valid: {valid}.")
+    stages = parallel.get("pipeline_model_parallel_size", 1)
+    stages *= parallel.get("virtual_pipeline_model_parallel_size") or 1
+    if shape.num_layers % stages:
+        fitting = _divisors(shape.num_layers)
+        raise ParallelismError(
+            f"{stages} pipeline stages do not divide the {shape.num_layers} layers; valid: {fitting}."
+        )
+
+
+def valid_tensor_parallel(shape: "Shape") -> list[int]:
+    """Tensor-parallel sizes that divide the attention heads, the query groups and the MLP width."""
+    return [n for n in _divisors(shape.groups) if shape.num_attention_heads % n == 0 and shape.ffn_hidden_size % n == 0]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,158 @@
+"""Shape: every number that defines a decoder-only transformer, and the arithmetic that follows from it."""
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Optional
+
+from graftwork.errors import ConfigError, suggest
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+CHOICES = {
+    "family": ("llama", "mistral", "qwen2", "qwen3", "gpt2", "nemotron"),
+    "normalization": ("RMSNorm", "LayerNorm"),
+    "activation": ("swiglu", "gelu", "gelu_tanh", "squared_relu"),
+    "position_embedding": ("rope", "learned"),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder-only transformer, without weights, devices or parallel sizes.
+
+    ``family`` is the Hugging Face ``model_type`` and picks the weight mapping. ``num_query_groups`` and
+    ``kv_channels`` default to plain multi-head attention. ``rope_scaling_factor`` is the LLaMA 3.1 frequency
+    scaling. Raises ConfigError for a value that cannot work.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    vocab_size: int
+    max_position_embeddings: int
+    family: str = "llama"
+    num_query_groups: Optional[int] = None
+    kv_channels: Optional[int] = None
+    normalization: str = "RMSNorm"
+    layernorm_epsilon: float = 1e-5
+    layernorm_zero_centered_gamma: bool = False
+    activation: str = "swiglu"
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    position_embedding: str = "rope"
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rope_scaling_factor: Optional[float] = None
+    tie_embeddings: bool = False
+    qk_layernorm: bool = False
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    num_moe_experts: Optional[int] = None
+    moe_router_topk: Optional[int] = None
+    moe_ffn_hidden_size: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        """Fill what follows from other fields, then refuse what cannot work."""
+        self._check_choices()
+        self._check_sizes()
+        if self.num_query_groups is None:
+            object.__setattr__(self, "num_query_groups", self.num_attention_heads)
+        if self.kv_channels is None:
+            self._check_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
+            object.__setattr__(self, "kv_channels", self.hidden_size // self.num_attention_heads)
+        self._check_divides("num_query_groups", self.groups, "num_attention_heads", self.num_attention_heads)
+
+    @property
+    def groups(self) -> int:
+        """Number of key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def channels(self) -> int:
+        """Channels of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether fc1 holds a gate beside the up projection."""
+        return self.activation == "swiglu"
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the fused qkv projection has a bias."""
+        return self.add_bias_linear or self.add_qkv_bias
+
+    def padded_vocab_size(self, tensor_parallel: int = 1, multiple: int = 1) -> int:
+        """Smallest multiple of ``tensor_parallel * multiple`` that holds the vocabulary."""
+        step = tensor_parallel * multiple
+        return -(-self.vocab_size // step) * step
+
+    def total_parameters(self) -> int:
+        """Number of parameters of the whole model, vocabulary padding left out, tied weights counted once."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        positions = self.max_position_embeddings * self.hidden_size if self.position_embedding == "learned" else 0
+        return embeddings + positions + self.num_layers * self._layer_parameters() + self._norm(self.hidden_size)
+
+    def transformer_config(self, **parallel: Any) -> "TransformerConfig":
+        """Return megatron-core's configuration; ``parallel``: any TransformerConfig field (sizes, dtype, recompute).
+
+        Raises ParallelismError when the sizes do not fit, ConfigError for an unknown field.
+        """
+        from graftwork.models.shapes.megatron import transformer_config
+
+        return transformer_config(self, **parallel)
+
+    def gpt_arguments(self, tensor_parallel: int = 1) -> dict[str, Any]:
+        """Keyword arguments of ``compat.gpt.build_gpt`` that describe the model outside its transformer layers."""
+        return {
+            "vocab_size": self.padded_vocab_size(tensor_parallel),
+            "max_sequence_length": self.max_position_embeddings,
+            "position_embedding_type": "rope" if self.position_embedding == "rope" else "learned_absolute",
+            "rotary_base": self.rotary_base,
+            "rotary_percent": self.rotary_percent,
+            "rope_scaling_factor": self.rope_scaling_factor,
+            "share_embeddings_and_output_weights": self.tie_embeddings,
+        }
+
+    def _layer_parameters(self) -> int:
+        heads, groups, width = self.num_attention_heads, self.groups, self.channels
+        qkv = self._linear(self.hidden_size, (heads + 2 * groups) * width, self.qkv_bias)
+        out = self._linear(heads * width, self.hidden_size, self.add_bias_linear)
+        qk_norms = 2 * self._norm(width) if self.qk_layernorm else 0
+        return 2 * self._norm(self.hidden_size) + qkv + out + qk_norms + self._mlp_parameters()
+
+    def _mlp_parameters(self) -> int:
+        if self.num_moe_experts is None:
+            return self._ffn(self.ffn_hidden_size)
+        expert = self._ffn(self.moe_ffn_hidden_size or self.ffn_hidden_size)
+        return self.num_moe_experts * (self.hidden_size + expert)
+
+    def _ffn(self, width: int) -> int:
+        up = self._linear(self.hidden_size, width * (2 if self.gated else 1), self.add_bias_linear)
+        return up + self._linear(width, self.hidden_size, self.add_bias_linear)
+
+    def _norm(self, width: int) -> int:
+        return width * (2 if self.normalization == "LayerNorm" else 1)
+
+    @staticmethod
+    def _linear(inputs: int, outputs: int, bias: bool) -> int:
+        return outputs * (inputs + bias)
+
+    def _check_choices(self) -> None:
+        for field, valid in CHOICES.items():
+            value = getattr(self, field)
+            if value not in valid:
+                raise ConfigError(f"Shape.{field} is {value!r}; {suggest(str(value), valid)}")
+
+    def _check_sizes(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, Optional[int]) and value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"Shape.{field.name} is {value!r}; a whole number of at least 1 is valid.")
+
+    @staticmethod
+    def _check_divides(small_name: str, small: int, large_name: str, large: int) -> None:
+        if large % small:
+            divisors = [n for n in range(1, large + 1) if large % n == 0]
+            raise ConfigError(f"Shape.{small_name}={small} must divide {large_name}={large}; valid: {divisors}.")
