@@ -105,12 +105,13 @@ def destroy() -> None:
         dist.destroy_process_group()
     megatron_random.initialize_rng_tracker(force_reset=True)
     importlib.import_module("megatron.core.num_microbatches_calculator").unset_num_microbatches_calculator()
-    _forget_expert_metrics()
+    _forget_auxiliary_losses()
 
 
-def _forget_expert_metrics() -> None:
-    """Drop the auxiliary-loss buffers, whose length is the last model's number of layers."""
+def _forget_auxiliary_losses() -> None:
+    """Drop the experts' auxiliary-loss buffers (as long as the last model had layers) and the last loss scale."""
     moe = "megatron.core.transformer.moe"
+    importlib.import_module(f"{moe}.moe_utils").MoEAuxLossAutoScaler.main_loss_backward_scale = None
     if importlib.util.find_spec(f"{moe}.moe_logging"):  # from megatron-core 0.17 on
         importlib.import_module(f"{moe}.moe_logging").destroy_moe_metrics_tracker()
     else:
