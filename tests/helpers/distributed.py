@@ -32,9 +32,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         store = str(Path(directory) / "store")
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
-            context.Process(
-                target=_rank, args=(rank, world_size, store, timeout, pipes[rank][1], fn, args), daemon=True
-            )
+            context.Process(target=_rank, args=(rank, world_size, store, timeout, pipes[rank][1], fn, args))
             for rank in range(world_size)
         ]
         for process in ranks:
