@@ -22,6 +22,7 @@ def launch(
     name: str = "graftwork",
     wait: bool = True,
     tail: bool = True,
+    plugins: list[run.Plugin] | None = None,
 ) -> str:
     """Run ``recipe`` on ``executor`` (default: this machine) as one fresh experiment and return the experiment's id.
 
@@ -37,7 +38,7 @@ def launch(
         enable_goodbye_message=False,
         skip_status_at_exit=True,
     ) as experiment:
-        experiment.add(recipe, name=task, tail_logs=tail)
+        experiment.add(recipe, name=task, tail_logs=tail, plugins=plugins or None)
         try:
             experiment.run(detach=not wait, tail_logs=tail)
         except OSError as error:

@@ -1,0 +1,108 @@
+"""NeMo Run's command context with an honest end: one line per user error, an exit code, checked launches."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fiddle as fdl
+import nemo_run as run
+import typer
+
+from graftwork.cli.overrides import PARSE_ERRORS, explain_executor, explain_overrides, stack_as_list
+from graftwork.errors import ConfigError, GraftworkError, LaunchError, TrainingError
+from graftwork.executors import launch, local
+from graftwork.recipes.show import show
+
+BAD_INPUT, FAILED_RUN = 2, 1
+
+
+class GraftContext(run.cli.RunContext):
+    """For ``run.cli.entrypoint(run_ctx_cls=...)``: parse as NeMo Run does, then run, check, and exit by the result."""
+
+    def cli_execute(self, fn: Callable[..., Any], args: list[str], entrypoint_type: str = "task") -> None:
+        """Run ``fn`` with overrides ``args``; exits 2 on bad input and 1 on a failed run."""
+        with one_line_errors():
+            own = [a for a in args if a.startswith("run.")]
+            task_args = stack_as_list([a for a in args if a not in own])
+            if self.to_yaml or self.to_toml or self.to_json:
+                with parsing(lambda: explain_overrides(fn, self.factory, task_args)):
+                    return super().cli_execute(fn, own + task_args, entrypoint_type)
+            with parsing(lambda: explain_executor(own)):
+                self.parse_args([a.removeprefix("run.") for a in own])
+            with parsing(lambda: explain_overrides(fn, self.factory, task_args)):
+                task = self.parse_fn(fn, task_args)
+            self.execute(task)
+
+    def execute(self, task: run.Partial) -> None:
+        """Show, confirm, and run one configured verb here or on the executor."""
+        check_complete(task)
+        if self.dryrun:
+            fdl.build(task)  # every constructor checks its own values
+            typer.echo(show(task))
+            return
+        self.confirm(task)
+        executor = self.executor or executor_for(task)
+        if self.direct or executor is None:
+            fdl.build(task)()
+        else:
+            launch(task, executor, name=self.name, wait=not self.detach, plugins=self.plugins)
+
+    def confirm(self, task: run.Partial) -> None:
+        """Ask before running; without a terminal the answer must be ``--yes``."""
+        if self.skip_confirmation:
+            return
+        typer.echo(show(task))
+        if not sys.stdin.isatty():
+            raise ConfigError("nobody can answer 'Continue?' here; add --yes to run, or --dryrun to only look.")
+        if not typer.confirm("Continue?"):
+            raise SystemExit(0)
+
+
+def executor_for(task: run.Partial) -> run.Executor | None:
+    """Return the executor a recipe needs when none was named: none for one process, torchrun for several."""
+    trainer = getattr(task, "trainer", None)
+    devices, nodes = getattr(trainer, "devices", 1), getattr(trainer, "num_nodes", 1)
+    if nodes != 1:
+        raise ConfigError(f"trainer.num_nodes={nodes} needs an executor that reaches {nodes} machines; none was named.")
+    return local(ntasks=devices) if isinstance(devices, int) and devices > 1 else None
+
+
+def check_complete(task: run.Partial) -> None:
+    """Raise ConfigError when arguments without a default are still unset."""
+    names = [p.name for p in task.__signature_info__.parameters.values() if p.default is p.empty]
+    missing = [n for n in names if n not in task.__arguments__]
+    if missing:
+        factories = [f.__name__ for f in run.cli.list_factories(namespace(task.__fn_or_cls__))]
+        hint = f" or choose a recipe with --factory: {', '.join(sorted(factories))}" if factories else ""
+        raise ConfigError(f"{task.__fn_or_cls__.__name__} needs {', '.join(missing)}: set {missing[0]}=...{hint}.")
+
+
+def namespace(fn: Callable[..., Any]) -> str:
+    """Return the name under which NeMo Run keeps the factories of ``fn``."""
+    return f"{fn.__module__}.{fn.__qualname__}"
+
+
+@contextmanager
+def parsing(explain: Callable[[], str]) -> Iterator[None]:
+    """Turn whatever NeMo Run's parser raises into a ConfigError with our sentence."""
+    try:
+        yield
+    except PARSE_ERRORS as error:
+        if isinstance(error, GraftworkError):
+            raise
+        raise ConfigError(explain() or str(error)) from error
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print a GraftworkError as ``error: ...`` on stderr and exit; other exceptions pass."""
+    # NeMo Run's parser logs each error before raising it; the raised one is printed here.
+    logging.getLogger("nemo_run.cli.cli_parser").setLevel(logging.CRITICAL)
+    try:
+        yield
+    except GraftworkError as error:
+        sentence = str(error).split("\n\nFiddle context", 1)[0]
+        typer.echo(f"error: {sentence}", err=True)
+        raise SystemExit(FAILED_RUN if isinstance(error, LaunchError | TrainingError) else BAD_INPUT) from error

@@ -1,0 +1,140 @@
+"""The override grammar: what NeMo Run's parser refuses, said in one sentence that names what is valid."""
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import nemo_run as run
+from nemo_run.cli.api import extract_constituent_types
+from nemo_run.cli.cli_parser import CLIException, parse_factory
+from nemo_run.config import get_type_namespace
+from omegaconf.errors import OmegaConfBaseException
+
+from graftwork.errors import suggest
+
+PARSE_ERRORS = (CLIException, OmegaConfBaseException, ValueError, TypeError, AttributeError, LookupError)
+
+_OVERRIDE = re.compile(r"^([\w.\[\]]+?)\s*([+*/|&-]?=)\s*(.*)$", re.DOTALL)
+_CALL = re.compile(r"^([\w.]+)(?:\((.*)\))?$", re.DOTALL)
+_NOT_A_METHOD = {"none", "null", ""}
+
+
+def stack_as_list(args: list[str]) -> list[str]:
+    """Return ``args`` with a bare transform made a list: ``peft=lora`` is ``peft=[lora]``."""
+    return [_as_list(a) if a.startswith("peft=") else a for a in args]
+
+
+def _as_list(arg: str) -> str:
+    value = arg.removeprefix("peft=").strip()
+    return arg if value.lower() in _NOT_A_METHOD or value.startswith(("[", "@")) else f"peft=[{value}]"
+
+
+def explain_executor(args: list[str]) -> str:
+    """Return why the ``run.*`` arguments were refused, or an empty string."""
+    names = factories(run.LocalExecutor)
+    for arg in args:
+        value = arg.removeprefix("run.executor=")
+        if value != arg and value not in names:
+            return f"no executor is called {value!r}; {suggest(value, names)} Its fields: run.executor.FIELD=VALUE."
+    return ""
+
+
+def explain_overrides(fn: Callable[..., Any], factory: str | None, args: list[str]) -> str:
+    """Return why ``--factory`` or one of ``args`` was refused, or an empty string when nothing is found."""
+    if isinstance(factory, str) and (reason := explain_call(factory, factories(fn), "recipe")):
+        return reason
+    config = parse_factory(fn, "", fn, factory) if isinstance(factory, str) else run.Partial(fn)
+    for arg in args:
+        try:
+            run.cli.parse_cli_args(config, [arg])
+        except PARSE_ERRORS as error:
+            return explain_one(config, arg, error)
+    return ""
+
+
+def explain_one(config: Any, arg: str, error: Exception) -> str:
+    """Return the sentence for one refused override of ``config``."""
+    found = _OVERRIDE.match(arg)
+    if found is None:
+        return f"{arg!r} is no override; write FIELD=VALUE, for example trainer.max_steps=60."
+    path, _, value = found.groups()
+    owner, field, reason = follow(config, path)
+    if reason:
+        return reason
+    annotation = inspect.signature(owner.__fn_or_cls__).parameters[field].annotation
+    return explain_value(path, value, annotation) or f"{arg}: {error}"
+
+
+def follow(config: Any, path: str) -> tuple[Any, str, str]:
+    """Walk ``a.b[0].c`` and return (owner of the last field, that field, why the walk stopped or '')."""
+    parts = re.findall(r"\w+", path)
+    seen = ""
+    for part in parts[:-1]:
+        reason = absent(config, part, seen)
+        if reason:
+            return config, part, reason
+        config = config[int(part)] if part.isdigit() else getattr(config, part)
+        seen = f"{seen}.{part}".lstrip(".")
+    return config, parts[-1], absent(config, parts[-1], seen, last=True)
+
+
+def absent(config: Any, part: str, seen: str, last: bool = False) -> str:
+    """Return why ``config`` (at path ``seen``) has no ``part``, or ''."""
+    where = seen or "the recipe"
+    if isinstance(config, list):
+        inside = part.isdigit() and int(part) < len(config)
+        return "" if inside else f"{where} holds {len(config)} item(s); use {where}[0] to {where}[{len(config) - 1}]."
+    if not isinstance(config, run.Config | run.Partial):
+        return f"{where} is {config!r} and has no field {part!r}."
+    names = list(inspect.signature(config.__fn_or_cls__).parameters)
+    if part not in names:
+        return f"{where} has no field {part!r}; {suggest(part, names)}"
+    return "" if last or hasattr(config, part) else f"{seen}.{part} is not set".lstrip(".") + ", so it has no fields."
+
+
+def explain_value(path: str, value: str, annotation: Any) -> str:
+    """Return why ``value`` does not suit ``annotation``: a wrong method or argument name, else a wrong type."""
+    makers = {name: f for kind in classes(annotation) for name, f in factories(kind).items()}
+    if makers:
+        calls = split_calls(value.strip()[1:-1]) if value.strip().startswith("[") else [value]
+        reasons = (explain_call(call, makers, path) for call in calls)
+        return next((reason for reason in reasons if reason), "")
+    wanted = getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else str(annotation)
+    return f"{path}={value} is not valid: a value of type {wanted.replace('typing.', '')} is expected."
+
+
+def explain_call(call: str, makers: dict[str, Callable[..., Any]], what: str) -> str:
+    """Return why ``name(argument=value, ...)`` fits none of ``makers``, or ''."""
+    found = _CALL.match(call.strip())
+    if found is None:
+        return f"{what}: {call!r} cannot be read; write NAME or NAME(argument=value)."
+    name, arguments = found.groups()
+    if name not in makers:
+        return f"no {what} is called {name!r}; {suggest(name, makers)}"
+    valid = list(inspect.signature(makers[name]).parameters)
+    given = [a.split("=")[0].strip() for a in split_calls(arguments or "")]
+    wrong = next((g for g in given if g not in valid), None)
+    return f"{name} has no argument {wrong!r}; {suggest(wrong, valid)}" if wrong else ""
+
+
+def split_calls(text: str) -> list[str]:
+    """Split ``a(x=1, y=2), b`` at the commas outside brackets."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [p.strip() for p in parts if p.strip()]
+
+
+def classes(annotation: Any) -> list[type]:
+    """Return the classes an annotation is made of."""
+    return [t for t in extract_constituent_types(annotation) if isinstance(t, type)]
+
+
+def factories(target: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Return the factories registered for a class or a verb, by name."""
+    return {f.__name__: f for f in run.cli.list_factories(get_type_namespace(target))}

@@ -1,0 +1,97 @@
+"""GraftContext: what ran decides the exit code; nothing runs unasked."""
+
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+import pytest
+
+from graftwork.cli.context import GraftContext, executor_for
+from graftwork.errors import ConfigError
+from graftwork.executors import local
+from graftwork.recipes import llama2_7b, smollm2_135m
+from tests.helpers.tasks import write_ranks
+
+
+def execute(*args: str, **options: Any) -> None:
+    GraftContext(name="task", **{"skip_confirmation": True, **options}).cli_execute(write_ranks, list(args))
+
+
+def code(*args: str, **options: Any) -> Any:
+    with pytest.raises(SystemExit) as exit_:
+        execute(*args, **options)
+    return exit_.value.code
+
+
+def test_a_verb_runs_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "7")
+    execute(f"directory={tmp_path}")
+    assert (tmp_path / "rank7").exists()
+
+
+def test_a_verb_runs_on_an_executor(tmp_path: Path) -> None:
+    two = ["run.executor=local", "run.executor.ntasks_per_node=2", "run.executor.launcher=torchrun"]
+    execute(f"directory={tmp_path}", *two)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rank0", "rank1"]
+
+
+@pytest.mark.parametrize("where", [[], ["run.executor=local"]], ids=["in process", "local executor"])
+def test_a_user_error_is_one_line_and_exit_2(
+    where: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code(f"directory={tmp_path}", "fail=data", *where) == 2
+    err = capsys.readouterr().err
+    assert err == "error: train.jsonl, line 3: field 'output' is missing; valid: input, output.\n"
+
+
+def test_a_failed_task_is_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code(f"directory={tmp_path}", "fail=bug", "run.executor=local") == 1
+    assert "ZeroDivisionError: a bug" in capsys.readouterr().err
+
+
+def test_a_bug_in_this_process_keeps_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        execute(f"directory={tmp_path}", "fail=bug")
+
+
+def test_a_dry_run_shows_the_task_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    execute(f"directory={tmp_path}", dryrun=True)
+    assert f"directory = '{tmp_path}'" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_without_a_terminal_nothing_runs_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code(f"directory={tmp_path}", skip_confirmation=False) == 2
+    assert "add --yes" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("answer", "ran"), [(True, True), (False, False)])
+def test_the_answer_decides(answer: bool, ran: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("typer.confirm", lambda question: answer)
+    if ran:
+        execute(f"directory={tmp_path}", skip_confirmation=False)
+    else:
+        assert code(f"directory={tmp_path}", skip_confirmation=False) == 0
+    assert bool(list(tmp_path.iterdir())) == ran
+
+
+def test_a_missing_argument_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert code() == 2
+    assert "write_ranks needs directory: set directory=..." in capsys.readouterr().err
+
+
+def test_export_writes_the_task_and_runs_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "task.yaml"
+    execute(f"directory={tmp_path}", to_yaml=str(out))
+    assert str(tmp_path) in out.read_text() and [p.name for p in tmp_path.iterdir()] == ["task.yaml"]
+
+
+def test_one_device_needs_no_executor_and_several_get_torchrun() -> None:
+    assert executor_for(smollm2_135m.finetune_recipe()) is None
+    assert executor_for(run.Partial(write_ranks)) is None
+    executor = executor_for(smollm2_135m.finetune_recipe(num_gpus_per_node=3))
+    assert (executor.nproc_per_node(), executor.launcher) == (3, local(3).launcher)
+    with pytest.raises(ConfigError, match="reaches 2 machines"):
+        executor_for(llama2_7b.finetune_recipe(num_nodes=2))
+
+
