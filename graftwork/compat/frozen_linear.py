@@ -7,13 +7,15 @@ from torch import Tensor
 
 
 class FoldedFrozenLinear(LinearWithFrozenWeight):
-    """megatron-core's frozen linear whose backward gets a contiguous gradient.
+    """megatron-core's frozen linear whose backward sees the gradient as one matrix [tokens, out].
 
-    For a gradient [s, b, out] with other strides (attention gives one) ``matmul`` does not fold the leading
-    dimensions: it copies the weight once per batch row, four times the cost of the product itself on CPU.
+    ``matmul`` does not fold the leading dimensions of a gradient [s, b, out] with other strides than a contiguous
+    one's (attention and losses give such): it copies the weight once per row, many times the cost of the product.
     """
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
-        """Return megatron-core's gradients for the same values in contiguous memory."""
-        return LinearWithFrozenWeight.backward(ctx, grad_output.contiguous())
+        """Return megatron-core's gradients, computed on the folded gradient."""
+        folded = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_input, *rest = LinearWithFrozenWeight.backward(ctx, folded)
+        return grad_input.view(*grad_output.shape[:-1], -1), *rest

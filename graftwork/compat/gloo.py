@@ -9,21 +9,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from graftwork.compat.frozen_linear import FoldedFrozenLinear
 from graftwork.errors import ParallelismError
-
-MOE = "megatron.core.transformer.moe"
 
 
 def install() -> None:
     """Replace the functions wherever megatron-core modules have bound them."""
     _rebind("get_pos_emb_on_this_cp_rank", positions_on_this_rank)
     _rebind("maybe_move_tensor_to_cpu", split_sizes_to_host)
-    _rebind("LinearWithFrozenWeight", FoldedFrozenLinear)
-    moe_utils = importlib.import_module(f"{MOE}.moe_utils")
-    if not hasattr(moe_utils, "te_general_gemm"):
-        # 0.16 binds the name only when transformer-engine imports, and then reads it in every router.
-        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     # The default is a multiprocessing manager, which re-imports the user's script and costs seconds per save.
     writer._results_queue = queue.Queue()  # type: ignore[attr-defined]
