@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from graftwork.compat.frozen_linear import FoldedFrozenLinear
 from graftwork.errors import ParallelismError
 
 
@@ -16,6 +17,7 @@ def install() -> None:
     """Replace the functions wherever megatron-core modules have bound them."""
     _rebind("get_pos_emb_on_this_cp_rank", positions_on_this_rank)
     _rebind("maybe_move_tensor_to_cpu", split_sizes_to_host)
+    _rebind("LinearWithFrozenWeight", FoldedFrozenLinear)
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     # The default is a multiprocessing manager, which re-imports the user's script and costs seconds per save.
     writer._results_queue = queue.Queue()  # type: ignore[attr-defined]
