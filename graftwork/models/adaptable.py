@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 from torch import nn
 
 from graftwork.compat.collective import agree
-from graftwork.errors import ArtifactError, ConfigError, GraftworkError, suggest
-from graftwork.peft import METHODS, PEFT, artifact, report
+from graftwork.errors import ArtifactError, ConfigError, GraftworkError, MatchError, suggest
+from graftwork.peft import PEFT, artifact, report
+from graftwork.peft.fill import fill
 from graftwork.peft.host import Host
 from graftwork.peft.stack import Stack
 from graftwork.virtual_tokens import PromptLayout
@@ -57,7 +58,7 @@ class Adaptable(pl.LightningModule):
     @property
     def adapters(self) -> dict[str, PEFT]:
         """Attached (or queued) transforms by name."""
-        queued = {t.name: t for kind, (t, *_), _ in self._queue if kind == "add"}
+        queued = {request[1][0].name: request[1][0] for request in self._queue if request[0] == "add"}
         return {**(self._stack.transforms if self._stack else {}), **queued}
 
     @property
@@ -68,15 +69,18 @@ class Adaptable(pl.LightningModule):
     def add_adapter(self, transforms: PEFT | Sequence[PEFT], trainable: bool = True) -> None:
         """Freeze the base and attach one transform or a list, inner to outer; adding one again is a no-op.
 
-        Adapters already attached stay as they are. Raises MatchError when a name is taken or a target matches nothing.
+        Adapters already attached stay as they are. Raises MatchError when a name is taken or a target matches
+        nothing; then none of the list is attached.
         """
-        for transform in [transforms] if isinstance(transforms, PEFT) else transforms:
-            if self.adapters.get(transform.name) is transform:
-                continue
-            if self.chunks:
+        listed = [transforms] if isinstance(transforms, PEFT) else list(transforms)
+        new = [t for t in listed if self.adapters.get(t.name) is not t]
+        if not self.chunks:
+            self._check_names_are_free(new)
+            self._queue += [("add", (t, trainable), {}) for t in new]
+            return
+        with self.stack.all_or_nothing():
+            for transform in new:
                 self.stack.add(transform, trainable)
-            else:
-                self._queue.append(("add", (transform, trainable), {}))
 
     def load_adapters(
         self,
@@ -91,18 +95,26 @@ class Adaptable(pl.LightningModule):
         ArtifactError (one sentence) and leaves the model as it was when the artifact does not fit.
         """
         if not self.chunks:
+            artifact.read_config(path)  # a wrong path is told at once
             options = {"names": names, "trainable": trainable, "check_base": check_base}
             self._queue.append(("load", (path,), options))
             return
-        error, config = None, {}
+        config: dict[str, Any] = {}
+        chosen: list[PEFT] = []
+        error: GraftworkError | None = None
         try:
             config = artifact.read_config(path)
+            chosen = self._chosen(config, names, path)
             if check_base:
                 artifact.check_base(config, self.base_identity(), path)
         except GraftworkError as refused:
             error = refused
         agree(error)
-        self._attach_loaded(path, _chosen(config, names, path), trainable)
+        with self.stack.all_or_nothing():
+            for transform in chosen:
+                if transform.name not in self.adapters:
+                    self.stack.add(transform, trainable)
+            fill(self.stack, path, config, [t.name for t in chosen])
 
     def save_adapters(
         self,
@@ -131,8 +143,12 @@ class Adaptable(pl.LightningModule):
         self.stack.unmerge()
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter from the model; the base and other adapters keep every bit."""
-        self.stack.remove(name)
+        """Remove an adapter (or a request for one) from the model; the base and other adapters keep every bit."""
+        kept = [request for request in self._queue if request[0] != "add" or request[1][0].name != name]
+        if len(kept) < len(self._queue):
+            self._queue = kept
+        else:
+            self.stack.remove(name)
 
     def train_adapters(self, names: Sequence[str]) -> None:
         """Make exactly the named adapters trainable; the other adapters are kept and frozen."""
@@ -151,49 +167,41 @@ class Adaptable(pl.LightningModule):
         return self
 
     def _carry_out_queue(self) -> None:
-        """Do what was asked before the module existed, in order."""
+        """Do what was asked before the module existed, in order; what fails, and all after it, stays queued."""
+        calls: dict[str, Callable[..., Any]] = {
+            "add": self.add_adapter,
+            "load": self.load_adapters,
+            "freeze": self.freeze,
+        }
         queue, self._queue = self._queue, []
-        for kind, arguments, options in queue:
-            call: Callable[..., Any] = {"add": self.add_adapter, "load": self.load_adapters, "freeze": self.freeze}[
-                kind
-            ]
-            call(*arguments, **options)
+        for done, (kind, arguments, options) in enumerate(queue):
+            try:
+                calls[kind](*arguments, **options)
+            except GraftworkError:
+                self._queue = queue[done:]
+                raise
 
-    def _attach_loaded(self, path: str | Path, transforms: list[PEFT], trainable: bool) -> None:
-        flags = [(p, p.requires_grad) for p in self.parameters()]
-        added = []
-        try:
-            for transform in transforms:
-                _check_same(self.adapters.get(transform.name), transform, path)
-            for transform in transforms:
-                if transform.name not in self.adapters:
-                    self.stack.add(transform, trainable)
-                    added.append(transform.name)
-            artifact.fill(self.stack, path, {t.name: t.name for t in transforms})
-        except GraftworkError:
-            for name in added:
-                self.stack.remove(name)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            raise
+    def _check_names_are_free(self, transforms: Sequence[PEFT]) -> None:
+        names = list(self.adapters)
+        for transform in transforms:
+            if transform.name in names:
+                raise MatchError(
+                    f"The model already has an adapter named {transform.name!r}; give this "
+                    f"{type(transform).__name__} another name or delete the other one first."
+                )
+            names.append(transform.name)
 
-
-def _chosen(config: dict[str, Any], names: Sequence[str] | None, path: str | Path) -> list[PEFT]:
-    transforms = []
-    for entry in config["adapters"]:
-        if entry["method"] not in METHODS:
-            raise ArtifactError(f"{str(path)!r} uses method {entry['method']!r}; {suggest(entry['method'], METHODS)}")
-        transforms.append(METHODS[entry["method"]](**entry["hyperparameters"]))
-    held = {t.name: t for t in transforms}
-    for name in names or ():
-        if name not in held:
-            raise ArtifactError(f"{str(path)!r} has no adapter {name!r}; {suggest(name, held)}")
-    return transforms if names is None else [held[n] for n in names]
-
-
-def _check_same(attached: PEFT | None, loaded: PEFT, path: str | Path) -> None:
-    if attached is not None and repr(attached) != repr(loaded):
-        raise ArtifactError(
-            f"The model already has another adapter named {loaded.name!r}: {attached!r}, while {str(path)!r} "
-            f"holds {loaded!r}; delete or rename one of them."
-        )
+    def _chosen(self, config: dict[str, Any], names: Sequence[str] | None, path: str | Path) -> list[PEFT]:
+        held = {t.name: t for t in artifact.transforms(config, path)}
+        for name in names or ():
+            if name not in held:
+                raise ArtifactError(f"{str(path)!r} has no adapter {name!r}; {suggest(name, held)}")
+        chosen = [held[n] for n in (held if names is None else dict.fromkeys(names))]
+        for loaded in chosen:
+            attached = self.adapters.get(loaded.name)
+            if attached is not None and repr(attached) != repr(loaded):
+                raise ArtifactError(
+                    f"The model already has another adapter named {loaded.name!r}: {attached!r}, while {str(path)!r} "
+                    f"holds {loaded!r}; delete or rename one of them."
+                )
+        return chosen

@@ -10,22 +10,31 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graftwork.peft.adapter import Adapter
 
 
 class AdaptedModule(nn.Module):
-    """``base`` with named adapters around it, inner to outer in the order in which they were added."""
+    """``base`` with named adapters around it, inner to outer in the order in which they were added.
+
+    ``originals`` holds the base's own tensors by name while adapters are merged into them.
+    """
+
+    base: nn.Module
+    originals: dict[str, Tensor]
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.__dict__["base"] = base  # not registered: a registered child would rename the base's parameters
-        self._parameters = base._parameters
-        self._buffers = base._buffers
-        self._non_persistent_buffers_set = base._non_persistent_buffers_set
-        self._modules = dict(base._modules)
-        self.training = base.training
+        self.__dict__ |= {
+            "base": base,  # not registered: a registered child would rename the base's parameters
+            "training": base.training,
+            "_parameters": base._parameters,
+            "_buffers": base._buffers,
+            "_non_persistent_buffers_set": base._non_persistent_buffers_set,
+            "_modules": dict(base._modules),
+            "originals": {},
+        }
         self.adapters = nn.ModuleDict()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,23 +51,20 @@ class AdaptedModule(nn.Module):
             if adapter.enabled and not adapter.merged:
                 yield adapter
 
-    def train(self, mode: bool = True) -> "AdaptedModule":
-        """Set the mode of the base (which is outside the module tree), its children and the adapters."""
-        super().train(mode)
-        self.base.training = mode
-        return self
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if "base" not in self.__dict__:  # half made, by copy.deepcopy
+                raise
             return getattr(self.__dict__["base"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        """Set a child, or an attribute such as ``training``, also on the base, which is outside the module tree."""
         super().__setattr__(name, value)
         base = self.__dict__.get("base")
-        if base is not None and name in base._modules:
-            setattr(base, name, value)  # a child replaced later (another adapter's site) is what the base must call
+        if base is not None and (name in base._modules or name in base.__dict__):
+            setattr(base, name, value)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.base._save_to_state_dict(destination, prefix, keep_vars)
@@ -68,7 +74,8 @@ class AdaptedModule(nn.Module):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Return the base's sharded state under its own keys, plus every adapter's."""
-        state = dict(self.base.sharded_state_dict(prefix, sharded_offsets, metadata))
+        base: Any = self.base
+        state = dict(base.sharded_state_dict(prefix, sharded_offsets, metadata))
         for name, adapter in self.adapters.items():
             assert isinstance(adapter, Adapter)
             state.update(adapter.sharded_state_dict(f"{prefix}adapters.{name}.", sharded_offsets, metadata))

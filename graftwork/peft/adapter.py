@@ -70,9 +70,14 @@ class Adapter(nn.Module):
         self.register_parameter(name, parameter)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Return megatron-core ShardedTensors of this adapter's parameters."""
+        """Return megatron-core ShardedTensors of this adapter's parameters.
+
+        megatron-core joins equal layers (and experts) into one tensor with a leading axis and passes this one's place
+        on it; adapters may stand in some layers only, so the place becomes part of the key instead.
+        """
+        place = "".join(f".{index}" for _, index, _ in sharded_offsets)
         return {
-            f"{prefix}{name}": sharded_tensor(f"{prefix}{name}", p, sharding_of(p), sharded_offsets, metadata)
+            f"{prefix}{name}": sharded_tensor(f"{prefix}{name}{place}", p, sharding_of(p))
             for name, p in self.named_parameters()
         }
 

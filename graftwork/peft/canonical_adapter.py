@@ -5,7 +5,7 @@ from typing import Any, Optional
 
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftwork.compat.parallel import Sharding
 from graftwork.errors import ConfigError, ParallelismError
@@ -27,6 +27,10 @@ class Bottleneck(Adapter):
     """
 
     why_not_mergeable = "it is not linear"
+    norm_weight: nn.Parameter
+    norm_bias: nn.Parameter
+    linear_in: nn.Parameter
+    linear_out: nn.Parameter
 
     def __init__(self, birth: Birth, method: "CanonicalAdapter", hidden_size: int, info: LinearInfo) -> None:
         super().__init__(birth)
@@ -97,7 +101,7 @@ class CanonicalAdapter(PEFT):
         layers: Optional[list[int]] = None,
     ) -> None:
         super().__init__(name, layers)
-        self.dim = self.positive("dim", dim)
+        self.dim = self.count("dim", dim)
         self.sites = sites
         for site in sites or ():
             self.one_of("sites", site, SITES)

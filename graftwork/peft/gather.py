@@ -38,10 +38,10 @@ def _parts(stack: Stack, name: str) -> dict[str, Part]:
         for key, parameter in item.adapter.named_parameters():
             sharding = sharding_of(parameter)
             if sharding.dim is not None or rank == 0:
-                parts[f"{name}.{item.root}.{key}"] = (sharding, rank, size, parameter.detach().cpu())
+                parts[f"{name}.{item.site.name}.{key}"] = (sharding, rank, size, parameter.detach().cpu())
         for key, tensor in item.adapter.extra_tensors().items():
             if rank == 0:
-                parts[f"{name}.{item.root}.{key}"] = (None, 0, 1, tensor.cpu())
+                parts[f"{name}.{item.site.name}.{key}"] = (None, 0, 1, tensor.cpu())
     return parts
 
 

@@ -1,14 +1,12 @@
 """What a transform sees of a model: its chunks, sizes and prompts, and how to find and graft sites in it."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from graftwork.compat.collective import all_gather_objects
-from graftwork.compat.parallel import pp_group
-from graftwork.peft.match import Site, modules_of, select
+from graftwork.peft.match import Site, modules_of, select, union
 from graftwork.virtual_tokens import PromptLayout
 
 
@@ -24,7 +22,7 @@ class Host:
     config: Any
     vocab_size: int
     seed: int
-    prompts: PromptLayout = PromptLayout()
+    prompts: PromptLayout = field(default_factory=PromptLayout)
 
     def sites(self) -> list[Site]:
         """Return every module that may be wrapped."""
@@ -37,5 +35,5 @@ class Host:
         return select(sites, patterns, layers, self.config.num_layers, who)
 
     def everywhere(self, names: Iterable[str]) -> list[str]:
-        """Return the union of ``names`` over the pipeline stages."""
-        return sorted({n for part in all_gather_objects(list(names), pp_group()) for n in part})
+        """Return the union of ``names`` over the whole model: all pipeline stages and experts."""
+        return sorted(union(names))

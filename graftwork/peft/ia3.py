@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftwork.compat.parallel import Sharding, tp_size
 from graftwork.errors import ConfigError, ParallelismError
 from graftwork.peft.adapter import Adapter, Birth, ones
 from graftwork.peft.host import Host
+from graftwork.peft.linear import local_widths
 from graftwork.peft.match import Site
 from graftwork.peft.transform import PEFT
 
@@ -64,6 +65,7 @@ class ScaledNormalizedKey(Adapter):
     """Scales keys [s, b, groups, width] after a k_layernorm, which would largely undo a scale before it."""
 
     why_not_mergeable = 'it scales keys after k_layernorm; key_position="pre_norm" merges'
+    scale_k: nn.Parameter
 
     def __init__(self, birth: Birth, config: Any) -> None:
         super().__init__(birth)
@@ -84,6 +86,7 @@ class ScaledHidden(Adapter):
     """Scales the MLP's hidden activations [s, b, ffn]: the input of the second linear."""
 
     mergeable = True
+    scale_ffn: nn.Parameter
 
     def __init__(self, birth: Birth, ffn_local: int, parallel: bool) -> None:
         super().__init__(birth, parallel)
@@ -141,7 +144,7 @@ class IA3(PEFT):
         """Build the vectors of one site."""
         config, size = host.config, tp_size()
         if site.leaf == "linear_fc2":
-            return ScaledHidden(birth, self._local_width(site), parallel=not site.in_expert)
+            return ScaledHidden(birth, local_widths(site.module)[1], parallel=not site.in_expert)
         if config.num_query_groups % size:
             raise ParallelismError(
                 f"{self}: {config.num_query_groups} query groups cannot be cut over "
@@ -163,7 +166,3 @@ class IA3(PEFT):
 
     def _after_norm(self, host: Host) -> bool:
         return bool(host.config.qk_layernorm) and self.key_position != "pre_norm"
-
-    @staticmethod
-    def _local_width(site: Site) -> int:
-        return int(site.module.weight.shape[1])

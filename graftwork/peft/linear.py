@@ -5,6 +5,7 @@ row-parallel base a cut factor followed by a replicated one.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -80,9 +81,10 @@ def describe(module: nn.Module, leaf: str, in_expert: bool, config: object, voca
 
 def local_widths(module: nn.Module) -> tuple[int, int]:
     """Return this rank's (outputs, inputs); a tied output layer holds no weight of its own."""
-    if getattr(module, "weight", None) is not None:
-        return tuple(module.weight.shape)
-    return module.output_size_per_partition, module.input_size
+    linear: Any = module
+    if getattr(linear, "weight", None) is not None:
+        return linear.weight.shape[0], linear.weight.shape[1]
+    return linear.output_size_per_partition, linear.input_size
 
 
 def into_column(low_rank: Tensor, info: LinearInfo) -> Tensor:

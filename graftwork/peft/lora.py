@@ -6,15 +6,15 @@ from typing import Any, Optional
 
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftwork.compat.layers import normalized_input
 from graftwork.errors import ConfigError, suggest
 from graftwork.peft.adapter import INITIALIZERS, Adapter, Birth, normal
 from graftwork.peft.embedding import EmbeddingLookup
+from graftwork.peft.host import Host
 from graftwork.peft.linear import LinearInfo, describe, into_column, is_embedding, linear_kind, out_of_row
 from graftwork.peft.match import Site, matches
-from graftwork.peft.host import Host
 from graftwork.peft.transform import PEFT
 
 DEFAULT_TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -36,6 +36,9 @@ class LoRALinear(Adapter):
     """``y = base(x) + scale * B A x`` with A [r, in] and B [out, r]; x is what the base linear multiplies."""
 
     mergeable = True
+    base: nn.Module
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
 
     def __init__(self, birth: Birth, base: Any, info: LinearInfo, low_rank: LowRank) -> None:
         super().__init__(birth, info.parallel)
@@ -88,6 +91,8 @@ class LoRAEmbedding(EmbeddingLookup):
     """``y = base(ids) + scale * (A[ids] B^T)`` with A [vocab, r] and B [h, r], both replicated."""
 
     why_not_mergeable = "a low-rank embedding update would also change a tied output layer"
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
 
     def __init__(self, birth: Birth, base: Any, low_rank: LowRank, vocab_size: int, hidden_size: int) -> None:
         super().__init__(birth, base)
@@ -149,7 +154,9 @@ class LoRA(PEFT):
     ) -> None:
         super().__init__(name, layers)
         self.target_modules = target_modules
-        self.dim, self.alpha = self.positive("dim", dim), self.positive("alpha", alpha)
+        if target_modules is not None and not target_modules:
+            raise ConfigError(f"{self}: target_modules is empty; name some or leave it out for {DEFAULT_TARGETS}.")
+        self.dim, self.alpha = self.count("dim", dim), self.positive("alpha", alpha)
         self.dropout = self.probability("dropout", dropout)
         self.dropout_position = self.one_of("dropout_position", dropout_position, ("pre", "post"))
         self.lora_A_init_method = self.one_of("lora_A_init_method", lora_A_init_method, INITIALIZERS)
@@ -158,6 +165,10 @@ class LoRA(PEFT):
             raise ConfigError(f"{self}: A and B both start at zero, so neither would ever train; start one at random.")
         self.use_rslora, self.lr_ratio_B = use_rslora, self.positive("lr_ratio_B", lr_ratio_B)
         self.rank_pattern, self.alpha_pattern = rank_pattern, alpha_pattern
+        for pattern, rank in (rank_pattern or {}).items():
+            self.count(f"rank_pattern[{pattern!r}]", rank)
+        for pattern, other in (alpha_pattern or {}).items():
+            self.positive(f"alpha_pattern[{pattern!r}]", other)
 
     def find(self, host: Host) -> list[Site]:
         """Return the linears (and embedding) that the targets name."""
@@ -189,8 +200,7 @@ class LoRA(PEFT):
     def _check_patterns(self, names: list[str], host: Host) -> None:
         known = host.everywhere(names)
         for field in ("rank_pattern", "alpha_pattern"):
-            for pattern, value in (getattr(self, field) or {}).items():
-                self.positive(f"{field}[{pattern!r}]", value)
+            for pattern in getattr(self, field) or {}:
                 if not any(matches(pattern, n) for n in known):
                     raise ConfigError(f"{self}: {field} {pattern!r} matches no site; {suggest(pattern, known)}")
 

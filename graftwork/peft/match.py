@@ -8,18 +8,19 @@ import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from graftwork.compat.collective import all_gather_objects
-from graftwork.compat.parallel import ep_rank, pp_group
+from graftwork.compat.parallel import ep_group, ep_rank, pp_group
 from graftwork.errors import MatchError, suggest
-from graftwork.peft.adapted import AdaptedModule, innermost
+from graftwork.peft.adapted import innermost
 
 
 @dataclass(frozen=True)
 class Site:
-    """One module to wrap: ``path`` inside its model chunk, ``name`` the same in every layout, ``module`` the bare base."""
+    """One module to wrap: ``path`` in its model chunk, ``name`` the same in every layout, ``module`` the bare base."""
 
     path: str
     name: str
@@ -49,7 +50,7 @@ def modules_of(chunks: Sequence[nn.Module]) -> list[Site]:
         Site(path, global_name(root, path), innermost(module), index)
         for index, root in enumerate(chunks)
         for path, module in root.named_modules()
-        if path and ".adapters" not in f".{path}"
+        if path and "adapters" not in path.split(".")
     ]
 
 
@@ -60,7 +61,7 @@ def global_name(root: nn.Module, path: str) -> str:
         if not parts[i + 1].isdigit():
             continue
         if part == "layers":
-            layer = root.get_submodule(".".join(path.split(".")[: i + 2]))
+            layer: Any = root.get_submodule(".".join(path.split(".")[: i + 2]))
             parts[i + 1] = str(layer.layer_number - 1)
         elif part == "local_experts":
             experts = root.get_submodule(".".join(path.split(".")[: i + 1]))
@@ -83,7 +84,7 @@ def select(
 ) -> list[Site]:
     """Return the sites that a pattern names and whose layer is selected.
 
-    Raises MatchError on every pipeline stage when a pattern matches nothing in the whole model, or a layer does not
+    Raises MatchError on every rank when a pattern matches nothing in the whole model, or a layer does not
     exist; near names are listed.
     """
     candidates = list(sites)
@@ -91,10 +92,8 @@ def select(
     chosen = [
         s for s in candidates if (layers is None or s.layer in layers) and any(matches(p, s.name) for p in patterns)
     ]
-    hit = {p for p in patterns if any(matches(p, s.name) for s in chosen)}
-    leaves = {s.leaf for s in candidates}
-    for other_hit, other_leaves in all_gather_objects((hit, leaves), pp_group()):
-        hit, leaves = hit | other_hit, leaves | other_leaves
+    hit = union(p for p in patterns if any(matches(p, s.name) for s in chosen))
+    leaves = union(s.leaf for s in candidates)
     for pattern in patterns:
         if pattern not in hit:
             where = "" if layers is None else f" in layers {list(layers)}"
@@ -104,14 +103,17 @@ def select(
     return chosen
 
 
+def union(names: Iterable[str]) -> set[str]:
+    """Return the union of ``names`` over all pipeline stages and experts: what the whole model has."""
+    found = set(names)
+    for group in (pp_group(), ep_group()):
+        found = {name for part in all_gather_objects(sorted(found), group) for name in part}
+    return found
+
+
 def _check_layers(layers: Sequence[int] | None, num_layers: int, who: str) -> None:
     for layer in layers or ():
         if not 0 <= layer < num_layers:
             raise MatchError(f"{who}: layers has {layer}, but the model's layers are 0 to {num_layers - 1}.")
     if layers is not None and not layers:
         raise MatchError(f"{who}: layers is an empty list; leave it out for all {num_layers} layers.")
-
-
-def is_adapted(module: nn.Module) -> bool:
-    """Tell whether a module carries adapters."""
-    return isinstance(module, AdaptedModule)

@@ -1,6 +1,8 @@
 """Folding adapters into base weights, and giving the weights back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,70 +12,101 @@ from graftwork.peft.adapted import AdaptedModule, adapted_modules
 from graftwork.peft.adapter import Adapter
 from graftwork.peft.match import Site
 
-ORIGINAL = "merged_original"
+
+@dataclass(frozen=True)
+class Candidate:
+    """An adapter that is to be merged: its method and name in words, its site, its module."""
+
+    who: str
+    site: Site
+    adapter: Adapter
 
 
-def merge(chosen: Sequence[tuple[str, Site, Adapter]], chunks: Sequence[nn.Module]) -> None:
-    """Fold the chosen (name, site, adapter) into their bases: computed in fp32, cast to the base's dtype.
+@dataclass(frozen=True)
+class Folded:
+    """New tensors of one base module and the adapters that they contain."""
 
-    Nothing is changed when one of them cannot be merged or a merged weight would not be finite.
+    wrapper: AdaptedModule
+    tensors: dict[str, Tensor]
+    adapters: list[Adapter]
+
+
+def fold(candidates: Sequence[Candidate], chunks: Sequence[nn.Module]) -> list[Folded]:
+    """Compute the merged weights, in fp32 and then cast to the base's dtype; adapters merged already are left out.
+
+    Raises MatchError, naming the method, when one cannot be merged or a weight would not be finite.
     """
-    for name, site, adapter in chosen:
-        if not adapter.mergeable:
-            raise MatchError(f"Adapter {name!r} cannot be merged at {site.name}: {adapter.why_not_mergeable}.")
-    ours = {id(adapter) for _, _, adapter in chosen}
-    merged = []
-    for chunk in chunks:
-        for path, wrapper in adapted_modules(chunk):
-            folded = _folded(path, wrapper, ours)
-            if folded:
-                merged.append((wrapper, *folded))
-    for wrapper, weights, adapters in merged:
-        _install(wrapper, weights, adapters)
+    for candidate in candidates:
+        if not candidate.adapter.mergeable:
+            why = candidate.adapter.why_not_mergeable
+            raise MatchError(f"{candidate.who} cannot be merged at {candidate.site.name}: {why}.")
+    chosen = {id(c.adapter): c for c in candidates}
+    wrappers = [wrapper for chunk in chunks for _, wrapper in adapted_modules(chunk)]
+    return [folded for wrapper in wrappers if (folded := _fold_one(wrapper, chosen))]
+
+
+def install(folded: Sequence[Folded]) -> None:
+    """Put merged tensors into their bases, keeping the original ones beside them."""
+    for item in folded:
+        for key, tensor in item.tensors.items():
+            parameter = getattr(item.wrapper.base, key).detach()
+            item.wrapper.originals.setdefault(key, parameter.clone())
+            parameter.copy_(tensor)
+        for adapter in item.adapters:
+            adapter.merged = True
 
 
 def unmerge(chunks: Sequence[nn.Module]) -> None:
     """Restore every merged base weight from its copy, bit for bit."""
     for chunk in chunks:
         for _, wrapper in adapted_modules(chunk):
-            original: dict[str, Tensor] | None = wrapper.__dict__.pop(ORIGINAL, None)
-            for key, tensor in (original or {}).items():
-                with torch.no_grad():
-                    getattr(wrapper.base, key).copy_(tensor)
+            for key, tensor in wrapper.originals.items():
+                getattr(wrapper.base, key).detach().copy_(tensor)
+            wrapper.originals.clear()
             for adapter in wrapper.adapters.values():
-                adapter.merged = False  # type: ignore[assignment]
+                assert isinstance(adapter, Adapter)
+                adapter.merged = False
 
 
-def _folded(path: str, wrapper: AdaptedModule, ours: set[int]) -> tuple[dict[str, Tensor], list[Adapter]] | None:
-    adapters = [a for a in wrapper.active() if id(a) in ours]
+@contextmanager
+def original_weights(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Exchange merged weights for the original ones inside the block."""
+    wrappers = [wrapper for chunk in chunks for _, wrapper in adapted_modules(chunk)]
+    _exchange(wrappers)
+    try:
+        yield
+    finally:
+        _exchange(wrappers)
+
+
+def _exchange(wrappers: Sequence[AdaptedModule]) -> None:
+    for wrapper in wrappers:
+        for key, held in wrapper.originals.items():
+            parameter = getattr(wrapper.base, key).detach()
+            wrapper.originals[key] = parameter.clone()
+            parameter.copy_(held)
+
+
+def _fold_one(wrapper: AdaptedModule, chosen: dict[int, Candidate]) -> Folded | None:
+    active = list(wrapper.active())
+    adapters = [a for a in active if id(a) in chosen]
     if not adapters:
         return None
-    inner = list(wrapper.active())[: len(adapters)]
-    if [id(a) for a in inner] != [id(a) for a in adapters]:
-        raise MatchError(f"At {path} an adapter inside the merged ones would stay live; merge the inner ones too.")
-    weight = getattr(wrapper.base, "weight", None)
+    first = chosen[id(adapters[0])]
+    if active[: len(adapters)] != adapters:
+        raise MatchError(f"{first.who} cannot be merged at {first.site.name}: an inner adapter would stay live.")
+    weight, bias = getattr(wrapper.base, "weight", None), getattr(wrapper.base, "bias", None)
     if weight is None:
-        raise MatchError(f"Cannot merge at {path}: its weight is tied to the word embedding.")
-    bias = getattr(wrapper.base, "bias", None)
-    new_weight, new_bias = weight.detach().float(), None if bias is None else bias.detach().float()
+        raise MatchError(
+            f"{first.who} cannot be merged at {first.site.name}: its weight is tied to the word embedding's."
+        )
+    before = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    values: tuple[Tensor, Tensor | None] = weight.detach().float(), None if bias is None else bias.detach().float()
     with torch.no_grad():
         for adapter in adapters:
-            new_weight, new_bias = adapter.merged_weights(new_weight, new_bias)
-    tensors = {"weight": new_weight.to(weight.dtype)}
-    if bias is not None and new_bias is not None:
-        tensors["bias"] = new_bias.to(bias.dtype)
+            values = adapter.merged_weights(*values)
+    tensors = {k: v.to(before[k].dtype) for k, v in zip(before, values) if v is not None}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise MatchError(f"Merging at {path} would put NaN or Inf into its {key}; the base is unchanged.")
-    return tensors, adapters
-
-
-def _install(wrapper: AdaptedModule, tensors: dict[str, Tensor], adapters: list[Adapter]) -> None:
-    original = wrapper.__dict__.setdefault(ORIGINAL, {})
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            parameter = getattr(wrapper.base, key)
-            original.setdefault(key, parameter.detach().clone())
-            parameter.copy_(tensor)
-    for adapter in adapters:
-        adapter.merged = True
+            raise MatchError(f"{first.who} cannot be merged at {first.site.name}: its {key} would hold NaN or Inf.")
+    return Folded(wrapper, tensors, adapters)

@@ -1,13 +1,12 @@
 """P-tuning: virtual tokens whose embeddings come from a small encoder (Liu et al. 2021, arXiv 2103.10385)."""
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from graftwork.errors import MatchError
 from graftwork.peft.adapter import Adapter, Birth, normal, zeros
 from graftwork.peft.embedding import EmbeddingLookup
 from graftwork.peft.host import Host
@@ -48,6 +47,12 @@ class PromptTable(EmbeddingLookup):
 
 class PromptEncoder(PromptTable):
     """Table = W2 gelu(W1 E + b1) + b2 over learned slot embeddings E [length, e]."""
+
+    slots: nn.Parameter
+    linear_in: nn.Parameter
+    bias_in: nn.Parameter
+    linear_out: nn.Parameter
+    bias_out: nn.Parameter
 
     def __init__(self, birth: Birth, base: Any, slot: PromptSlot, method: "PTuning", hidden_size: int) -> None:
         super().__init__(birth, base, slot)
@@ -92,9 +97,9 @@ class PTuning(PEFT):
         placement: str = "prefix",
     ) -> None:
         super().__init__(name)
-        self.virtual_tokens = self.positive("virtual_tokens", virtual_tokens)
-        self.embedding_dim = self.positive("embedding_dim", embedding_dim)
-        self.bottleneck_dim = self.positive("bottleneck_dim", bottleneck_dim)
+        self.virtual_tokens = self.count("virtual_tokens", virtual_tokens)
+        self.embedding_dim = self.count("embedding_dim", embedding_dim)
+        self.bottleneck_dim = self.count("bottleneck_dim", bottleneck_dim)
         self.init_std = self.positive("init_std", init_std)
         self.placement = self.one_of("placement", placement, PLACEMENTS)
 
@@ -104,10 +109,8 @@ class PTuning(PEFT):
 
     def build(self, site: Site, birth: Birth, host: Host) -> Adapter:
         """Build encoder and table."""
-        slots = [s for s in host.prompts.slots if s.name == self.name]
-        if not slots:
-            raise MatchError(f"{self} has no virtual tokens in the model's prompt layout.")
-        return PromptEncoder(birth, site.module, slots[0], self, host.config.hidden_size)
+        slot = next(s for s in host.prompts.slots if s.name == self.name)
+        return PromptEncoder(birth, site.module, slot, self, host.config.hidden_size)
 
     def prompt_slots(self, offset: int) -> list[PromptSlot]:
         """Return this prompt's virtual ids."""

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from math import prod
 
-from torch import nn
-
 from graftwork.compat.collective import all_gather_objects
-from graftwork.compat.parallel import pp_group
+from graftwork.compat.parallel import ep_group, pp_group
 from graftwork.peft.adapter import sharding_of
 from graftwork.peft.stack import Stack
 
@@ -27,8 +25,8 @@ class SiteReport:
 
 
 def sites(stack: Stack) -> list[SiteReport]:
-    """Return every adapter site of the whole model (all pipeline stages), in stack order."""
-    local = [
+    """Return every adapter site of the whole model (all pipeline stages and experts), in stack order."""
+    found = [
         SiteReport(
             item.site.name,
             name,
@@ -38,7 +36,9 @@ def sites(stack: Stack) -> list[SiteReport]:
         for name, items in stack.grafted.items()
         for item in items
     ]
-    return [report for part in all_gather_objects(local, pp_group()) for report in part]
+    for group in (pp_group(), ep_group()):
+        found = [report for part in all_gather_objects(found, group) for report in part]
+    return list({(r.adapter, r.site): r for r in found}.values())
 
 
 def as_text(stack: Stack, total_parameters: int, limit: int = 12) -> str:
@@ -55,8 +55,3 @@ def as_text(stack: Stack, total_parameters: int, limit: int = 12) -> str:
     share = 100 * added / max(total_parameters, 1)
     lines.append(f"{len(rows)} sites, {added:,} adapter parameters, {share:.3f} % of the base's {total_parameters:,}")
     return "\n".join(lines)
-
-
-def trainable(chunks: list[nn.Module]) -> int:
-    """Return the number of trainable values on this rank."""
-    return sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)

@@ -12,7 +12,7 @@ from graftwork.peft.adapted import graft, parameter_device, ungraft
 from graftwork.peft.adapter import Adapter, Birth
 from graftwork.peft.host import Host
 from graftwork.peft.match import Site
-from graftwork.peft.merge import merge, unmerge
+from graftwork.peft.merge import Candidate, fold, install, original_weights, unmerge
 from graftwork.peft.transform import PEFT
 from graftwork.virtual_tokens import PromptLayout
 
@@ -24,11 +24,6 @@ class Grafted:
     site: Site
     adapter: Adapter
 
-    @property
-    def root(self) -> str:
-        """Global key prefix of the adapter's tensors below its name."""
-        return self.site.name
-
 
 class Stack:
     """All adapters of one model, by name, in the order in which they were added."""
@@ -38,81 +33,112 @@ class Stack:
         self.transforms: dict[str, PEFT] = {}
         self.grafted: dict[str, list[Grafted]] = {}
         self.layout = PromptLayout()
-        self.merged = False
-        self._frozen = False
+        self._merged: set[str] = set()
+        self._off = 0
+        self._base_flags: list[tuple[nn.Parameter, bool]] = []
 
     @property
     def host(self) -> Host:
         """The model as transforms see it, with the prompts attached so far."""
         return replace(self._host, prompts=self.layout)
 
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter of the model is merged into the base."""
+        return bool(self._merged)
+
     def add(self, transform: PEFT, trainable: bool = True) -> None:
         """Attach one transform: find its sites, freeze the base, graft its adapters (``trainable`` or frozen).
 
         Raises MatchError when the name is taken or a target matches nothing; on any rank's error no rank is changed.
         """
+        self._check_on()
         if transform.name in self.transforms:
             raise MatchError(
                 f"The model already has an adapter named {transform.name!r}; give this {type(transform).__name__} "
                 "another name or delete the other one first."
             )
-        before, error, built = self.layout, None, []
-        self.layout = self.layout.appended(transform.prompt_slots(self.layout.size))
+        layout = self.layout.appended(transform.prompt_slots(self.layout.size))
+        error: GraftworkError | None = None
+        built: list[Grafted] = []
         try:
-            built = self._build(transform)
+            built = _build(transform, replace(self._host, prompts=layout))
         except GraftworkError as refused:
             error = refused
-        try:
-            agree(error)
-        except GraftworkError:
-            self.layout = before
-            raise
+        agree(error)
+        self.layout = layout
         self._graft(transform, built, trainable)
 
     def remove(self, name: str) -> None:
-        """Take adapter ``name`` off the model; the base and other adapters are untouched."""
-        self._known(name)
+        """Take adapter ``name`` off the model; the base and other adapters keep every bit.
+
+        Removing the last adapter, if it trains, unfreezes the base as far as the first one froze it.
+        """
+        self.known([name])
+        self._check_on()
         if self.merged:
-            raise MatchError(f"Adapter {name!r} is merged into the base; unmerge before deleting it.")
-        for item in self.grafted.pop(name):
-            ungraft(self._host.chunks[item.site.chunk], item.site.path, name)
-        del self.transforms[name]
-        self.layout = PromptLayout(tuple(s for s in self.layout.slots if s.name != name))
+            raise MatchError(f"{self.transforms[name]} cannot be deleted while adapters are merged; unmerge first.")
+        trained = any(p.requires_grad for a in self.adapters(name) for p in a.parameters())
+        self._detach(name)
+        if not self.transforms:
+            for parameter, flag in self._base_flags if trained else []:
+                parameter.requires_grad_(flag)
+            self._base_flags = []
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Take every adapter added inside the block off again, and restore what trains, when the block raises."""
+        before, base_flags, done = set(self.transforms), self._base_flags, False
+        flags = [(p, p.requires_grad) for chunk in self._host.chunks for p in chunk.parameters()]
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                for name in set(self.transforms) - before:
+                    self._detach(name)
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+                self._base_flags = base_flags
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Switch every adapter off inside the block and restore each one's state on exit."""
-        was_merged, layout = self.merged, self.layout
-        states = [(a, a.enabled) for a in self.adapters()]
-        if was_merged:
-            self.unmerge()
-        self.layout = PromptLayout()
-        for adapter, _ in states:
-            adapter.enabled = False
-        try:
-            yield
-        finally:
-            self.layout = layout
-            for adapter, enabled in states:
-                adapter.enabled = enabled
-            if was_merged:
-                self.merge()
+        """Make the model its base inside the block, merged weights included; on exit every adapter is as it was."""
+        layout, states = self.layout, [(a, a.enabled) for a in self.adapters()]
+        with original_weights(self._host.chunks if not self._off else []):
+            self.layout, self._off = PromptLayout(), self._off + 1
+            for adapter, _ in states:
+                adapter.enabled = False
+            try:
+                yield
+            finally:
+                self.layout, self._off = layout, self._off - 1
+                for adapter, enabled in states:
+                    adapter.enabled = enabled
 
     def merge(self, names: Sequence[str] | None = None) -> None:
         """Fold adapters into the base weights (in fp32, then cast); ``names`` None means all.
 
-        Raises MatchError for a method that cannot be merged, before anything is changed.
+        Raises MatchError for a method that cannot be merged, or a weight that would not be finite, on every rank and
+        before anything is changed.
         """
-        chosen = list(self.transforms) if names is None else list(names)
-        for name in chosen:
-            self._known(name)
-        merge([(n, g.site, g.adapter) for n in chosen for g in self.grafted[n]], self._host.chunks)
-        self.merged = any(a.merged for a in self.adapters())
+        self._check_on()
+        chosen = self.known(names)
+        candidates = [Candidate(str(self.transforms[n]), g.site, g.adapter) for n in chosen for g in self.grafted[n]]
+        error, folded = None, []
+        try:
+            folded = fold(candidates, self._host.chunks)
+        except MatchError as refused:
+            error = refused
+        agree(error)
+        install(folded)
+        self._merged |= set(chosen)
 
     def unmerge(self) -> None:
         """Give every merged weight back bit for bit."""
+        self._check_on()
         unmerge(self._host.chunks)
-        self.merged = False
+        self._merged = set()
 
     def adapters(self, name: str | None = None) -> Iterator[Adapter]:
         """Yield the adapter modules on this rank, of one name or of all."""
@@ -120,32 +146,24 @@ class Stack:
             if name in (None, key):
                 yield from (item.adapter for item in items)
 
-    def named_tensors(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (global tensor name, parameter) of one adapter on this rank: ``<site>.<tensor>``."""
-        for item in self.grafted[name]:
-            for key, parameter in item.adapter.named_parameters():
-                yield f"{item.root}.{key}", parameter
-
     def train_only(self, names: Sequence[str]) -> None:
         """Make exactly the named adapters trainable and freeze the others."""
-        for name in names:
-            self._known(name)
+        chosen = self.known(names)
         for name in self.transforms:
-            self._set_trainable(name, name in names)
+            self._set_trainable(name, name in chosen)
 
-    def _build(self, transform: PEFT) -> list[Grafted]:
-        host = self.host
-        built = []
-        for site in transform.find(host):
-            birth = Birth(host.seed, transform.name, site.name, parameter_device(host.chunks[site.chunk]))
-            built.append(Grafted(site, transform.build(site, birth, host)))
-        return built
+    def known(self, names: Sequence[str] | None) -> list[str]:
+        """Return ``names`` without repetitions, all names for None; raises MatchError for one that is not attached."""
+        for name in names or ():
+            if name not in self.transforms:
+                raise MatchError(f"The model has no adapter {name!r}; {suggest(name, self.transforms)}")
+        return list(self.transforms if names is None else dict.fromkeys(names))
 
     def _graft(self, transform: PEFT, built: list[Grafted], trainable: bool) -> None:
-        if not self._frozen:
+        if not self.transforms:
+            self._base_flags = [(p, p.requires_grad) for chunk in self._host.chunks for p in chunk.parameters()]
             for chunk in self._host.chunks:
                 chunk.requires_grad_(False)
-            self._frozen = True
         for item in built:
             item.adapter.train(item.site.module.training)
             graft(self._host.chunks[item.site.chunk], item.site.path, transform.name, item.adapter)
@@ -153,10 +171,24 @@ class Stack:
         self.grafted[transform.name] = built
         self._set_trainable(transform.name, trainable)
 
+    def _detach(self, name: str) -> None:
+        for item in self.grafted.pop(name):
+            ungraft(self._host.chunks[item.site.chunk], item.site.path, name)
+        del self.transforms[name]
+        self.layout = PromptLayout(tuple(s for s in self.layout.slots if s.name != name))
+
     def _set_trainable(self, name: str, trainable: bool) -> None:
         for adapter in self.adapters(name):
             adapter.requires_grad_(trainable)
 
-    def _known(self, name: str) -> None:
-        if name not in self.transforms:
-            raise MatchError(f"The model has no adapter {name!r}; {suggest(name, self.transforms)}")
+    def _check_on(self) -> None:
+        if self._off:
+            raise MatchError("Adapters are switched off here; leave the adapters_disabled() block first.")
+
+
+def _build(transform: PEFT, host: Host) -> list[Grafted]:
+    built = []
+    for site in transform.find(host):
+        birth = Birth(host.seed, transform.name, site.name, parameter_device(host.chunks[site.chunk]))
+        built.append(Grafted(site, transform.build(site, birth, host)))
+    return built

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Optional
 
 import lightning.pytorch as pl
+from torch import nn
 
 from graftwork.errors import ConfigError, suggest
 from graftwork.peft.adapter import Adapter, Birth
@@ -23,8 +24,10 @@ class PEFT(pl.Callback):
     default_lr: ClassVar[float] = 1e-4
 
     def __init__(self, name: str, layers: Optional[list[int]] = None) -> None:
-        if not name or not name.replace("_", "").replace("-", "").isalnum():
+        if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
             raise ConfigError(f"An adapter's name may hold letters, digits, '-' and '_'; got {name!r}.")
+        if hasattr(nn.ModuleDict(), name):
+            raise ConfigError(f"An adapter cannot be named {name!r}, an attribute of torch's modules; choose another.")
         self.name = name
         self.layers = layers
 
@@ -65,14 +68,20 @@ class PEFT(pl.Callback):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.hyperparameters().items())})"
 
     def positive(self, field: str, value: Any) -> Any:
-        """Return ``value`` or raise ConfigError when it is not above zero."""
-        if not value > 0:
+        """Return ``value`` or raise ConfigError when it is not a number above zero."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ConfigError(f"{self}: {field} must be above 0, got {value!r}.")
+        return value
+
+    def count(self, field: str, value: Any) -> int:
+        """Return ``value`` or raise ConfigError when it is not a whole number above zero."""
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{self}: {field} must be a whole number above 0, got {value!r}.")
         return value
 
     def probability(self, field: str, value: float) -> float:
         """Return ``value`` or raise ConfigError when it is not in [0, 1)."""
-        if not 0.0 <= value < 1.0:
+        if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
             raise ConfigError(f"{self}: {field} must be in [0, 1), got {value!r}.")
         return value
 
