@@ -49,6 +49,8 @@ def gpt_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Tr
     if config.moe_grouped_gemm:
         raise ConfigError("moe_grouped_gemm=True is not supported: experts are separate modules (SequentialMLP).")
     engine = transformer_engine.usable()
+    if not engine:
+        transformer_engine.name_absentees()
     make = _engine_layer if engine else _local_layer
     dense, experts = make(config, None), make(config, config.num_moe_experts)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)

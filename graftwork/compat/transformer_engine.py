@@ -42,6 +42,13 @@ def usable() -> bool:
     return guard().usable
 
 
+def name_absentees() -> None:
+    """Bind the name that megatron-core 0.16 reads in every router, but binds only with transformer-engine."""
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+
+
 def _probe() -> Status:
     if not torch.cuda.is_available():
         return Status(False, "there is no CUDA device")

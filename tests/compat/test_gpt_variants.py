@@ -6,11 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.identity_op import IdentityOp
+from packaging.version import Version
 from torch import Tensor, nn
 
-from graftwork.compat import parallel
+from graftwork.compat import parallel, transformer_engine
 from graftwork.compat.specs import gpt_block_spec
 from graftwork.errors import ConfigError
 from tests.helpers import tiny_gpt
@@ -106,6 +110,20 @@ def test_expert_patterns_that_do_not_fit_are_refused() -> None:
     grouped.moe_grouped_gemm = True
     with pytest.raises(ConfigError, match="moe_grouped_gemm"):
         gpt_block_spec(grouped)
+
+
+def test_with_transformer_engine_the_layers_are_megatrons_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The specification only: transformer-engine's modules themselves need CUDA."""
+    monkeypatch.setattr(transformer_engine, "usable", lambda: True)
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", TESpecProvider, raising=False)
+    monkeypatch.setattr("megatron.core.utils.get_te_version", lambda: Version("2.8.0"))
+    provider = TESpecProvider()
+    dense, experts = gpt_block_spec(tiny_gpt.config(num_layers=2, moe_layer_freq=[0, 1], **MOE)).layer_specs
+    attention = dense.submodules.self_attention.submodules
+    assert attention.linear_qkv is provider.column_parallel_layer_norm_linear()
+    assert attention.core_attention is provider.core_attention()
+    assert dense.submodules.pre_mlp_layernorm is IdentityOp
+    assert experts.submodules.pre_mlp_layernorm is not IdentityOp
 
 
 def test_a_packed_row_equals_its_sequences_alone() -> None:
