@@ -23,7 +23,7 @@ def locked(path: Path) -> Iterator[None]:
     """Hold the lock of ``path``; other processes of this user wait, a killed holder frees it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path.with_name(f".{path.name}.lock"), "w")
+        handle = path.with_name(f".{path.name}.lock").open("w")
     except OSError as error:
         place = str(path.parent)
         raise CheckpointError(

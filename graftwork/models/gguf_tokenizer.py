@@ -6,7 +6,8 @@ from typing import Any
 
 from graftwork.errors import CheckpointError, suggest
 
-_LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+_LLAMA3_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTROL = 3
 """GGUF token type of special tokens."""
 
@@ -41,7 +42,7 @@ def _splitter(kind: str) -> Any:
 
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     digits = pre_tokenizers.Digits(individual_digits=True)
-    llama3 = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
+    llama3 = pre_tokenizers.Split(Regex(_LLAMA3_WORDS + _LLAMA3_REST), behavior="isolated")
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     kinds = {
         "default": plain,

@@ -56,7 +56,7 @@ def resolve(name_or_path: str | Path) -> Path:
     Raises CheckpointError that says what is missing and how to get it.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
-    if name in REGISTERED and not path.exists():
+    if name in REGISTERED and not (path / "config.json").is_file():
         return _registered(name)
     if path.suffix == ".gguf":
         return _converted_file(path)

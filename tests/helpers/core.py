@@ -12,19 +12,21 @@ from graftwork.models.hf import load_weights, read_config, shape_from_hf
 from graftwork.models.shapes import Shape
 
 
-def build(shape: Shape, dtype: torch.dtype = torch.float32, **config: Any) -> torch.nn.Module:
-    """Return this rank's stage of ``shape``, randomly initialised."""
+def build(shape: Shape, dtype: torch.dtype = torch.float32, vp: int | None = None, **config: Any) -> torch.nn.Module:
+    """Return this rank's stage of ``shape`` (its virtual stage ``vp``), randomly initialised."""
     parallel.ensure_initialized()
     sizes = {
         "tensor_model_parallel_size": parallel.tp_size(),
         "pipeline_model_parallel_size": parallel.pp_size(),
+        "virtual_pipeline_model_parallel_size": parallel.vp_size(),
         "params_dtype": dtype,
     }
     model = build_gpt(
         shape.transformer_config(**sizes, **config),
         **shape.gpt_arguments(parallel.tp_size()),
-        pre_process=parallel.is_first_stage(),
-        post_process=parallel.is_last_stage(),
+        pre_process=parallel.is_first_stage(vp),
+        post_process=parallel.is_last_stage(vp),
+        vp_stage=vp,
     )
     return model.to(dtype).eval()
 

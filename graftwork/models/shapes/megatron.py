@@ -32,7 +32,10 @@ def transformer_config(shape: "Shape", **parallel: Any) -> "TransformerConfig":
         if name not in valid:
             raise ConfigError(f"TransformerConfig has no field {name!r}; {suggest(name, valid)}")
     _check_parallel(shape, parallel)
-    return TransformerConfig(**{**_model_fields(shape), **_moe_fields(shape), **_run_fields(parallel), **parallel})
+    given = {**_model_fields(shape), **_moe_fields(shape), **_run_fields(parallel), **parallel}
+    if "cuda_graph_scope" in valid:
+        given.setdefault("cuda_graph_scope", [])  # its default in 0.16 is deprecated and warns
+    return TransformerConfig(**given)
 
 
 def _model_fields(shape: "Shape") -> dict[str, Any]:

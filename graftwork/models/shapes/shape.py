@@ -148,7 +148,8 @@ class Shape:
     def _check_sizes(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, Optional[int]) and value is not None and (type(value) is not int or value < 1):
+            absent = value is None and field.type == Optional[int]
+            if field.type in (int, Optional[int]) and not absent and (type(value) is not int or value < 1):
                 raise ConfigError(f"Shape.{field.name} is {value!r}; a whole number of at least 1 is valid.")
 
     @staticmethod

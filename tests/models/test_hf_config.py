@@ -1,0 +1,89 @@
+"""Reading config.json: both spellings of rotary settings, what is refused, and the way back."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from graftwork.errors import CheckpointError, ConfigError
+from graftwork.models import shapes
+from graftwork.models.hf import hf_config, read_config, shape_from_hf
+from tests.helpers.tiny_hf import FAMILIES, tiny_model
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
+    "max_position_embeddings": 128,
+    "hidden_act": "silu",
+}
+LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shape_survives_both_directions(family: str) -> None:
+    shape = shape_from_hf(tiny_model(family).config.to_dict())
+    assert shape_from_hf(hf_config(shape)) == shape
+
+
+@pytest.mark.parametrize("name", ["llama3_70b", "gpt3_175b", "nemotron4_340b", "smollm2_135m"])
+def test_published_shapes_survive(name: str) -> None:
+    shape = getattr(shapes, name)()
+    assert shape_from_hf(hf_config(shape)) == shape
+
+
+def test_older_and_newer_rotary_settings_are_the_same() -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, **LLAMA3_SCALING}
+    older = shape_from_hf({**LLAMA, "rope_theta": 5e5, "rope_scaling": scaling})
+    newer = shape_from_hf({**LLAMA, "rope_parameters": {"rope_theta": 5e5, **scaling}})
+    assert older == newer
+    assert (older.rotary_base, older.rope_scaling_factor) == (5e5, 8.0)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "lama"}, "model_type 'lama' is not supported; did you mean 'llama'"),
+        ({"model_type": "t5"}, "model_type 't5' is not supported; valid: gpt2, llama, mistral, nemotron, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' of config.json is not supported; valid: 'silu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling has low_freq_factor=None; only 1.0"),
+        ({"attention_bias": True}, "attention_bias and mlp_bias differ"),
+        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window=64 is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window=True of config.json is not supported; valid: False"),
+        ({"num_attention_heads": 5}, "config.json describes no valid model: Shape.num_attention_heads=5 must divide"),
+        ({"hidden_size": None}, "config.json describes no valid model"),
+    ],
+)
+def test_unsupported_configs_are_one_sentence(changes: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        shape_from_hf({**LLAMA, **changes})
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_field() -> None:
+    config = {name: value for name, value in LLAMA.items() if name != "hidden_size"}
+    with pytest.raises(CheckpointError, match="config.json of this llama model has no field 'hidden_size'"):
+        shape_from_hf(config)
+
+
+def test_shape_that_no_hugging_face_model_has() -> None:
+    with pytest.raises(ConfigError, match="no Hugging Face llama model has normalization='LayerNorm'"):
+        hf_config(shapes.llama2_7b(normalization="LayerNorm"))
+    assert hf_config(shapes.llama2_7b(hidden_dropout=0.1))["model_type"] == "llama"
+
+
+def test_bad_directories(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"has no config.json: a Hugging Face checkpoint directory is expected"):
+        read_config(tmp_path)
+    for text, message in [("{", "is not valid JSON"), ("[]", "is not a JSON object")]:
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert read_config(tmp_path) == LLAMA
