@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -43,16 +44,23 @@ def cached_table(
     from datasets import Dataset
 
     target = root / key
+    with _locked(root, key):
+        if not target.exists():
+            _write(target, schema, produce)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{key}.lock"):
-            if not target.exists():
-                _write(target, schema, produce)
         return Dataset.from_file(str(target / "rows.arrow")), json.loads((target / "report.json").read_text())
-    except PermissionError as error:
-        raise DataError(f"the token cache {str(root)!r} cannot be written; set cache_dir to another place.") from error
     except (pyarrow.ArrowInvalid, FileNotFoundError, json.JSONDecodeError) as error:
         raise DataError(f"the token cache entry {str(target)!r} is damaged ({error}); delete it.") from error
+
+
+def _locked(root: Path, key: str) -> AbstractContextManager:
+    """Hold the key's lock until the caller leaves its ``with``."""
+    lock = FileLock(root / f"{key}.lock")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return lock.acquire()
+    except OSError as error:
+        raise DataError(f"the token cache {str(root)!r} cannot be written; set cache_dir to another place.") from error
 
 
 def _write(target: Path, schema: pyarrow.Schema, produce: Callable[[Report], Batches]) -> None:

@@ -3,6 +3,7 @@
 They are no torch ``DataLoader``: Lightning then neither replaces the sampler nor shards a second time.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -40,10 +41,11 @@ class StepBuilder:
         return len(self.rows) if self.bins is None else len(self.bins)
 
     def __call__(self, chosen: list[int]) -> Batch:
-        mine = chosen[self.place.rank :: self.place.world_size]
-        return self.collate([[self.rows[i] for i in self._samples(row)] for row in mine], self._length(chosen))
+        mine = [self._members(row) for row in chosen[self.place.rank :: self.place.world_size]]
+        samples = iter(self.rows.samples([i for members in mine for i in members]))
+        return self.collate([list(itertools.islice(samples, len(m))) for m in mine], self._length(chosen))
 
-    def _samples(self, row: int) -> list[int]:
+    def _members(self, row: int) -> list[int]:
         if row == FILL:
             return []
         return [row] if self.bins is None else self.bins[row]

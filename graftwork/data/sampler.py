@@ -41,11 +41,11 @@ class RowStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken; raises DataError when it was taken on other data or another seed."""
-        for name in ("size", "seed"):
-            if state[name] != getattr(self, name):
-                said = {"size": "training rows (packed rows when packing)", "seed": "as data seed"}[name]
+        names = {"size": "number of training rows (packed ones when packing)", "seed": "data seed"}
+        for key, name in names.items():
+            if state[key] != getattr(self, key):
                 raise DataError(
-                    f"the training state was saved with {state[name]} {said}, now there are {getattr(self, name)}; "
+                    f"the {name} was {state[key]} when the training state was saved, now it is {getattr(self, key)}; "
                     "resume with the same data settings, or start anew."
                 )
         self.consumed_samples = int(state["consumed_samples"])

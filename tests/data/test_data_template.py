@@ -1,0 +1,94 @@
+"""Templates: fields, literal braces, and virtual tokens that each stand exactly once."""
+
+import pytest
+
+from graftwork.data.schema import Place, Prompt
+from graftwork.data.template import Piece, PromptTemplate, check_templates
+from graftwork.errors import ConfigError, DataError
+from graftwork.virtual_tokens import VIRTUAL_BASE, PromptLayout, PromptSlot
+
+HERE = Place("f.jsonl", "line", 1)
+ROW = Prompt.model_validate({"input": "a {virtual:3} {x}", "context": "c", "score": 2, "tags": ["t"]})
+
+
+def layout(*slots: tuple[str, int, str | None]) -> PromptLayout:
+    offset, made = 0, []
+    for name, length, task in slots:
+        made.append(PromptSlot(name, offset, length, "template", task))
+        offset += length
+    return PromptLayout(tuple(made))
+
+
+def ids(start: int, stop: int) -> tuple[int, ...]:
+    return tuple(range(VIRTUAL_BASE + start, VIRTUAL_BASE + stop))
+
+
+def pieces(prompt: str, slots: PromptLayout | None = None, row: Prompt = ROW) -> list[Piece]:
+    return PromptTemplate(prompt, " {output}", slots or PromptLayout()).prompt_pieces(row, HERE)
+
+
+def test_text_and_fields_are_one_text_and_the_data_are_no_template():
+    assert pieces("{{{context}}} {input}: {score}") == [Piece("{c} a {virtual:3} {x}: 2")]
+
+
+def test_markers_take_virtual_tokens_in_turn():
+    found = pieces("{virtual:2}{context} {virtual:3}!", layout(("p", 5, None)))
+    assert found == [Piece(ids=ids(0, 2)), Piece("c "), Piece(ids=ids(2, 5)), Piece("!")]
+
+
+def test_markers_take_adapters_by_name():
+    found = pieces("{virtual:b}{context}{virtual:2}", layout(("a", 2, None), ("b", 3, None)))
+    assert found == [Piece(ids=ids(2, 5)), Piece("c"), Piece(ids=ids(0, 2))]
+
+
+def test_each_task_has_its_own_length():
+    template = PromptTemplate("{virtual:p}{context}", "{output}", layout(("p", 2, "squad"), ("p", 3, "mood")))
+    assert template.markers("squad") == [ids(0, 2)]
+    assert template.markers("mood") == [ids(2, 5)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "slots", "said"),
+    [
+        ("{virtual:4}{input}", layout(("p", 5, None)), "places 4 virtual tokens by count.*have 5"),
+        ("{virtual:6}{input}", layout(("p", 5, None)), "places 6 .*have 5"),
+        ("{input}", layout(("p", 5, None)), "places 0 .*have 5"),
+        ("{virtual:5}{input}", PromptLayout(), "places 5 .*have 0"),
+        ("{virtual:q}{input}", layout(("pq", 5, None)), "no prompt adapter 'q'.*did you mean 'pq'"),
+    ],
+)
+def test_virtual_tokens_must_match_the_adapters(prompt, slots, said):
+    with pytest.raises(ConfigError, match=said):
+        pieces(prompt, slots)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("Review {input", "literal braces"),
+        ("a } {input}", "literal braces"),
+        ("{}", "not a placeholder"),
+        ("{input!r}", "{input!r} is not a placeholder"),
+        ("{input:>9}", "{input:>9} is not a placeholder"),
+        ("{input.real}", "not a placeholder"),
+        ("{virtual}{input}", "{virtual} is not a placeholder"),
+        ("no field", "must name a field"),
+        ("{input} {output}", "never {output}"),
+    ],
+)
+def test_malformed_templates(prompt, said):
+    with pytest.raises(ConfigError, match=said.replace("{", r"\{").replace("}", r"\}")):
+        check_templates(prompt, " {output}")
+
+
+@pytest.mark.parametrize("answer", ["", "{input}", "{output}{output}", "{virtual:3}{output}"])
+def test_malformed_answers(answer):
+    with pytest.raises(ConfigError, match="must hold {output} once"):
+        check_templates("{input}", answer)
+
+
+def test_fields_must_be_there_and_be_text():
+    with pytest.raises(DataError, match=r"f.jsonl, line 1: field 'contxt' .* did you mean 'context'"):
+        pieces("{contxt}")
+    with pytest.raises(DataError, match="field 'tags' must be text"):
+        pieces("{tags}")
