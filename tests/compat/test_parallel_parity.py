@@ -1,5 +1,6 @@
 """Loss and gradients under every parallel layout equal one process, through megatron-core's own schedules."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -145,3 +146,14 @@ def test_gradients_equal_one_process(name: str) -> None:
     seen = [total for total, found in results if total]
     if model == world and "context" not in case["sizes"]:
         assert all(total == pytest.approx(loss, rel=1e-6) for total in seen)
+
+
+def test_the_comparison_sees_one_changed_token() -> None:
+    _, expected = reference({})
+    changed = _microbatches(packed=False)
+    changed[0][0][0, 3] += 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "_microbatches", lambda packed: changed)
+        _, found = gradients(0, 1, {})
+    parallel.destroy()
+    assert worst_difference(found, expected) > 1e-3
