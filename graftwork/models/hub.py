@@ -105,24 +105,24 @@ def _check_sha256(file: Path, expected: str) -> None:
 
 def _from_hub(name: str) -> Path:
     """Return the hub's snapshot of ``name`` from its local cache, else download it."""
-    command = f"hf download {name}"
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise CheckpointError(f"{name!r} is no local directory, and huggingface_hub is not installed.") from error
-    try:
-        cached = Path(snapshot_download(name, local_files_only=True, allow_patterns=HUB_FILES))
-        if (cached / "config.json").is_file():
-            return cached
-    except LocalEntryNotFoundError:
-        pass  # not cached: download it
-    except HFValidationError as error:
-        raise CheckpointError(f"{name!r} is neither a local directory nor a valid hub id (owner/model).") from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{name!r} is no local directory, is not in the hub's local cache and cannot be downloaded from here; "
-            f"where there is network, run: {command}"
-        ) from error
+    problem: Exception | None = None
+    for local_only in (True, False):
+        try:
+            snapshot = Path(snapshot_download(name, local_files_only=local_only, allow_patterns=HUB_FILES))
+        except HFValidationError as error:
+            raise CheckpointError(f"{name!r} is neither a local directory nor a valid hub id (owner/model).") from error
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            problem = error  # not in the cache: download; not to be downloaded: say so below
+            continue
+        # An interrupted download leaves a snapshot with only its small files.
+        if (snapshot / "config.json").is_file() and any(snapshot.glob("*.safetensors")):
+            return snapshot
+    raise CheckpointError(
+        f"{name!r} is no local directory, and no complete checkpoint of that name is in the hub's local cache or can "
+        f"be downloaded from here; where there is network, run: hf download {name}"
+    ) from problem

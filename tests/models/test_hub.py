@@ -144,6 +144,10 @@ def test_hub_id_from_the_local_cache(offline_hub: Path) -> None:
     refs.mkdir()
     (refs / "main").write_text("a" * 40)
     assert resolve("owner/tiny") == snapshot
+    # A snapshot that only ever got its small files is not a checkpoint.
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="run: hf download owner/tiny"):
+        resolve("owner/tiny")
 
 
 def test_hub_id_that_cannot_be_had_says_the_command(offline_hub: Path) -> None:
