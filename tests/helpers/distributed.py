@@ -14,6 +14,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+# The fork server imports these once and every rank is a cheap fork of it; none of them may start a thread.
+PRELOADED = ["graftwork.compat.gpt", "graftwork.compat.parallel", "lightning.pytorch", "graftwork.models"]
 
 
 class RankFailed(AssertionError):
@@ -26,8 +28,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     ``fn`` is a top-level function that finds ``torch.distributed`` initialised; arguments and results are pickled.
     The first rank that raises ends the run with its traceback; after ``timeout`` seconds the ranks are killed.
     """
-    context = get_context("forkserver")  # the server imports megatron-core once; every rank is then a cheap fork of it
-    context.set_forkserver_preload(["graftwork.compat", "graftwork.compat.gpt", "graftwork.compat.parallel"])
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as directory, _environment():
         store = str(Path(directory) / "store")
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
