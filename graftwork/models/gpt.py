@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from graftwork.compat import parallel
 from graftwork.compat.gpt import build_gpt
 from graftwork.errors import ConfigError, ParallelismError, TrainingError, suggest
-from graftwork.models.adaptable import Adaptable
 from graftwork.models.batch import RightPadded, context_slice, flatten_packed
+from graftwork.models.generating import Generating
 from graftwork.models.hf import export_weights, fingerprint, load_weights
 from graftwork.models.hub import resolve
 from graftwork.models.logits import all_logits
@@ -30,7 +30,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
-class GPT(Adaptable):
+class GPT(Generating):
     """A GPT-style model (GPT-2/3, LLaMA, Nemotron, SmolLM2, ...) over megatron-core's GPTModel.
 
     Args:
@@ -97,6 +97,7 @@ class GPT(Adaptable):
     def configure_model(self) -> None:
         """Build the module, stream in the base weights, carry out queued adapter requests; idempotent."""
         if self.module is not None:
+            self._carry_out_queue()  # what an earlier call could not do
             return
         parallel.ensure_initialized(self.seed)
         config = self.shape.transformer_config(**self._parallel_fields())
@@ -125,7 +126,7 @@ class GPT(Adaptable):
         )
 
     def _parallel_fields(self) -> dict[str, Any]:
-        strategy = getattr(self._trainer, "strategy", None)
+        layout = getattr(getattr(self._trainer, "strategy", None), "layout", None)
         dtype = resolve_dtype(self.dtype_name, self.checkpoint_dir)
         return {
             "tensor_model_parallel_size": parallel.tp_size(),
@@ -133,9 +134,9 @@ class GPT(Adaptable):
             "virtual_pipeline_model_parallel_size": parallel.vp_size(),
             "context_parallel_size": parallel.cp_size(),
             "expert_model_parallel_size": parallel.ep_size(),
-            "sequence_parallel": bool(getattr(strategy, "sequence_parallel", False)) and parallel.tp_size() > 1,
             "params_dtype": dtype,
             "pipeline_dtype": dtype,
+            **(layout.transformer_fields() if layout else {}),
             **(RECOMPUTE[self.recompute] if self.recompute else {}),
         }
 

@@ -1,0 +1,41 @@
+"""Generation as methods of a model: ``model.generate`` and what ``trainer.predict`` calls."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from graftwork.compat import parallel
+from graftwork.errors import ParallelismError
+from graftwork.models import decoding
+from graftwork.models.adaptable import Adaptable
+
+
+class Generating(Adaptable):
+    """A model that answers prompts; ``generation`` holds the options of ``generate`` that ``trainer.predict`` uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generation: dict[str, Any] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the tokenizer that reads prompts and writes answers."""
+        raise TypeError(f"{type(self).__name__} must have a tokenizer.")
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **options: Any) -> list[list[int]]:
+        """Return the tokens that follow each prompt of ids; options as in ``graftwork.models.decoding.generate``."""
+        return decoding.generate(self, prompts, max_new_tokens, **options)  # type: ignore[arg-type]
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> list[dict[str, Any]]:
+        """Answer a predict batch: per prompt ``input``, ``output`` and, where it is known, ``expected``."""
+        if parallel.ep_size() > 1 and parallel.dp_size() > 1:
+            raise ParallelismError(
+                "prediction gives every data-parallel rank its own prompts, but experts are spread over those ranks; "
+                "predict with expert_model_parallel_size=1."
+            )
+        answers = self.generate(batch["prompts"], **self.generation)
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        known = batch.get("outputs") or [None] * len(texts)
+        return [
+            {"input": asked, "output": text.strip(), **({} if right is None else {"expected": right})}
+            for asked, text, right in zip(batch["inputs"], texts, known)
+        ]
