@@ -30,8 +30,10 @@ Row = dict[str, str]
 
 
 def cache() -> Path:
-    """Return graftwork's cache: $GRAFTWORK_CACHE, else ~/.cache/graftwork."""
-    return Path(os.environ.get("GRAFTWORK_CACHE") or Path.home() / ".cache" / "graftwork")
+    """Return graftwork's cache, as graftwork.models does (importing that takes seconds)."""
+    if chosen := os.environ.get("GRAFTWORK_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graftwork"
 
 
 def prepare(directory: Path | None = None, sdist: Path | None = None) -> Path:

@@ -13,7 +13,7 @@ import typer
 from graftwork.cli.overrides import PARSE_ERRORS, explain_executor, explain_overrides, stack_as_list
 from graftwork.errors import ConfigError, GraftworkError, LaunchError, TrainingError
 from graftwork.executors import launch, local
-from graftwork.recipes.show import show
+from graftwork.recipes.show import show, with_text
 
 BAD_INPUT, FAILED_RUN = 2, 1
 
@@ -45,7 +45,7 @@ class GraftContext(run.cli.RunContext):
         self.confirm(task)
         executor = self.executor or executor_for(task)
         if self.direct or executor is None:
-            fdl.build(task)()
+            fdl.build(with_text(task))()
         else:
             launch(task, executor, name=self.name, wait=not self.detach, plugins=self.plugins)
 

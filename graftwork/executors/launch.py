@@ -9,6 +9,7 @@ import nemo_run as run
 
 from graftwork import errors
 from graftwork.errors import ConfigError, GraftworkError, LaunchError
+from graftwork.recipes.show import with_text
 
 TAIL_LINES = 15
 _GOOD = ("SUCCEEDED",)
@@ -38,7 +39,7 @@ def launch(
         enable_goodbye_message=False,
         skip_status_at_exit=True,
     ) as experiment:
-        experiment.add(recipe, name=task, tail_logs=tail, plugins=plugins or None)
+        experiment.add(with_text(recipe), name=task, tail_logs=tail, plugins=plugins or None)
         try:
             experiment.run(detach=not wait, tail_logs=tail)
         except OSError as error:

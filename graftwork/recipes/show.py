@@ -1,5 +1,6 @@
 """A recipe as canonical text: one line per field, callables and defaults included, each line a command-line path."""
 
+import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import fiddle as fdl
 
 Lines = dict[str, str]
+
+SELF = "recipe_text"
+"""The field that holds this very text; it is left out of it."""
 
 
 def show(recipe: fdl.Buildable) -> str:
@@ -22,6 +26,15 @@ def diff(before: fdl.Buildable, after: fdl.Buildable) -> str:
         if old.get(path) != new.get(path):
             changes += [f"{sign} {path} = {side[path]}" for sign, side in (("-", old), ("+", new)) if path in side]
     return "\n".join(changes)
+
+
+def with_text(recipe: fdl.Buildable) -> fdl.Buildable:
+    """Return a copy that carries its own text to the run, if its verb remembers one and none is set."""
+    if SELF not in inspect.signature(recipe.__fn_or_cls__).parameters or getattr(recipe, SELF, None) is not None:
+        return recipe
+    carrying = copy.deepcopy(recipe)
+    setattr(carrying, SELF, show(recipe))
+    return carrying
 
 
 def lines(recipe: fdl.Buildable) -> Lines:
@@ -51,7 +64,7 @@ def fields(config: fdl.Buildable) -> list[tuple[str, Any]]:
     declared = inspect.signature(config.__fn_or_cls__).parameters
     defaults = {n: p.default for n, p in declared.items() if ours and p.default is not p.empty}
     order = [n for n in declared if n in given or n in defaults] + [n for n in given if n not in declared]
-    return [(str(n), given.get(n, defaults.get(n))) for n in order]
+    return [(str(n), given.get(n, defaults.get(n))) for n in order if n != SELF]
 
 
 def callable_name(target: Any) -> str:

@@ -13,7 +13,7 @@ from graftwork.errors import ConfigError
 from graftwork.models import GPT
 from graftwork.peft import LoRA, PTuning
 from graftwork.recipes import RECIPES, diff, show
-from graftwork.recipes.show import lines
+from graftwork.recipes.show import lines, with_text
 from graftwork.training.layout import Layout
 from tests.helpers.golden import DIRECTORY, golden, text
 
@@ -155,3 +155,11 @@ def test_show_names_callables_and_defaults_and_diff_only_changes() -> None:
         "+ peft[0].dim = 8",
     ]
     assert diff(before, recipe("smollm2_135m")) == ""
+
+
+def test_a_launched_recipe_carries_its_own_text_once() -> None:
+    config = recipe("smollm2_135m")
+    carrying = with_text(config)
+    assert carrying.recipe_text == show(config) == show(carrying) and diff(config, carrying) == ""
+    assert config == recipe("smollm2_135m") and with_text(carrying) is carrying
+    assert with_text(run.Partial(text, name="x")) == run.Partial(text, name="x")
