@@ -35,5 +35,6 @@ def megatron_trainer(
         log_every_n_steps=1,
         gradient_clip_val=1.0,
         use_distributed_sampler=False,
+        enable_model_summary=False,
         default_root_dir=f"{dir}/{name}",
     )
