@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from graftwork.peft.adapter import Adapter
@@ -69,13 +70,14 @@ class AdaptedModule(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.base._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.base._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # the base would call the adapters' keys unexpected
+        own = {k: v for k, v in state_dict.items() if not k.startswith(f"{prefix}adapters.")}
+        self.base._load_from_state_dict(own, prefix, *args)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Return the base's sharded state under its own keys, plus every adapter's."""
-        base: Any = self.base
-        state = dict(base.sharded_state_dict(prefix, sharded_offsets, metadata))
+        state = dict(sharded_state_dict_default(self.base, prefix, sharded_offsets, metadata))
         for name, adapter in self.adapters.items():
             assert isinstance(adapter, Adapter)
             state.update(adapter.sharded_state_dict(f"{prefix}adapters.{name}.", sharded_offsets, metadata))

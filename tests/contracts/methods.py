@@ -1,0 +1,139 @@
+"""Every method and stack, every model family: what the contract tests are parametrized over.
+
+A new method is one line in STACKS.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graftwork.models import GPT
+from graftwork.models.shapes import Shape
+from graftwork.peft import IA3, PEFT, CanonicalAdapter, LoRA, PTuning
+
+
+def _prompt() -> PTuning:
+    return PTuning(virtual_tokens=3, embedding_dim=12, bottleneck_dim=10, init_std=0.3)
+
+
+STACKS: dict[str, Callable[[], list[PEFT]]] = {
+    "lora": lambda: [LoRA(dim=4)],
+    "canonical": lambda: [CanonicalAdapter(dim=6)],
+    "ia3": lambda: [IA3()],
+    "ptuning": lambda: [_prompt()],
+    "lora+ia3": lambda: [LoRA(dim=4), IA3()],
+    "ia3+lora": lambda: [IA3(), LoRA(dim=4)],
+    "lora+canonical": lambda: [LoRA(dim=4), CanonicalAdapter(dim=6)],
+    "ptuning+canonical": lambda: [_prompt(), CanonicalAdapter(dim=6)],
+    "all": lambda: [LoRA(dim=4), IA3(), CanonicalAdapter(dim=6), _prompt()],
+}
+
+VOCABULARY = 61
+"""Odd, so that padding at TP2 is not a no-op."""
+_SIZES: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+}
+_LAYER_NORM: dict[str, Any] = {"num_query_groups": 4, "normalization": "LayerNorm", "add_bias_linear": True}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama_tied": {"tie_embeddings": True},
+    "gpt2": {
+        **_LAYER_NORM,
+        "family": "gpt2",
+        "activation": "gelu_tanh",
+        "position_embedding": "learned",
+        "tie_embeddings": True,
+    },
+    "qk_norm": {"qk_layernorm": True, "kv_channels": 16},
+    "nemotron": {
+        "family": "nemotron",
+        "normalization": "LayerNorm",
+        "layernorm_zero_centered_gamma": True,
+        "activation": "squared_relu",
+        "rotary_percent": 0.5,
+    },
+}
+
+every_stack = pytest.mark.parametrize("stack", STACKS)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def shape(family: str = "llama", **sizes: Any) -> Shape:
+    """Return the tiny shape of a family."""
+    return Shape(**{**_SIZES, **FAMILIES[family], **sizes})
+
+
+def make(family: str = "llama", sizes: dict[str, Any] | None = None, **options: Any) -> GPT:
+    """Build a random model whose norms and biases are not at ones and zeros, so that none of them can hide."""
+    model = GPT(shape(family, **(sizes or {})), **{"dtype": "fp32", **options})
+    model.configure_model()
+    roughen(model)
+    return model
+
+
+def roughen(model: nn.Module) -> None:
+    """Move every base parameter by noise drawn from its name."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def shake(model: GPT, scale: float = 0.3, only: str | None = None) -> None:
+    """Move every adapter value by noise, so that each adapter changes the output."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for adapter in model.stack.adapters(only):
+            for parameter in adapter.parameters():
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def tokens(rows: int = 2, length: int = 9, seed: int = 3) -> Tensor:
+    """Return ids [rows, length] of the real vocabulary."""
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def prompted(model: GPT, ids: Tensor) -> Tensor:
+    """Return ids with the virtual tokens of every attached prompt in front."""
+    prompt = [i for slot in model.prompt_layout.slots for i in slot.ids]
+    return torch.cat([torch.tensor(prompt, dtype=torch.long).expand(len(ids), -1), ids], dim=1)
+
+
+def batch(model: GPT, seed: int = 3) -> dict[str, Any]:
+    """Return a training batch whose answers are the last six positions, prompts in front."""
+    ids = prompted(model, tokens(seed=seed))
+    labels = ids.roll(-1, 1).masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 6, -100)
+    labels[:, -1] = 5
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return {"tokens": ids, "labels": labels, "position_ids": positions, "packed": False, "micro_batch_size": 2}
+
+
+def loss(model: GPT, seed: int = 3) -> Tensor:
+    """Return the mean answer loss of one batch."""
+    output, loss_func = model.forward_step(iter([batch(model, seed)]), model.chunks[0])
+    total, count, _ = loss_func(output)
+    return total / count
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that adapters own."""
+    yield from ((n, p) for n, p in model.named_parameters() if ".adapters." in n)
+
+
+def base_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the base's parameters by name."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".adapters." not in n}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Tell whether two sets of tensors are bit-equal, names and order included."""
+    return list(first) == list(second) and all(torch.equal(a, b) for a, b in zip(first.values(), second.values()))

@@ -1,0 +1,199 @@
+"""LoRA's options: which sites, which ranks and scales, dropout, learning rates, embedding and output layer."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graftwork.models import GPT
+from graftwork.optim import AdamW
+from graftwork.peft import PEFT, CanonicalAdapter, LoRA
+from graftwork.peft.adapter import INITIALIZERS
+from tests.contracts.methods import every_family, loss, make, shake, tokens
+
+
+def sites(model: GPT, name: str = "lora") -> dict[str, Any]:
+    """Return the adapters of a transform by their global site names."""
+    return {g.site.name: g.adapter for g in model.stack.grafted[name]}
+
+
+def lora(sizes: dict[str, Any] | None = None, **options: Any) -> GPT:
+    model = make(sizes=sizes)
+    model.add_adapter(LoRA(**{"dim": 4, **options}))
+    return model
+
+
+@pytest.mark.parametrize(("layers", "count"), [([0], 4), ([1], 4), ([0, 1], 8), (None, 8)])
+def test_layers(layers: list[int] | None, count: int) -> None:
+    model = lora(layers=layers)
+    found = sites(model)
+    assert len(found) == count
+    assert {int(n.split(".")[2]) for n in found} == set(layers or [0, 1])
+
+
+def test_layer_1_is_not_layer_10() -> None:
+    model = lora(sizes={"num_layers": 12}, target_modules=["layers.1.mlp.linear_fc1"])
+    assert list(sites(model)) == ["decoder.layers.1.mlp.linear_fc1"]
+    model.add_adapter(LoRA("wild", dim=2, target_modules=["*.layers.1.*"]))
+    assert {n.split(".")[2] for n in sites(model, "wild")} == {"1"}
+    model.add_adapter(CanonicalAdapter(dim=2, layers=[1]))
+    assert {n.split(".")[2] for n in sites(model, "canonical_adapter")} == {"1"}
+
+
+def test_rank_and_alpha_patterns_take_the_first_match() -> None:
+    model = lora(
+        alpha=8,
+        rank_pattern={"layers.0.mlp.linear_fc1": 2, "linear_fc1": 6},
+        alpha_pattern={"mlp.linear_fc1": 3, "linear_proj": 1},
+    )
+    found = {n.removeprefix("decoder.layers."): (a.low_rank.dim, a.low_rank.scale) for n, a in sites(model).items()}
+    assert found["0.mlp.linear_fc1"] == (2, 3 / 2)
+    assert found["1.mlp.linear_fc1"] == (6, 3 / 6)
+    assert found["1.self_attention.linear_proj"] == (4, 1 / 4)
+    assert found["1.mlp.linear_fc2"] == (4, 8 / 4)
+    assert sites(model)["decoder.layers.1.mlp.linear_fc1"].lora_A.shape == (6, 32)
+
+
+def test_rslora_scales_by_the_root_of_the_rank() -> None:
+    model = lora(alpha=8, use_rslora=True, rank_pattern={"linear_fc2": 16})
+    for name, adapter in sites(model).items():
+        assert adapter.low_rank.scale == (8 / 4 if "fc2" in name else 8 / 2)
+    shake(model)
+    layer = model.module.decoder.layers[0].mlp.linear_fc2
+    x = torch.randn(3, 1, 48)
+    adapter = layer.adapters["lora"]
+    wanted = F.linear(x, layer.weight) + 2 * x @ adapter.lora_A.T @ adapter.lora_B.T
+    assert torch.allclose(layer(x)[0], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [m for m in INITIALIZERS if m != "zero"])
+def test_initial_values_have_the_documented_spread(method: str) -> None:
+    model = lora(sizes={"hidden_size": 256, "ffn_hidden_size": 384}, dim=64, lora_A_init_method=method)
+    a = sites(model)["decoder.layers.0.mlp.linear_fc1"].lora_A
+    std = {"xavier": (2 / 320) ** 0.5, "xavier_normal": (2 / 320) ** 0.5, "kaiming": (3 * 256) ** -0.5, "normal": 0.02}
+    assert a.shape == (64, 256) and float(a.detach().std()) == pytest.approx(std[method], rel=0.03)
+
+
+def test_initial_values_depend_on_seed_name_and_site_only() -> None:
+    first, again = lora(), lora(layers=[1])
+    there = "decoder.layers.1.mlp.linear_fc1"
+    assert torch.equal(sites(first)[there].lora_A, sites(again)[there].lora_A)
+    other_site = sites(first)["decoder.layers.0.mlp.linear_fc1"].lora_A
+    other_name = lora(name="second")
+    other_seed = make(seed=5)
+    other_seed.add_adapter(LoRA(dim=4))
+    for other in (other_site, sites(other_name, "second")[there].lora_A, sites(other_seed)[there].lora_A):
+        assert not torch.equal(sites(first)[there].lora_A, other)
+
+
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_dropout_acts_in_training_only(position: str) -> None:
+    model, still = lora(dropout=0.5, dropout_position=position), lora()
+    shake(model)
+    still.load_state_dict(model.state_dict())
+    model.eval(), still.eval()
+    assert torch.equal(model(tokens()), still(tokens()))
+    model.train()
+    assert not torch.equal(model(tokens()), model(tokens()))
+    torch.manual_seed(0)
+    first = model(tokens())
+    torch.manual_seed(0)
+    assert torch.equal(model(tokens()), first)
+
+
+def test_dropout_stands_before_a_or_after_b() -> None:
+    x = torch.randn(4, 1, 48)
+    for position in ("pre", "post"):
+        model = lora(dropout=0.5, dropout_position=position, target_modules=["linear_fc2"])
+        shake(model)
+        model.train()
+        linear = model.module.decoder.layers[0].mlp.linear_fc2
+        a = linear.adapters["lora"]
+        torch.manual_seed(1)
+        found = linear(x)[0] - linear.base(x)[0]
+        torch.manual_seed(1)
+        if position == "pre":
+            wanted = 8 * F.dropout(x, 0.5) @ a.lora_A.T @ a.lora_B.T
+        else:
+            wanted = F.dropout(8 * x @ a.lora_A.T @ a.lora_B.T, 0.5)
+        assert torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_lora_plus_gives_b_its_own_learning_rate() -> None:
+    model = lora(lr_ratio_B=16.0)
+    model.add_adapter(CanonicalAdapter(dim=4))
+    groups = AdamW().parameter_groups(model)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            wanted = CanonicalAdapter.default_lr if "canonical" in name else LoRA.default_lr
+            assert rates[id(parameter)] == pytest.approx(wanted * (16 if name.endswith("lora_B") else 1)), name
+    assert {id(p) for g in AdamW(lr=1.0).parameter_groups(model) for p in g["params"]} == set(rates)
+    chosen = {g["lr"] for g in AdamW(lr=0.5).parameter_groups(model)}
+    assert chosen == {0.5, 8.0}
+
+
+@every_family
+@pytest.mark.parametrize("target", ["word_embeddings", "output_layer"])
+def test_embedding_and_output_layer(family: str, target: str) -> None:
+    """Equal to a change of the dense matrix, which is another one for each end also when the base ties them."""
+    model = make(family)
+    with torch.no_grad():
+        base = model(tokens())
+    model.add_adapter(LoRA(dim=4, target_modules=[target]))
+    with torch.no_grad():
+        assert torch.equal(model(tokens()), base)
+        shake(model)
+        found = model(tokens())
+        assert torch.allclose(found, by_dense_matrix(model, target), rtol=1e-4, atol=2e-5)
+    assert (found - base).abs().max() > 1e-2
+    loss(model).backward()
+    for adapter in model.stack.adapters():
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.parameters())
+
+
+def by_dense_matrix(model: GPT, target: str) -> Tensor:
+    """Return logits with the update added to one dense matrix by hooks, without any adapter."""
+    (adapter,) = model.stack.adapters("lora")
+    a, b = adapter.lora_A, adapter.lora_B
+    with model.adapters_disabled():
+        if target == "word_embeddings":
+            module = model.module.embedding.word_embeddings.base
+            change = 8 * a @ b.T
+
+            def hook(_: Any, args: Any, output: Tensor) -> Tensor:
+                return output + change[args[0]]
+        else:
+            module, change = model.module.output_layer.base, 8 * b @ a
+
+            def hook(_: Any, args: Any, output: Any) -> Any:
+                return output[0] + args[0] @ change.T, output[1]
+
+        handle = module.register_forward_hook(hook)
+        try:
+            return model(tokens())
+        finally:
+            handle.remove()
+
+
+def test_a_tied_output_layer_cannot_be_merged() -> None:
+    model = make("llama_tied")
+    model.add_adapter(LoRA(dim=4, target_modules=["output_layer"]))
+    with pytest.raises(ValueError, match="LoRA 'lora' cannot be merged at output_layer: its weight is tied"):
+        model.merge_adapters()
+
+
+def test_an_untied_output_layer_merges() -> None:
+    model = make("llama")
+    model.add_adapter(LoRA(dim=4, target_modules=["output_layer"]))
+    shake(model, 0.1)
+    live = model(tokens())
+    model.merge_adapters()
+    assert torch.allclose(model(tokens()), live, rtol=1e-5, atol=1e-5)
+
+
+def test_default_learning_rates_differ_by_method() -> None:
+    rates = {m.__name__: m.default_lr for m in PEFT.__subclasses__()}
+    assert rates["IA3"] > rates["CanonicalAdapter"] > rates["LoRA"]
