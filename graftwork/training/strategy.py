@@ -1,6 +1,7 @@
 """Lightning strategy over megatron-core: its parallel state, its forward-backward schedule, our gradient sums."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 
 from graftwork.compat import parallel
 from graftwork.errors import ConfigError, ParallelismError
+from graftwork.training import checkpoint as training_state
+from graftwork.training import random_state
 from graftwork.training.gradients import Gradients
 from graftwork.training.layout import Layout
+from graftwork.training.run_directory import discard
 from graftwork.training.schedule import StepLoss, run_schedule
+from graftwork.training.shards import chunks_of
 
 
 class MegatronStrategy(DDPStrategy):
@@ -57,6 +62,8 @@ class MegatronStrategy(DDPStrategy):
         self.seed = 1234
         self.gradients: Gradients | None = None
         self.last_step: StepLoss | None = None
+        self._resumed: tuple[Path, dict[str, Any]] | None = None
+        self._random_state: random_state.State | None = None
 
     @property
     def sequence_parallel(self) -> bool:
@@ -76,8 +83,7 @@ class MegatronStrategy(DDPStrategy):
     @property
     def chunks(self) -> Sequence[nn.Module]:
         """This rank's model chunks: one, or one per virtual pipeline stage."""
-        module = self._module.module
-        return list(module) if isinstance(module, nn.ModuleList | list) else [module]
+        return chunks_of(self._module)
 
     def setup_environment(self) -> None:
         """Check the layout, then make the process groups; called before data and model are set up."""
@@ -111,6 +117,9 @@ class MegatronStrategy(DDPStrategy):
         """Forward, backward and gradient sums of one optimizer step; returns the mean loss of an answer token."""
         module, gradients = self._module, self.gradients
         assert gradients is not None
+        if self._random_state is not None:  # as late as can be: whatever ran before must not have drawn from it
+            random_state.restore(self._random_state)
+            self._random_state = None
         gradients.zero()
         with self.precision_plugin.train_step_context():
             self.last_step = run_schedule(module.forward_step, self.chunks, batch, forward_only=False)
@@ -132,6 +141,45 @@ class MegatronStrategy(DDPStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Only call the hooks: the schedule has run the backward already."""
         return self.precision_plugin.post_backward(closure_loss, self._module)
+
+    # ---- training state: a directory, see graftwork.training.checkpoint ------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing here: trained weights are saved as shards."""
+        return {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Nothing here: the optimizer's state is saved as shards."""
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write the training state directory, from every rank together."""
+        optimizers = [getattr(o, "optimizer", o) for o in self.optimizers]
+        training_state.save(Path(filepath), checkpoint, self._module, optimizers, self.layout)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Delete a training state."""
+        if self.is_global_zero:
+            discard(Path(filepath))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read what is common to all ranks; weights and optimizer follow when Lightning asks for them."""
+        path = Path(checkpoint_path)
+        checkpoint, state = training_state.read_common(path)
+        self._resumed = path, state
+        self._random_state = training_state.read_random_state(path, state, self.layout)
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """Fill the trained parameters."""
+        assert self._resumed is not None
+        training_state.read_weights(*self._resumed, self._module)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Fill moments and masters."""
+        assert self._resumed is not None
+        for optimizer in self.optimizers:
+            training_state.read_optimizer(*self._resumed, self._module, optimizer)
 
     def teardown(self) -> None:
         """Free the gradient buffers; the process groups stay, so the model works on after the fit."""

@@ -70,7 +70,7 @@ class StandIn(LightningModule):
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Leave the gradients that the strategy has just made."""
 
-    def save_adapters(self, path: str | Path) -> None:
+    def save_adapters(self, path: str | Path, **about: Any) -> None:
         """Write a marker with one weight, so that tests see which moment was saved."""
         Path(path).mkdir(parents=True, exist_ok=True)
         torch.save(sum(p.double().sum() for p in self.parameters() if p.requires_grad), Path(path, "sum.pt"))

@@ -1,0 +1,21 @@
+"""Lightning callbacks of a fine-tuning run."""
+
+from graftwork.training.callbacks.adapter_checkpoint import AdapterCheckpoint
+from graftwork.training.callbacks.metrics import BeforeAfter
+from graftwork.training.callbacks.progress import Progress
+from graftwork.training.callbacks.report import Report
+from graftwork.training.callbacks.self_check import SelfCheck
+from graftwork.training.callbacks.throughput import Throughput
+from graftwork.training.callbacks.training_state import RESUMABLE_EXIT_CODE, Interrupted, TrainingState
+
+__all__ = [
+    "RESUMABLE_EXIT_CODE",
+    "AdapterCheckpoint",
+    "BeforeAfter",
+    "Interrupted",
+    "Progress",
+    "Report",
+    "SelfCheck",
+    "Throughput",
+    "TrainingState",
+]

@@ -1,0 +1,110 @@
+"""Saves the training state now and then, and when the run is asked to stop."""
+
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from graftwork.errors import ConfigError
+from graftwork.training.run_directory import prune, state_path
+
+RESUMABLE_EXIT_CODE = 75
+"""Exit code of a run that saved its state and stopped on SIGTERM or SIGUSR1 (EX_TEMPFAIL): start it again to resume."""
+
+
+class Interrupted(SystemExit):
+    """The run saved its training state and stopped because it was asked to; exit code 75."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(RESUMABLE_EXIT_CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class TrainingState(Checkpoint):
+    """Keeps the newest states in ``checkpoints/`` of the run directory.
+
+    On SIGTERM or SIGUSR1 (Slurm's warning before a time limit) the step in progress is finished, the state saved and
+    the process ends with exit code 75.
+
+    Args:
+        every_n_steps: Save after every so many steps; None for never.
+        every_n_minutes: Save when so many minutes have passed since the last save; None for never.
+        keep: Number of states to keep.
+    """
+
+    def __init__(
+        self, every_n_steps: Optional[int] = None, every_n_minutes: Optional[float] = 10.0, keep: int = 2
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes), ("keep", keep)):
+            if value is not None and value <= 0:
+                raise ConfigError(f"TrainingState({name}={value}) must be above 0.")
+        self.every_n_steps, self.every_n_minutes, self.keep = every_n_steps, every_n_minutes, keep
+        self._signal: int | None = None
+        self._last_save = time.monotonic()
+        self._saved_step = -1
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Listen from the start."""
+        self._listen()
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Listen, and count time from here; a restored state need not be saved again."""
+        self._listen()
+        self._last_save, self._saved_step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save when it is time; stop when asked to. All ranks decide alike."""
+        asked, due = _any_rank(self._signal is not None, self._due(trainer.global_step))
+        if due or asked:
+            self.save(trainer)
+        if asked:
+            raise Interrupted(
+                f"stopped on request after step {trainer.global_step}; the same command resumes there "
+                f"(exit code {RESUMABLE_EXIT_CODE})."
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save the end, so that a finished run can be continued with more steps."""
+        if trainer.global_step != self._saved_step:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save now, then delete the states that are too old."""
+        root = Path(trainer.default_root_dir).resolve()
+        trainer.save_checkpoint(state_path(root, trainer.global_step))
+        self._last_save, self._saved_step = time.monotonic(), trainer.global_step
+        if trainer.is_global_zero:
+            prune(root, self.keep)
+
+    def _due(self, step: int) -> bool:
+        by_step = self.every_n_steps is not None and step % self.every_n_steps == 0
+        waited = time.monotonic() - self._last_save
+        return by_step or (self.every_n_minutes is not None and waited >= 60 * self.every_n_minutes)
+
+    def _listen(self) -> None:
+        # Lightning's own handler (put back by it at the end) broadcasts inside the signal handler, in the middle of
+        # whatever collective is running; here a signal only leaves a note.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._signal = number
+
+
+def _any_rank(*flags: bool) -> list[bool]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(flags)
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+    tensor = torch.tensor([float(f) for f in flags], device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [bool(f) for f in tensor.tolist()]
