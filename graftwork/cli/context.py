@@ -1,5 +1,6 @@
 """NeMo Run's command context with an honest end: one line per user error, an exit code, checked launches."""
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -45,13 +46,14 @@ class GraftContext(run.cli.RunContext):
         self.confirm(task)
         executor = self.executor or executor_for(task)
         if self.direct or executor is None:
-            fdl.build(with_text(task))()
+            tell(fdl.build(with_text(task))())
         else:
+            check_output(task)
             launch(task, executor, name=self.name, wait=not self.detach, plugins=self.plugins)
 
     def confirm(self, task: run.Partial) -> None:
-        """Ask before running; without a terminal the answer must be ``--yes``."""
-        if self.skip_confirmation:
+        """Ask before a training; without a terminal the answer must be ``--yes``."""
+        if self.skip_confirmation or not hasattr(task, "trainer"):
             return
         typer.echo(show(task))
         if not sys.stdin.isatty():
@@ -77,6 +79,22 @@ def check_complete(task: run.Partial) -> None:
         factories = [f.__name__ for f in run.cli.list_factories(namespace(task.__fn_or_cls__))]
         hint = f" or choose a recipe with --factory: {', '.join(sorted(factories))}" if factories else ""
         raise ConfigError(f"{task.__fn_or_cls__.__name__} needs {', '.join(missing)}: set {missing[0]}=...{hint}.")
+
+
+def check_output(task: run.Partial) -> None:
+    """Raise ConfigError when a task that returns its result would lose it in another process."""
+    names = task.__signature_info__.parameters
+    if "output" in names and not getattr(task, "output", None):
+        raise ConfigError("set output=FILE: on an executor there is no terminal to print the result to.")
+
+
+def tell(result: Any) -> None:
+    """Print what a verb returned: rows as one JSON object a line, figures as one indented object."""
+    if isinstance(result, list):
+        for row in result:
+            typer.echo(json.dumps(row, ensure_ascii=False))
+    elif isinstance(result, dict):
+        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
 
 
 def namespace(fn: Callable[..., Any]) -> str:

@@ -1,5 +1,6 @@
-"""GraftContext: what ran decides the exit code; nothing runs unasked."""
+"""GraftContext: what ran decides the exit code; no training runs unasked."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from graftwork.cli.context import GraftContext, executor_for
 from graftwork.errors import ConfigError
 from graftwork.executors import local
 from graftwork.recipes import llama2_7b, smollm2_135m
-from tests.helpers.tasks import write_ranks
+from tests.helpers.tasks import answer_rows, ask, write_ranks
 
 
 def execute(*args: str, **options: Any) -> None:
@@ -59,20 +60,37 @@ def test_a_dry_run_shows_the_task_and_runs_nothing(tmp_path: Path, capsys: pytes
     assert f"directory = '{tmp_path}'" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
-def test_without_a_terminal_nothing_runs_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert code(f"directory={tmp_path}", skip_confirmation=False) == 2
-    assert "add --yes" in capsys.readouterr().err and not list(tmp_path.iterdir())
+def test_without_a_terminal_no_training_runs_unasked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        GraftContext(name="ask").cli_execute(ask, ["trainer=1"])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2 and "add --yes" in err and "asked" not in out
 
 
-@pytest.mark.parametrize(("answer", "ran"), [(True, True), (False, False)])
-def test_the_answer_decides(answer: bool, ran: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("answer", [True, False])
+def test_the_answer_decides(answer: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("typer.confirm", lambda question: answer)
-    if ran:
-        execute(f"directory={tmp_path}", skip_confirmation=False)
+    context = GraftContext(name="ask")
+    if answer:
+        context.cli_execute(ask, ["trainer=1"])
     else:
-        assert code(f"directory={tmp_path}", skip_confirmation=False) == 0
-    assert bool(list(tmp_path.iterdir())) == ran
+        with pytest.raises(SystemExit) as exit_:
+            context.cli_execute(ask, ["trainer=1"])
+        assert exit_.value.code == 0
+    assert ("asked" in capsys.readouterr().out) == answer
+
+
+def test_results_are_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    GraftContext(name="answer").cli_execute(answer_rows, ["count=2"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [{"output": "é 0"}, {"output": "é 1"}]
+
+
+def test_a_result_is_not_lost_on_an_executor(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        GraftContext(name="answer").cli_execute(answer_rows, ["count=2", "run.executor=local"])
+    assert exit_.value.code == 2 and "set output=FILE" in capsys.readouterr().err
 
 
 def test_a_missing_argument_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,171 @@
+"""Ratio benchmark against transformers + peft: same random checkpoint, same rows, same process, interleaved, minima.
+
+    python benchmarks/step_time.py            # writes benchmarks/results/cpu.json and the tables of docs/benchmarks.md
+    python benchmarks/step_time.py --quick    # a toy size that only shows that everything runs; writes no page
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import measure
+import table
+import torch
+from workload import CASES, FULL, QUICK, Case, Size, by_name, make_checkpoint
+
+RESULTS = Path(__file__).with_name("results")
+TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+
+
+def main() -> None:
+    """Read the command line and measure."""
+    options = arguments()
+    size = QUICK if options.quick else FULL
+    if options.child:
+        side, case, checkpoint = options.child
+        return child(side, by_name(case), Path(checkpoint), size)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["GRAFTWORK_CACHE"] = f"{folder}/cache"  # fingerprints of a throw-away model stay out of the user's
+        results = run(size, options, Path(folder))
+    output = Path(options.output or RESULTS / "cpu.json")
+    output.write_text(json.dumps(results, indent=2) + "\n")
+    if not options.quick:
+        table.write(results)
+    print(table.markdown(results))
+
+
+def arguments() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="toy sizes, one thread, two repetitions")
+    parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and 2; 1 with --quick")
+    parser.add_argument("--repetitions", type=int, help="default: 12; 2 with --quick")
+    parser.add_argument("--cases", nargs="+", choices=[c.name for c in CASES], help="default: all")
+    parser.add_argument("--output", help="default: benchmarks/results/cpu.json")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.threads = options.threads or ([1] if options.quick else [1, 2])
+    options.repetitions = options.repetitions or (2 if options.quick else 12)
+    return options
+
+
+def run(size: Size, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measure everything and return plain data."""
+    facts = measure.machine()
+    checkpoint = make_checkpoint(size, folder / "base")
+    cases = [case for case in CASES if options.cases is None or case.name in options.cases]
+    memory = {
+        case.name: {side: measure.peak_memory(side, case.name, checkpoint, options.quick) for side in ("ours", "peer")}
+        for case in cases
+    }
+    return {
+        "machine": facts,
+        "model": size.model,
+        "repetitions": options.repetitions,
+        "steps": [row for case in cases for row in steps(case, size, checkpoint, options)],
+        "files": files(checkpoint, size, options.repetitions, folder),
+        "trainer": trainer(checkpoint, size, options),
+        "memory": memory,
+    }
+
+
+def steps(case: Case, size: Size, checkpoint: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time whole steps of one case, both sides in turns, for each number of threads."""
+    from ours import Ours
+    from peer import Peer
+
+    batch = case.batch(size)
+    ours, peer = Ours(checkpoint, case, batch), Peer(checkpoint, case, batch)
+    check_same_loss(case, ours.step(), peer.step())
+    rows = []
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        best = measure.interleaved({"ours": ours.step, "peer": peer.step}, options.repetitions)
+        row = {
+            "case": case.name,
+            "title": case.title,
+            "threads": threads,
+            "tokens": batch.real_tokens,
+            "ours_seconds": best["ours"],
+            "peer_seconds": best["peer"],
+            "ours_tokens_per_second": batch.real_tokens / best["ours"],
+            "peer_tokens_per_second": batch.real_tokens / best["peer"],
+            "ratio": best["peer"] / best["ours"],
+            "ours_trainable": ours.trainable,
+            "peer_trainable": peer.trainable,
+        }
+        print(f"{case.name}, {threads} thread(s): {row['ratio']:.2f} x the peer", file=sys.stderr, flush=True)
+        rows.append(row)
+    return rows
+
+
+def check_same_loss(case: Case, ours: float, peer: float) -> None:
+    """Both sides start from the same function: another loss would mean that they do not do the same work."""
+    if abs(ours - peer) > TOLERANCE[case.dtype] * abs(peer):
+        raise SystemExit(f"{case.name}: the first loss is {ours} here and {peer} at the peer; nothing was compared.")
+
+
+def files(checkpoint: Path, size: Size, repetitions: int, folder: Path) -> list[dict[str, Any]]:
+    """Time loading the base and saving and loading an adapter."""
+    import ours
+    import peer
+
+    torch.set_num_threads(1)
+    case = by_name("lora_fp32")
+    mine, theirs = (side(checkpoint, case, case.batch(size)) for side in (ours.Ours, peer.Peer))
+    places = {"ours": folder / "adapter_ours", "peer": folder / "adapter_peer"}
+    pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "load the base checkpoint": (lambda: ours.load(checkpoint), lambda: peer.load(checkpoint)),
+        "save the adapter": (lambda: mine.save(places["ours"]), lambda: theirs.save(places["peer"])),
+        "load the adapter": (lambda: mine.restore(places["ours"]), lambda: theirs.restore(places["peer"])),
+    }
+    found = []
+    for title, (first, second) in pairs.items():
+        first(), second()
+        best = measure.interleaved({"ours": first, "peer": second}, repetitions)
+        found.append({"title": title, "ours_seconds": best["ours"], "peer_seconds": best["peer"]})
+    return found
+
+
+def trainer(checkpoint: Path, size: Size, options: argparse.Namespace) -> dict[str, Any]:
+    """Time the same step in a bare loop and through ``trainer.fit``, in turns."""
+    import ours
+
+    torch.set_num_threads(1)
+    case = by_name("lora_fp32")
+    batch = case.batch(size)
+    loop, fit = float("inf"), float("inf")
+    for _ in range(1 if options.quick else 3):
+        bare = ours.Ours(checkpoint, case, batch)
+        loop = min(loop, measure.interleaved({"loop": bare.step}, options.repetitions)["loop"])
+        fit = min(fit, ours.through_the_trainer(checkpoint, case, batch, options.repetitions + 1))
+    return {"title": case.title, "loop_seconds": loop, "trainer_seconds": fit}
+
+
+def child(side: str, case: Case, checkpoint: Path, size: Size) -> None:
+    """Print MB after the imports and at the peak of three steps."""
+    torch.set_num_threads(1)
+    if side == "ours":
+        from ours import Ours as Side
+    else:
+        from peer import Peer as Side
+    imports = measure.resident_mb()
+    contestant = Side(checkpoint, case, case.batch(size))
+    for _ in range(3):
+        contestant.step()
+    print(imports, measure.resident_mb())
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()

@@ -1,0 +1,62 @@
+"""The measured figures as Markdown, between two markers of docs/benchmarks.md."""
+
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- figures: written by `make bench` -->", "<!-- end of figures -->"
+
+
+def write(results: dict[str, Any], page: Path = PAGE) -> None:
+    """Replace what stands between the markers."""
+    before, rest = page.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n\n{markdown(results)}\n\n{END}{after}")
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Return the machine and all tables."""
+    return "\n\n".join([_machine(results["machine"]), _steps(results), _times(results), _overhead(results)])
+
+
+def _machine(facts: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {facts[k]}" for k in ("torch", "megatron-core", "lightning", "transformers", "peft"))
+    bf16 = "with" if facts["bf16_in_hardware"] else "without"
+    return (
+        f"{facts['processor']}, {facts['cores']} cores, {bf16} bf16 instructions; load at the start "
+        f"{facts['load_at_start']}. Python {facts['python']}, {versions}."
+    )
+
+
+def _steps(results: dict[str, Any]) -> str:
+    lines = [
+        "| step | threads | graftwork, tokens/s | peer, tokens/s | ratio | trained parameters | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results["steps"]:
+        memory = results["memory"][row["case"]]
+        lines.append(
+            f"| {row['title']} | {row['threads']} | {row['ours_tokens_per_second']:,.0f} "
+            f"| {row['peer_tokens_per_second']:,.0f} | **{row['ratio']:.2f}** "
+            f"| {row['ours_trainable']:,} / {row['peer_trainable']:,} "
+            f"| {memory['ours']['peak_mb']:,.0f} / {memory['peer']['peak_mb']:,.0f} MB |"
+        )
+    return "\n".join(lines)
+
+
+def _times(results: dict[str, Any]) -> str:
+    lines = ["| files | graftwork, ms | peer, ms | ratio |", "|---|---|---|---|"]
+    for row in results["files"]:
+        ours, peer = 1000 * row["ours_seconds"], 1000 * row["peer_seconds"]
+        lines.append(f"| {row['title']} | {ours:,.1f} | {peer:,.1f} | **{peer / ours:.2f}** |")
+    return "\n".join(lines)
+
+
+def _overhead(results: dict[str, Any]) -> str:
+    found = results["trainer"]
+    share = 100 * (found["trainer_seconds"] / found["loop_seconds"] - 1)
+    return (
+        f"`trainer.fit` with `MegatronStrategy` against a bare loop over the same model and batch ({found['title']}): "
+        f"{1000 * found['trainer_seconds']:,.1f} ms against {1000 * found['loop_seconds']:,.1f} ms a step "
+        f"({share:+.1f} %)."
+    )
