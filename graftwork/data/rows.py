@@ -134,10 +134,10 @@ def _chunks(path: str, answered: bool) -> Iterator[tuple[list[int], list[tuple[P
     numbered = enumerate(read_rows(path))
     while chunk := list(itertools.islice(numbered, CHUNK)):
         placed = [(place, parse_row(raw, place, answered=answered)) for _, (place, raw) in chunk]
-        yield [row for row, _ in chunk], placed, [_share(raw) for _, (_, raw) in chunk]
+        yield [row for row, _ in chunk], placed, [share(raw) for _, (_, raw) in chunk]
 
 
-def _share(raw: Any) -> float:
+def share(raw: Any) -> float:
     """A number in [0, 1) that depends on the row's content only."""
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

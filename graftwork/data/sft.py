@@ -9,10 +9,10 @@ import numpy
 from graftwork.data.cache import Report, cache_root
 from graftwork.data.collate import Collator
 from graftwork.data.encoder import TOO_LONG, RowEncoder
-from graftwork.data.files import check_file, unit
+from graftwork.data.files import check_file, read_rows, unit
 from graftwork.data.loader import ListLoader, QuestionBuilder, StepBuilder, TrainLoader
 from graftwork.data.packing import best_fit_decreasing, efficiency
-from graftwork.data.rows import LearnedRows, asked_rows, learned_rows
+from graftwork.data.rows import LearnedRows, asked_rows, learned_rows, share
 from graftwork.data.sampler import RowStream, in_order
 from graftwork.data.schema import Place
 from graftwork.data.surroundings import Surroundings, Topology, check_batches, check_packed_length
@@ -113,6 +113,11 @@ class SFTDataModule(pl.LightningDataModule):
         around = self._around()
         return RowEncoder(around.tokenizer, around.layout, **self._format)  # type: ignore[arg-type]
 
+    def encoder_for(self, tokenizer: Any, layout: PromptLayout) -> RowEncoder:
+        """Encodes rows as this data module does, for a model with this tokenizer (its own path wins) and layout."""
+        own = self._surroundings.tokenizer if self._surroundings.path is not None else tokenizer
+        return RowEncoder(own, layout, **self._format)  # type: ignore[arg-type]
+
     def train_dataloader(self) -> TrainLoader:
         """Endless shuffled steps; see RowStream."""
         build = self._builder("train")
@@ -146,6 +151,11 @@ class SFTDataModule(pl.LightningDataModule):
         mine = self._share_of(split, table.data.column("share").to_numpy())[place.rank :: place.world_size].tolist()
         size = self.micro_batch_size
         return ListLoader(QuestionBuilder(table), [mine[i : i + size] for i in range(0, len(mine), size)])
+
+    def raw_rows(self, split: str) -> list[tuple[Place, Any]]:
+        """The rows of ``split`` as they stand in the file, each with its place."""
+        placed = list(read_rows(self._source(split)))
+        return [placed[i] for i in self._share_of(split, numpy.array([share(raw) for _, raw in placed]))]
 
     def where(self, rows: list[int], split: str = "train") -> list[str]:
         """Name dataset rows (a batch's ``rows``) by file and line; fills (-1) are left out."""

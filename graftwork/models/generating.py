@@ -32,10 +32,14 @@ class Generating(Adaptable):
                 "prediction gives every data-parallel rank its own prompts, but experts are spread over those ranks; "
                 "predict with expert_model_parallel_size=1."
             )
-        answers = self.generate(batch["prompts"], **self.generation)
+        return self.answer_batch(batch, **self.generation)
+
+    def answer_batch(self, batch: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+        """Return ``input``, ``output`` and, where known, ``expected`` per prompt; options as in ``generate``."""
+        answers = self.generate(batch["prompts"], **options)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         known = batch.get("outputs") or [None] * len(texts)
         return [
             {"input": asked, "output": text.strip(), **({} if right is None else {"expected": right})}
-            for asked, text, right in zip(batch["inputs"], texts, known)
+            for asked, text, right in zip(batch["inputs"], texts, known, strict=True)
         ]

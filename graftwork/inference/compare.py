@@ -1,0 +1,86 @@
+"""Tables for the terminal: figures before and after, and answers side by side."""
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from graftwork.inference.metrics import Metrics
+
+WIDTH = 80
+
+
+def compare(before: Metrics, after: Metrics, names: tuple[str, str] = ("base", "adapted"), width: int = WIDTH) -> str:
+    """Return a table of two evaluations of the same rows, as made by ``evaluate_model``."""
+    table = _table(f"{after['rows']} held-out rows", ["", *names, "change"], right=[1, 2, 3])
+    table.add_row("loss per answer token", *_numbers(before["loss"], after["loss"]))
+    table.add_row("exact match", *_percents(before["exact_match"], after["exact_match"]))
+    if "accuracy" in before and "accuracy" in after:
+        ways = len(after["labels"])
+        table.add_row(f"accuracy, {ways}-way", *_percents(before["accuracy"], after["accuracy"]))
+        for label, figures in after["labels"].items():
+            old = before["labels"].get(label, {}).get("recall")
+            table.add_row(f"  {label!r} ({figures['rows']} rows)", *_percents(old, figures["recall"]))
+    return _text([table], width)
+
+
+def confusion(metrics: Metrics, width: int = WIDTH) -> str:
+    """Return the table of expected (rows) against predicted (columns) labels."""
+    labels = list(metrics["confusion"])
+    table = _table("expected (down) and predicted", ["", *labels], right=range(1, len(labels) + 1))
+    for label, row in metrics["confusion"].items():
+        table.add_row(label, *(str(row[other]) for other in labels))
+    return _text([table], width)
+
+
+def side_by_side(
+    before: Sequence[dict[str, Any]],
+    after: Sequence[dict[str, Any]],
+    names: tuple[str, str] = ("base", "adapted"),
+    width: int = WIDTH,
+) -> str:
+    """Return a table of two models' answers to the same inputs, as made by ``sample_answers``."""
+    known = any("expected" in row for row in after)
+    table = _table(None, ["input", *(["expected"] if known else []), *names], lines=True)
+    for old, new in zip(before, after, strict=True):
+        mark = "" if new.get("expected") is None else " ✓" if new["output"] == new["expected"] else " ✗"
+        right = [_shown(new.get("expected") or "", 60)] if known else []
+        table.add_row(_shown(new["input"], 120), *right, _shown(old["output"], 90), _shown(new["output"], 90) + mark)
+    return _text([table], width)
+
+
+def _table(title: str | None, columns: list[str], right: Iterable[int] = (), lines: bool = False) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_lines=lines, title_justify="left", pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number in right else "left", overflow="fold")
+    return table
+
+
+def _text(tables: list[Table], width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    for table in tables:
+        console.print(table)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines).strip("\n") + "\n"
+
+
+def _numbers(old: float, new: float) -> tuple[str, str, str]:
+    return f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}"
+
+
+def _percents(old: float | None, new: float | None) -> tuple[str, str, str]:
+    change = "" if old is None or new is None else f"{100 * (new - old):+.1f}"
+    return _percent(old), _percent(new), change
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _shown(text: str, most: int) -> str:
+    """One line of at most ``most`` characters."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= most else flat[: most - 1].rstrip() + "…"

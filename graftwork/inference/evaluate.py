@@ -1,0 +1,99 @@
+"""evaluate: loss, exact match and closed-set accuracy of a model on rows with known answers."""
+
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+from graftwork.data import SFTDataModule
+from graftwork.errors import ConfigError, DataError
+from graftwork.inference.examples import Examples
+from graftwork.inference.metrics import Metrics, answer_metrics, label_metrics
+from graftwork.inference.output import write_text
+from graftwork.inference.scoring import Score, score
+from graftwork.models import GPT, load
+
+
+def evaluate(
+    base: str,
+    data: str,
+    adapter: Optional[str] = None,
+    prompt_template: str = "{input}",
+    answer_template: str = " {output}",
+    labels: Optional[list[str]] = None,
+    baseline: bool = False,
+    limit: Optional[int] = None,
+    dtype: Optional[str] = "auto",
+    batch_tokens: int = 2048,
+    output: Optional[str] = None,
+) -> Metrics:
+    """Evaluate a base model, with an adapter directory or without, on a JSONL, CSV or Parquet file.
+
+    The templates must be those of the training. ``labels`` is the closed set of answers (found by itself where at most
+    20 answers repeat). ``baseline`` adds the figures without adapters under that key. ``output`` is a JSON file to
+    write. Returns what ``evaluate_model`` does. Raises GraftworkError for a missing file, an adapter of another base,
+    an unknown label.
+    """
+    examples = Examples.from_file(data, prompt_template, answer_template, limit)
+    model = load(base, dtype=dtype)
+    if adapter is not None:
+        model.load_adapters(adapter)
+    metrics = evaluate_model(model, examples, labels, batch_tokens=batch_tokens)
+    if baseline:
+        with model.adapters_disabled():
+            metrics["baseline"] = evaluate_model(model, examples, labels, batch_tokens=batch_tokens)
+    if output is not None:
+        write_text(output, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    return metrics
+
+
+def evaluate_model(
+    model: GPT,
+    data: SFTDataModule | Examples | str | Path,
+    labels: list[str] | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    batch_tokens: int = 2048,
+    **templates: Any,
+) -> Metrics:
+    """Return the figures of ``model`` as it is now: adapters on, merged, or off inside ``adapters_disabled()``.
+
+    ``data`` is a data module (its ``split``: test, else validation), a file (with ``prompt_template`` and
+    ``answer_template``) or Examples. Always: ``rows``, ``dropped``, ``answer_tokens``, ``loss`` per answer token over
+    the whole set, ``exact_match`` of greedy answers, end token included. Where answers are a closed set: ``accuracy``,
+    ``labels`` and ``confusion`` from the log-likelihood of each label.
+    """
+    examples = _examples(data, split, limit, templates)
+    model.configure_model()
+    chosen = examples.closed_set() if labels is None else _distinct(labels)
+    expected = [0] * len(examples.rows) if chosen is None else examples.expected(chosen)
+    found = _scores(model, examples, chosen, batch_tokens)
+    metrics = answer_metrics([row[expected[i]] for i, row in found.items()])
+    metrics["dropped"] = len(examples.rows) - len(found)
+    if chosen is None:
+        return metrics
+    likelihoods = [[value.likelihood for value in row] for row in found.values()]
+    return metrics | label_metrics(chosen, [expected[i] for i in found], likelihoods)
+
+
+def _scores(model: GPT, examples: Examples, labels: list[str] | None, batch_tokens: int) -> dict[int, list[Score]]:
+    """Return per row number the score of each label (of the right answer alone where there are no labels)."""
+    rows = examples.references(model) if labels is None else examples.candidates(model, labels)
+    kept = {i: [s for s in row if s is not None] for i, row in enumerate(rows) if None not in row}
+    if not kept:
+        raise DataError(f"all {len(rows)} rows were dropped as longer than seq_length; raise it.")
+    scores = iter(score(model, [sequence for row in kept.values() for sequence in row], batch_tokens))
+    return {i: [next(scores) for _ in row] for i, row in kept.items()}
+
+
+def _examples(data: Any, split: str | None, limit: int | None, templates: dict[str, Any]) -> Examples:
+    if isinstance(data, Examples):
+        return data
+    if isinstance(data, SFTDataModule):
+        return Examples.from_data(data, split, limit)
+    return Examples.from_file(str(data), limit=limit, **templates)
+
+
+def _distinct(labels: list[str]) -> list[str]:
+    if len(set(labels)) < max(2, len(labels)):
+        raise ConfigError(f"labels are {labels}, but at least two different ones are needed, each once.")
+    return labels

@@ -1,0 +1,113 @@
+"""Rows with known answers, and how they become token sequences for one model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from graftwork.data import RowEncoder, SFTDataModule
+from graftwork.data.files import read_rows
+from graftwork.data.schema import Chat, Place, Prompt, parse_row
+from graftwork.data.sequence import Sequence
+from graftwork.data.template import check_templates
+from graftwork.errors import ConfigError, DataError
+from graftwork.models import GPT
+
+MOST_LABELS = 20
+"""More distinct answers than this are not taken for a closed set."""
+
+Placed = tuple[Place, Prompt | Chat]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Checked rows and the encoder they need; ``encoder`` is asked for the model's state, so adapters may change."""
+
+    rows: list[Placed]
+    encoder: Callable[[GPT], RowEncoder]
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str,
+        prompt_template: str = "{input}",
+        answer_template: str = " {output}",
+        limit: int | None = None,
+        answered: bool = True,
+    ) -> "Examples":
+        """Read at most ``limit`` rows of a JSONL, CSV or Parquet file; raises DataError naming file, line and field."""
+        return cls(_parsed(list(read_rows(path)), limit, answered), _encoder(prompt_template, answer_template))
+
+    @classmethod
+    def from_prompts(cls, prompts: list[str], prompt_template: str = "{input}", task: str | None = None) -> "Examples":
+        """Take texts as inputs without known answers; raises DataError where there is none."""
+        if not prompts:
+            raise DataError("there are no prompts; give at least one text.")
+        rows = [(Place("prompts", "number", n), {"input": text, "task": task}) for n, text in enumerate(prompts, 1)]
+        return cls(_parsed(rows, None, False), _encoder(prompt_template, " {output}"))
+
+    @classmethod
+    def from_data(cls, data: SFTDataModule, split: str | None = None, limit: int | None = None) -> "Examples":
+        """Take the rows of a data module's ``split``: by default ``test``, or ``validation`` where there is no test."""
+        chosen = split or ("test" if data.files["test"] else "validation")
+
+        def encoder(model: GPT) -> RowEncoder:
+            return data.encoder_for(model.tokenizer, model.prompt_layout)
+
+        return cls(_parsed(data.raw_rows(chosen), limit, True), encoder)
+
+    def references(self, model: GPT) -> list[list[Sequence | None]]:
+        """Per row, its prompt with the right answer; None where the encoder drops a row as too long."""
+        return [[sequence] for sequence, _ in self.encoder(model).learn(self.rows)]
+
+    def candidates(self, model: GPT, labels: list[str]) -> list[list[Sequence | None]]:
+        """Per row, its prompt with each of ``labels`` as the answer."""
+        placed: list[Placed] = [(place, _answering(row, label, place)) for place, row in self.rows for label in labels]
+        found = [sequence for sequence, _ in self.encoder(model).learn(placed)]
+        return [found[i : i + len(labels)] for i in range(0, len(found), len(labels))]
+
+    def expected(self, labels: list[str]) -> list[int]:
+        """Number of each row's answer in ``labels``; raises DataError naming the row whose answer is none of them."""
+        numbers = {label: number for number, label in enumerate(labels)}
+        for place, row in self.rows:
+            if _output(row) not in numbers:
+                known = ", ".join(map(repr, labels))
+                raise DataError(f"{place}: the answer {_output(row)!r} is none of the labels; valid: {known}.")
+        return [numbers[_output(row)] for _, row in self.rows]
+
+    def closed_set(self) -> list[str] | None:
+        """The answers where they repeat and are few (2 to 20, at most half as many as rows), else None."""
+        outputs = {_output(row) for _, row in self.rows}
+        few = 2 <= len(outputs) <= MOST_LABELS and 2 * len(outputs) <= len(self.rows)
+        return sorted(outputs) if few and not any(isinstance(row, Chat) for _, row in self.rows) else None
+
+
+def _encoder(prompt_template: str, answer_template: str) -> Callable[[GPT], RowEncoder]:
+    """Return what makes the encoder of a model from templates; rows may fill the model's context."""
+    check_templates(prompt_template, answer_template)
+
+    def encoder(model: GPT) -> RowEncoder:
+        return RowEncoder(
+            model.tokenizer,
+            model.prompt_layout,
+            prompt_template=prompt_template,
+            answer_template=answer_template,
+            seq_length=model.shape.max_position_embeddings,
+        )
+
+    return encoder
+
+
+def _parsed(placed: list[tuple[Place, Any]], limit: int | None, answered: bool) -> list[Placed]:
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}, but it must be at least 1 row.")
+    return [(place, parse_row(raw, place, answered=answered)) for place, raw in placed[:limit]]
+
+
+def _answering(row: Prompt | Chat, label: str, place: Place) -> Prompt:
+    if isinstance(row, Chat):
+        raise DataError(f"{place}: labels need rows with 'input' and 'output', but this one holds 'messages'.")
+    return row.model_copy(update={"output": label})
+
+
+def _output(row: Prompt | Chat) -> str:
+    return "" if isinstance(row, Chat) else row.output or ""

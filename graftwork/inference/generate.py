@@ -1,0 +1,67 @@
+"""generate: a model's answers to prompts from the command line or from a file."""
+
+from typing import Any, Optional
+
+from graftwork.data import SFTDataModule
+from graftwork.errors import ConfigError
+from graftwork.inference.examples import Examples
+from graftwork.inference.output import write_jsonl
+from graftwork.models import GPT, load
+
+Answer = dict[str, Any]
+
+
+def generate(
+    base: str,
+    prompts: Optional[list[str]] = None,
+    file: Optional[str] = None,
+    adapter: Optional[str] = None,
+    prompt_template: str = "{input}",
+    task: Optional[str] = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: Optional[int] = None,
+    limit: Optional[int] = None,
+    dtype: Optional[str] = "auto",
+    output: Optional[str] = None,
+) -> list[Answer]:
+    """Answer ``prompts``, or the rows of a JSONL, CSV or Parquet ``file``, with a base model and maybe an adapter.
+
+    The template must be that of the training. ``task`` names the prompt of a multi-task adapter for ``prompts`` (rows
+    have a field of that name). Returns per prompt ``input``, ``output`` and, where the file has it, ``expected``;
+    ``output`` is a JSONL file to write. Raises GraftworkError for a missing file, an adapter of another base.
+    """
+    if (prompts is None) == (file is None):
+        raise ConfigError("give either prompts or a file to generate from.")
+    if file is not None:
+        examples = Examples.from_file(file, prompt_template, limit=limit, answered=False)
+    else:
+        examples = Examples.from_prompts(prompts or [], prompt_template, task)
+    model = load(base, dtype=dtype)
+    if adapter is not None:
+        model.load_adapters(adapter)
+    answers = answer(model, examples, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if output is not None:
+        write_jsonl(output, answers)
+    return answers
+
+
+def answer(model: GPT, examples: Examples, **options: Any) -> list[Answer]:
+    """Return ``input``, ``output`` and, where it is known, ``expected`` of every row; options as in model.generate."""
+    model.configure_model()
+    asked = examples.encoder(model).ask(examples.rows)
+    batch = {
+        "prompts": [tokens for tokens, _, _ in asked],
+        "inputs": [question for _, question, _ in asked],
+        "outputs": [right for _, _, right in asked],
+    }
+    return model.answer_batch(batch, **options)
+
+
+def sample_answers(
+    model: GPT, data: SFTDataModule | Examples, count: int = 5, max_new_tokens: int = 32
+) -> list[Answer]:
+    """Answer the first ``count`` rows of a data module (test, else validation) greedily, as the model is now."""
+    examples = data if isinstance(data, Examples) else Examples.from_data(data, limit=count)
+    return answer(model, Examples(examples.rows[:count], examples.encoder), max_new_tokens=max_new_tokens)

@@ -1,0 +1,51 @@
+"""Figures from scores: loss per answer token, exact match, closed-set accuracy with its confusions."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from graftwork.inference.scoring import Score
+
+Metrics = dict[str, Any]
+
+
+def answer_metrics(scores: Sequence[Score]) -> Metrics:
+    """Return ``rows``, ``answer_tokens``, ``loss`` (per answer token over the set) and ``exact_match`` (0 to 1)."""
+    tokens = sum(s.tokens for s in scores)
+    return {
+        "rows": len(scores),
+        "answer_tokens": tokens,
+        "loss": sum(s.loss for s in scores) / tokens,
+        "exact_match": sum(s.exact for s in scores) / len(scores),
+    }
+
+
+def label_metrics(labels: list[str], expected: list[int], likelihoods: list[list[float]]) -> Metrics:
+    """Return ``accuracy``, per label ``rows``, ``recall`` and ``precision``, and ``confusion[expected][predicted]``.
+
+    ``likelihoods[row][label]`` are log-likelihoods; the likeliest label is the prediction. A ratio over no row is None.
+    """
+    predicted = [max(range(len(labels)), key=row.__getitem__) for row in likelihoods]
+    pairs = Counter(zip(expected, predicted, strict=True))
+    numbers = range(len(labels))
+    hits = [pairs[n, n] for n in numbers]
+    asked = [sum(pairs[n, k] for k in numbers) for n in numbers]
+    said = [sum(pairs[k, n] for k in numbers) for n in numbers]
+    return {
+        "accuracy": sum(hits) / len(expected),
+        "labels": {
+            label: {"rows": asked[n], "recall": _ratio(hits[n], asked[n]), "precision": _ratio(hits[n], said[n])}
+            for n, label in enumerate(labels)
+        },
+        "confusion": {labels[n]: {labels[k]: pairs[n, k] for k in numbers} for n in numbers},
+    }
+
+
+def paired(before: Metrics, after: Metrics) -> dict[str, dict[str, float]]:
+    """Return ``{metric: {"before": ..., "after": ...}}`` of the figures both have, as a run's summary keeps them."""
+    names = ("loss", "exact_match", "accuracy")
+    return {n: {"before": before[n], "after": after[n]} for n in names if n in before and n in after}
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

@@ -1,0 +1,21 @@
+"""Result files: written once, by the first rank, whole or not at all."""
+
+import json
+from typing import Any
+
+import torch.distributed as dist
+
+from graftwork.atomic import atomic_write_text
+from graftwork.compat.collective import barrier
+
+
+def write_text(path: str, text: str) -> None:
+    """Write ``text`` to ``path`` from global rank 0; every rank returns once it is there."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        atomic_write_text(path, text)
+    barrier()
+
+
+def write_jsonl(path: str, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

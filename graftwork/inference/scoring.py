@@ -1,0 +1,91 @@
+"""Teacher forcing: the loss of every learned token, and whether greedy decoding would give the answer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graftwork.compat import parallel
+from graftwork.compat.collective import all_gather_objects
+from graftwork.data.sequence import Sequence
+from graftwork.models import GPT
+from graftwork.models.loss import IGNORED
+from graftwork.models.scoring import check_tokens, device_of, evaluating, right_padded, target_logits
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model thinks of one sequence: ``loss`` is summed over its ``tokens`` learned tokens.
+
+    ``likelihood`` is the log-likelihood of the last answer, its end token included; ``exact`` tells whether every
+    token of it is the model's first choice given the ones before, which is what greedy decoding would say.
+    """
+
+    loss: float
+    tokens: int
+    likelihood: float
+    exact: bool
+
+
+def score(model: GPT, sequences: list[Sequence], batch_tokens: int = 2048) -> list[Score]:
+    """Return the score of each sequence; batches hold rows of similar length, at most ``batch_tokens`` tokens.
+
+    Data-parallel ranks share the work and all get every score. Raises ConfigError for a row beyond the context.
+    """
+    with evaluating(model):
+        check_tokens(model, [sequence.tokens for sequence in sequences])
+        batches = list(_batches([len(sequence) for sequence in sequences], batch_tokens))
+        # Experts are spread over data-parallel ranks, which then have to run the same batches.
+        alone = parallel.ep_size() > 1
+        mine = batches if alone else batches[parallel.dp_rank() :: parallel.dp_size()]
+        found: dict[int, Score] = {}
+        for numbers in mine:
+            found.update(zip(numbers, _score_batch(model, [sequences[n] for n in numbers]), strict=True))
+        shared = [found] if alone else all_gather_objects(found, parallel.dp_group())
+    merged = {number: value for part in shared for number, value in part.items()}
+    return [merged[number] for number in range(len(sequences))]
+
+
+def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
+    """Yield row numbers, longest rows first, so that rows x longest row stays within ``budget``."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def _score_batch(model: GPT, sequences: list[Sequence]) -> list[Score]:
+    device = device_of(model)
+    tokens = right_padded([s.tokens[:-1] for s in sequences], 0, device)
+    labels = right_padded([_labels(s) for s in sequences], IGNORED, device)
+    logits = target_logits(model, tokens, labels)
+    targets = labels[labels != IGNORED]
+    losses = F.cross_entropy(logits, targets, reduction="none").double().cpu()
+    right = (logits.argmax(-1) == targets).cpu()
+    counts = [sum(s.loss[1:]) for s in sequences]
+    parts = zip(sequences, losses.split(counts), right.split(counts), strict=True)
+    return [_score(sequence, loss, hit) for sequence, loss, hit in parts]
+
+
+def _labels(sequence: Sequence) -> list[int]:
+    return [
+        token if learned else IGNORED for token, learned in zip(sequence.tokens[1:], sequence.loss[1:], strict=True)
+    ]
+
+
+def _score(sequence: Sequence, losses: Tensor, right: Tensor) -> Score:
+    """``losses`` and ``right`` [learned tokens]; the last answer is their tail."""
+    answer = sum(sequence.loss[max(1, sequence.answer_start) :])
+    first = len(losses) - answer
+    return Score(
+        loss=float(losses.sum()),
+        tokens=len(losses),
+        likelihood=-float(losses[first:].sum()),
+        exact=bool(torch.all(right[first:])),
+    )
