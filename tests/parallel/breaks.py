@@ -1,0 +1,52 @@
+"""Deliberate mistakes, each of which another library has shipped: the matrix must notice every one."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from graftwork.compat.sharding import Sharding
+from graftwork.models import GPT
+from graftwork.peft import gather
+from graftwork.training import gradients
+
+
+def drop_the_sequence_sum() -> None:
+    """Leave gradients partial that every tensor-parallel rank has seen a part of the sequence for."""
+    gradients.is_partial = lambda name, parameter: False
+
+
+def sum_what_is_whole() -> None:
+    """Sum every replicated gradient over the tensor-parallel ranks, also those that are whole already."""
+    gradients.is_partial = lambda name, parameter: not getattr(parameter, "tensor_model_parallel", False)
+
+
+def save_first_rank_only() -> None:
+    """Write the first tensor-parallel rank's parts as if they were the tensors."""
+
+    def whole(parameter: Tensor) -> Sharding:
+        return Sharding(tuple(parameter.shape))
+
+    gather.sharding_of = whole
+
+
+def mean_per_microbatch() -> None:
+    """Average the loss inside each microbatch, then over microbatches."""
+    exact = GPT.forward_step
+
+    def forward_step(self: GPT, iterator: Any, module: Any) -> Any:
+        output, loss_func = exact(self, iterator, module)
+
+        def mean(output: Tensor) -> Any:
+            total, count, logged = loss_func(output)
+            factor = 30 / count.clamp(min=1)  # about the answer tokens of a microbatch
+            return total * factor, count, {**logged, "loss_sum": (total * factor).detach()}
+
+        return output, mean
+
+    GPT.forward_step = forward_step  # type: ignore[method-assign]
+
+
+BREAKS: dict[str, Callable[[], None]] = {
+    f.__name__: f for f in (drop_the_sequence_sum, sum_what_is_whole, save_first_rank_only, mean_per_microbatch)
+}
