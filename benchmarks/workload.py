@@ -11,7 +11,7 @@ from torch import Tensor
 
 IGNORED = -100
 RANK = 16
-MIX_MEDIAN, MIX_SPREAD = 90, 0.7
+MIX_MEDIAN, MIX_SPREAD = 90, 0.9
 """Row lengths of the mix: log-normal, as instruction data are (a long tail of long rows)."""
 
 
