@@ -65,7 +65,7 @@ def train(data: Path, out: Path, steps: int) -> None:
         "--factory", f"{BASE}(dir={out.parent},name={out.name})",
         "peft=[lora(dim=8,alpha=16)]",
         f"trainer.max_steps={steps}",
-        f"trainer.val_check_interval={max(1, steps // 4)}",
+        f"trainer.val_check_interval={max(1, steps // 3)}",
         "optim.lr=1e-3",
         f"optim.warmup_steps={max(1, steps // 6)}",
         "optim.schedule=linear",
@@ -110,7 +110,7 @@ def finish(out: Path, metrics: dict[str, Any]) -> None:
 def main() -> None:
     """Run the four stages."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--rows", type=int, default=200, help="held-out rows to judge by")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     options = parser.parse_args()

@@ -44,6 +44,7 @@ class GraftContext(run.cli.RunContext):
             typer.echo(show(task))
             return
         self.confirm(task)
+        quiet_lightning()
         executor = self.executor or executor_for(task)
         if self.direct or executor is None:
             tell(fdl.build(with_text(task))())
@@ -86,6 +87,12 @@ def check_output(task: run.Partial) -> None:
     names = task.__signature_info__.parameters
     if "output" in names and not getattr(task, "output", None):
         raise ConfigError("set output=FILE: on an executor there is no terminal to print the result to.")
+
+
+def quiet_lightning() -> None:
+    """Silence what Lightning announces on every start: devices, process groups, adverts."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def tell(result: Any) -> None:

@@ -1,6 +1,9 @@
 """Launch a recipe and check how it ended: NeMo Run itself reports success whatever the task did."""
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from graftwork.recipes.show import with_text
 TAIL_LINES = 15
 _GOOD = ("SUCCEEDED",)
 _USER_ERROR = re.compile(r"graftwork\.errors\.(\w+): (.+)$")
+_RANK_VARIABLE = re.compile(r"((LOCAL|NODE|GROUP|ROLE)_)?RANK$|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE$|MASTER_|TORCHELASTIC_")
 _RANK_PREFIX = re.compile(r"^\[\w+\]:\s?")
 
 
@@ -41,12 +45,26 @@ def launch(
     ) as experiment:
         experiment.add(with_text(recipe), name=task, tail_logs=tail, plugins=plugins or None)
         try:
-            experiment.run(detach=not wait, tail_logs=tail)
+            with without_ranks():
+                experiment.run(detach=not wait, tail_logs=tail)
         except OSError as error:
             raise LaunchError(f"could not start {task!r} on {experiment.executor.info()}: {error}") from error
     if wait:
         check(experiment.status(return_dict=True))
     return experiment._id
+
+
+@contextmanager
+def without_ranks() -> Iterator[None]:
+    """Hide this process's own place in a process group: a child that inherits it would take its port and rank.
+
+    Lightning leaves these variables behind after a training in the same process, as in a notebook.
+    """
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if _RANK_VARIABLE.match(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def check(status: dict[str, dict[str, Any]]) -> None:

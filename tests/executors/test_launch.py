@@ -8,7 +8,7 @@ import pytest
 
 from graftwork.errors import ConfigError, DataError, LaunchError
 from graftwork.executors import launch, local
-from graftwork.executors.launch import check, log_lines, task_name
+from graftwork.executors.launch import check, log_lines, task_name, without_ranks
 from tests.helpers.tasks import write_ranks
 
 
@@ -23,6 +23,15 @@ def test_a_rank_s_own_error_comes_back_as_itself(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^train.jsonl, line 3: field 'output' is missing; valid: input, output.$"):
         launch(run.Partial(write_ranks, directory=str(tmp_path), fail="data"), local(ntasks=2), tail=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rank0", "rank1"]
+
+
+def test_a_task_does_not_inherit_this_process_s_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"RANK": "5", "WORLD_SIZE": "6", "MASTER_PORT": "29500", "LOCAL_RANK": "5", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+    with without_ranks():
+        assert not set(kept) & set(os.environ) and "PATH" in os.environ
+    assert {name: os.environ[name] for name in kept} == kept
 
 
 def test_a_bug_comes_back_with_the_end_of_its_log(tmp_path: Path) -> None:
