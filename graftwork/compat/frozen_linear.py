@@ -18,4 +18,4 @@ class FoldedFrozenLinear(LinearWithFrozenWeight):
         """Return megatron-core's gradients, computed on the folded gradient."""
         folded = grad_output.reshape(-1, grad_output.shape[-1])
         grad_input, *rest = LinearWithFrozenWeight.backward(ctx, folded)
-        return grad_input.view(*grad_output.shape[:-1], -1), *rest
+        return grad_input.view(*grad_output.shape[:-1], grad_input.shape[-1]), *rest

@@ -1,0 +1,91 @@
+"""The cells of the fidelity matrix: which model, method, data and recomputation are trained in which layout."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tests.contracts.methods import STACKS
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A layout: its title in the documentation, number of ranks, the strategy's sizes."""
+
+    title: str
+    world: int
+    sizes: dict[str, Any]
+
+
+def _ranks(title: str, world: int, tp: int = 1, pp: int = 1, vp: int | None = None, **more: Any) -> Ranks:
+    named = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": vp,
+    }
+    return Ranks(title, world, {**{k: v for k, v in named.items() if v not in (None, 1)}, **more})
+
+
+SP: dict[str, Any] = {"sequence_parallel": True}
+CP: dict[str, Any] = {"context_parallel_size": 2}
+EP: dict[str, Any] = {"expert_model_parallel_size": 2}
+LAYOUTS: dict[str, Ranks] = {
+    "tp2": _ranks("TP2", 2, tp=2),
+    "tp2_sp": _ranks("TP2+SP", 2, tp=2, **SP),
+    "pp2": _ranks("PP2", 2, pp=2),
+    "pp2_vpp2": _ranks("PP2×VPP2", 2, pp=2, vp=2),
+    "cp2": _ranks("CP2", 2, **CP),
+    "dp2": _ranks("DP2", 2),
+    "ep2": _ranks("EP2", 2, **EP),
+    "tp2_pp2": _ranks("TP2×PP2", 4, tp=2, pp=2),
+    "tp2_sp_ep2": _ranks("TP2+SP×EP2", 2, tp=2, **SP, **EP),
+    "tp2_dp2": _ranks("TP2×DP2", 4, tp=2),
+    "tp2_sp_cp2": _ranks("TP2+SP×CP2", 4, tp=2, **SP, **CP),
+    "pp2_cp2": _ranks("PP2×CP2", 4, pp=2, **CP),
+    "pp2_ep2": _ranks("PP2×EP2", 4, pp=2, **EP),
+}
+PRODUCTS = ("tp2_sp_ep2", "tp2_dp2", "tp2_sp_cp2", "pp2_cp2", "pp2_ep2")
+"""Layouts of several axes that train everything once, not every method."""
+SUBJECTS: dict[str, str] = {
+    "base": "base, forward only",
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "canonical": "CanonicalAdapter",
+    "ia3": "IA3",
+    "ptuning": "PTuning",
+    "lora+ia3": "[LoRA, IA3]",
+    "ptuning+canonical": "[PTuning, CanonicalAdapter]",
+    "all": "all four",
+}
+assert set(SUBJECTS) - {"base", "full"} <= set(STACKS)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``base``: a family of tests.helpers.tiny_hf, or "mixture" (of experts); ``subject``: a key of SUBJECTS."""
+
+    base: str
+    subject: str
+    packed: bool = False
+    recompute: str | None = None
+
+    def __str__(self) -> str:
+        parts = [self.base, self.subject, "packed" if self.packed else "", f"recompute-{self.recompute}"]
+        return "-".join(p for p in parts[: 4 if self.recompute else 3] if p)
+
+
+def cells_of(layout: str) -> list[Cell]:
+    """Return the cells that a layout runs: every subject, then what needs another model, packing or recomputation."""
+    experts = "ep2" in layout
+    main = "mixture" if experts else "llama"
+    if layout in PRODUCTS:
+        return [Cell(main, subject) for subject in ("full", "all")]
+    return [*(Cell(main, subject) for subject in SUBJECTS), *([] if experts else _special(layout))]
+
+
+def _special(layout: str) -> list[Cell]:
+    # gpt2: learned positions (the embedding scatters the sequence later), tied embeddings, biases
+    learned = [Cell("gpt2", subject) for subject in ("full", "ptuning", "all")]
+    # qwen3: norms of queries and keys, which see only a rank's heads
+    normed = [Cell("qwen3", subject) for subject in ("full", "ia3")]
+    packed = [] if layout == "cp2" else [Cell("llama", subject, packed=True) for subject in ("full", "all")]
+    replayed = [Cell("llama", "all", recompute="full"), Cell("llama", "ptuning", recompute="full")]
+    return [*learned, *normed, *packed, *replayed]

@@ -1,0 +1,74 @@
+"""The data of the matrix: steps of random rows with prompts in front and very different numbers of answer tokens."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from graftwork.compat import parallel
+from tests.parallel.models import prompt_of
+
+LENGTH, ROWS, MICRO, STEPS = 16, 8, 2, 3
+SECOND = 9
+"""Where the second sample of a packed row starts."""
+IGNORED = -100
+Batch = dict[str, Any]
+
+
+class Rows(LightningDataModule):
+    """STEPS training batches and one to validate, cut over the data-parallel ranks."""
+
+    global_batch_size, micro_batch_size = ROWS, MICRO
+
+    def __init__(self, packed: bool = False) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the steps of an epoch."""
+        return DataLoader([self._mine(step) for step in range(STEPS)], batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return one batch."""
+        return DataLoader([self._mine(100)], batch_size=None)
+
+    def _mine(self, step: int) -> Batch:
+        return mine(global_batch(self.trainer.lightning_module, step, self.packed))
+
+
+def mine(batch: Batch) -> Batch:
+    """Return this data-parallel rank's rows."""
+    rank, size = parallel.dp_rank(), parallel.dp_size()
+    return {k: v[rank::size].contiguous() if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def global_batch(model: Any, step: int, packed: bool = False) -> Batch:
+    """Return all rows of one step; in the second step a microbatch, and every second row, has no answer at all."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(model.shape.vocab_size, (ROWS, LENGTH + 1), generator=generator)
+    batch: Batch = {"tokens": ids[:, :-1].clone(), "labels": ids[:, 1:].clone()}
+    batch["position_ids"] = torch.arange(LENGTH).expand(ROWS, -1).clone()
+    for start in samples(packed):
+        _put_prompt(batch, start, prompt_of(model))
+    for row in range(ROWS):
+        batch["labels"][row, : int(torch.randint(LENGTH - 1, (), generator=generator))] = IGNORED
+    if step == 1:
+        batch["labels"][1::2] = IGNORED
+        batch["labels"][:MICRO] = IGNORED
+    if packed:
+        batch["cu_seqlens"] = torch.tensor([*samples(packed), LENGTH], dtype=torch.int32).repeat(ROWS, 1)
+    return {**batch, "packed": packed, "micro_batch_size": MICRO}
+
+
+def samples(packed: bool) -> list[int]:
+    """Return where the samples of a row start."""
+    return [0, SECOND] if packed else [0]
+
+
+def _put_prompt(batch: Batch, start: int, prompt: list[int]) -> None:
+    end = start + len(prompt)
+    batch["tokens"][:, start:end] = torch.tensor(prompt, dtype=torch.long)
+    batch["labels"][:, max(start - 1, 0) : max(start, end - 1)] = IGNORED  # never predict across samples, or a prompt
+    batch["position_ids"][:, start:] = torch.arange(LENGTH - start)

@@ -1,0 +1,42 @@
+"""Full tensors under global names from this rank's parts, so that every layout speaks of the same tensors."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from graftwork.compat import parallel
+from tests.helpers.tiny_gpt import cut, global_name
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def whole(model: Any, gradients: bool = False) -> dict[str, Tensor]:
+    """Return copies of every trainable parameter of this rank's stages, or of its gradient; collective over TP."""
+    found = {}
+    for chunk in model.chunks:
+        for name, parameter in chunk.named_parameters():
+            if parameter.requires_grad:
+                value = parameter.grad if gradients else parameter.detach()
+                assert value is not None, f"{name} has no gradient"
+                found[_key(chunk, name, parameter)] = _joined(chunk, name, parameter, value, model.shape.vocab_size)
+    return found
+
+
+def _key(chunk: nn.Module, name: str, parameter: Tensor) -> str:
+    """The last stage's copy of a tied embedding goes by the embedding's name."""
+    return EMBEDDING if getattr(parameter, "shared", False) else global_name(chunk, name)
+
+
+def _joined(chunk: nn.Module, name: str, parameter: Tensor, local: Tensor, vocabulary: int) -> Tensor:
+    own = getattr(parameter, "sharding", None)
+    sharding = own if own is not None else cut(chunk, name, parameter)
+    size = parallel.tp_size() if sharding.dim is not None else 1
+    parts = [local.contiguous()]
+    if size > 1:
+        parts = [torch.empty_like(local) for _ in range(size)]
+        dist.all_gather(parts, local.contiguous(), group=parallel.tp_group())
+    full = sharding.join(parts)
+    is_vocabulary = own is None and ("word_embeddings" in name or "output_layer" in name)
+    return (full[:vocabulary] if is_vocabulary else full).clone()
