@@ -106,11 +106,11 @@ def equip(trainer: Trainer, stack: Sequence[PEFT], recipe_text: str | None, seed
     """Give ``trainer`` what every run has; a callback or logger that the user has set is kept, not doubled."""
     callbacks: list[Callback] = [c for c in trainer.callbacks if not _is_default(c)]  # type: ignore[attr-defined]
     bar = any(type(c) in (TQDMProgressBar, RichProgressBar) for c in trainer.callbacks)  # type: ignore[attr-defined]
-    # The training state comes last: it saves what the others have become.
     states_too = [TrainingState] if hasattr(trainer.strategy, "drives_backward") else []
     for made in (Throughput, SelfCheck, AdapterCheckpoint, Report, *([Progress] if bar else []), *states_too):
         if not any(isinstance(c, made) for c in callbacks):
             callbacks.append(made())
+    callbacks.sort(key=lambda c: isinstance(c, TrainingState))  # last: it saves what the others have become
     trainer.callbacks = [*(t for t in stack if t not in callbacks), *callbacks]  # type: ignore[attr-defined]
     report = next(c for c in callbacks if isinstance(c, Report))
     report.seed = seed

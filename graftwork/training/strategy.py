@@ -88,8 +88,10 @@ class MegatronStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         """Check the layout, then make the process groups; called before data and model are set up."""
         self._check()
-        super().setup_environment()
         sizes = self.layout
+        if self.num_nodes * self.num_processes == 1:  # a world of one needs no network port
+            parallel.ensure_initialized(self.seed)
+        super().setup_environment()
         parallel.initialize(
             tensor=sizes.tensor_model_parallel_size,
             pipeline=sizes.pipeline_model_parallel_size,

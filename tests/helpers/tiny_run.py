@@ -2,10 +2,11 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from graftwork.data.sft import SFTDataModule
 from graftwork.models.gpt import GPT
@@ -41,9 +42,9 @@ def write_data(root: Path) -> Path:
 def data_module(root: Path, **options: Any) -> SFTDataModule:
     """Read what ``write_data`` wrote."""
     settings: dict[str, Any] = {"seq_length": 48, "global_batch_size": 8, "micro_batch_size": 2}
+    settings["validation_fraction"] = 0.25
     return SFTDataModule(
         train=str(root / "train.jsonl"),
-        validation_fraction=0.25,
         tokenizer=str(root / "tokenizer"),
         cache_dir=str(root / "cache"),
         **(settings | options),
@@ -75,3 +76,15 @@ def model(**options: Any) -> GPT:
 def optim(**options: Any) -> AdamW:
     """Return a fast optimizer."""
     return AdamW(**({"lr": 5e-3, "warmup_steps": 2} | options))
+
+
+class StopAfter(Callback):
+    """Asks the run to stop, as Slurm would, while step ``step`` is running."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Send this process SIGUSR1."""
+        if trainer.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGUSR1)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from graftwork.errors import ConfigError
 from graftwork.training.run_directory import prune, state_path
@@ -32,8 +33,8 @@ class Interrupted(SystemExit):
 class TrainingState(Checkpoint):
     """Keeps the newest states in ``checkpoints/`` of the run directory.
 
-    On SIGTERM or SIGUSR1 (Slurm's warning before a time limit) the step in progress is finished, the state saved and
-    the process ends with exit code 75.
+    On SIGTERM or SIGUSR1 (Slurm's warning before a time limit) the step in progress is finished (and the validation
+    that is due after it), the state saved and the process ends with exit code 75.
 
     Args:
         every_n_steps: Save after every so many steps; None for never.
@@ -49,6 +50,7 @@ class TrainingState(Checkpoint):
                 raise ConfigError(f"TrainingState({name}={value}) must be above 0.")
         self.every_n_steps, self.every_n_minutes, self.keep = every_n_steps, every_n_minutes, keep
         self._signal: int | None = None
+        self._asked = self._wanted = False
         self._last_save = time.monotonic()
         self._saved_step = -1
 
@@ -62,11 +64,22 @@ class TrainingState(Checkpoint):
         self._last_save, self._saved_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save when it is time; stop when asked to. All ranks decide alike."""
-        asked, due = _any_rank(self._signal is not None, self._due(trainer.global_step))
-        if due or asked:
+        """Save when it is time, stop when asked to: after the validation if one is due now. All ranks decide alike."""
+        self._asked, self._wanted = _any_rank(self._signal is not None, self._due(trainer.global_step))
+        if not _validation_is_due(trainer):
+            self._settle(trainer)
+        elif self._asked:  # the time that is left may be shorter than the validation
             self.save(trainer)
-        if asked:
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save with the validation's result: a resumed run does not validate this step again."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._settle(trainer)
+
+    def _settle(self, trainer: Trainer) -> None:
+        if self._asked or self._wanted:
+            self.save(trainer)
+        if self._asked:
             raise Interrupted(
                 f"stopped on request after step {trainer.global_step}; the same command resumes there "
                 f"(exit code {RESUMABLE_EXIT_CODE})."
@@ -80,8 +93,8 @@ class TrainingState(Checkpoint):
     def save(self, trainer: Trainer) -> None:
         """Save now, then delete the states that are too old."""
         root = Path(trainer.default_root_dir).resolve()
-        trainer.save_checkpoint(state_path(root, trainer.global_step))
-        self._last_save, self._saved_step = time.monotonic(), trainer.global_step
+        trainer.save_checkpoint(state_path(root, trainer.global_step), weights_only=False)
+        self._last_save, self._saved_step, self._wanted = time.monotonic(), trainer.global_step, False
         if trainer.is_global_zero:
             prune(root, self.keep)
 
@@ -99,6 +112,13 @@ class TrainingState(Checkpoint):
 
     def _note(self, number: int, frame: Any) -> None:
         self._signal = number
+
+
+def _validation_is_due(trainer: Trainer) -> bool:
+    # Lightning skips a validation that was due at the step of a state saved here, so such a state waits for it.
+    loop: Any = trainer.fit_loop
+    enabled = trainer.enable_validation and not loop.epoch_loop.val_loop.skip
+    return bool(enabled and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
 def _any_rank(*flags: bool) -> list[bool]:

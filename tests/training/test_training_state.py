@@ -1,0 +1,197 @@
+"""Resume: interrupted + resumed == uninterrupted, bit for bit; states are whole, few and of this recipe."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graftwork.errors import CheckpointError, ConfigError, DataError
+from graftwork.peft import IA3, LoRA
+from graftwork.training import finetune
+from graftwork.training.callbacks import Interrupted, Report, TrainingState
+from graftwork.training.run_directory import latest, locked, prune, state_path, states
+from tests.helpers import tiny_run
+
+
+def run(data: Path, root: Path, stop: int | None = None, peft: Any = "lora", **options: Any) -> dict[str, Any]:
+    """Run eight steps, or up to a request to stop; return weights, losses, optimizer and summary."""
+    stack = [LoRA(dim=4, dropout=0.1), IA3()] if peft == "lora" else peft
+    trainer_options = {k: options.pop(k) for k in ("max_steps", "resume", "callbacks") if k in options}
+    resume = trainer_options.pop("resume", True)
+    callbacks = [*trainer_options.pop("callbacks", []), *([tiny_run.StopAfter(stop)] if stop else [])]
+    trainer = tiny_run.trainer(root, callbacks=callbacks, **trainer_options)
+    model_options = {"dtype": options.pop("dtype")} if "dtype" in options else {}
+    model = tiny_run.model(**model_options)
+    arguments = (model, trainer, tiny_run.data_module(data, **options), stack, tiny_run.optim())
+    if stop is None:
+        summary = finetune(*arguments, resume=resume)
+    else:
+        with pytest.raises(Interrupted) as stopped:
+            finetune(*arguments, resume=resume)
+        assert stopped.value.code == 75
+        summary = {}
+    report = next(c for c in trainer.callbacks if isinstance(c, Report))
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return {"weights": weights, "train": report.train, "validation": report.validation, "summary": summary}
+
+
+def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found["train"] == wanted["train"]
+    assert found["validation"] == wanted["validation"]
+    assert all(torch.equal(w, found["weights"][n]) for n, w in wanted["weights"].items())
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "packed": {"packing": True, "seq_length": 64, "micro_batch_size": 1, "global_batch_size": 2},
+    "full": {"peft": None},
+    "full_bf16": {"peft": None, "dtype": "bf16"},
+}
+
+
+@pytest.mark.parametrize("stop", [3, 4], ids=["between_validations", "at_a_validation"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_and_resumed_equals_uninterrupted(kind: str, stop: int, tiny_data: Path, tmp_path: Path) -> None:
+    """Eight steps over 36 rows cross a pass of the data; dropout draws from the restored generators."""
+    wanted = run(tiny_data, tmp_path / "whole", **KINDS[kind])
+    run(tiny_data, tmp_path / "cut", stop=stop, **KINDS[kind])
+    assert latest(tmp_path / "cut") == state_path(tmp_path / "cut", stop)
+    found = run(tiny_data, tmp_path / "cut", **KINDS[kind])
+    assert_same(found, wanted)
+    assert found["summary"]["val_loss"] == wanted["summary"]["val_loss"]
+
+
+def test_without_the_random_state_the_comparison_would_fail(tiny_data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Deliberate break: dropout makes the losses depend on the generators."""
+    wanted = run(tiny_data, tmp_path / "whole")
+    run(tiny_data, tmp_path / "cut", stop=3)
+    monkeypatch.setattr("graftwork.training.checkpoint.read_random_state", lambda *_: None)
+    assert run(tiny_data, tmp_path / "cut")["train"] != wanted["train"]
+
+
+def test_a_finished_run_started_again_trains_nothing_and_gives_its_summary(tiny_data: Path, tmp_path: Path) -> None:
+    first = run(tiny_data, tmp_path)
+    again = run(tiny_data, tmp_path)
+    assert_same(again, first)
+    changing = ("peak_memory_bytes",)
+    assert {k: v for k, v in again["summary"].items() if k not in changing} == {
+        k: v for k, v in first["summary"].items() if k not in changing
+    }
+
+
+def test_more_steps_continue_a_finished_run(tiny_data: Path, tmp_path: Path) -> None:
+    run(tiny_data, tmp_path, max_steps=4)
+    found = run(tiny_data, tmp_path, max_steps=6)
+    assert [step for step, _ in found["train"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_false_starts_anew(tiny_data: Path, tmp_path: Path) -> None:
+    first = run(tiny_data, tmp_path, max_steps=3)
+    again = run(tiny_data, tmp_path, max_steps=3, resume=False)
+    assert_same(again, first)
+    assert [step for step, _ in again["train"]] == [1, 2, 3]
+
+
+def test_without_validation_data_states_are_saved_too(tiny_data: Path, tmp_path: Path) -> None:
+    run(tiny_data, tmp_path, validation_fraction=0.0, callbacks=[TrainingState(every_n_steps=2, keep=9)], max_steps=5)
+    assert [p.name[-1] for p in states(tmp_path)] == ["2", "4", "5"]
+
+
+def test_every_n_steps_and_only_the_newest_are_kept(tiny_data: Path, tmp_path: Path) -> None:
+    run(tiny_data, tmp_path, callbacks=[TrainingState(every_n_steps=2, keep=2)])
+    assert [p.name for p in states(tmp_path)] == ["step-00000006", "step-00000008"]
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step-00000006", "step-00000008"}
+
+
+def test_a_state_holds_only_what_trains(tiny_data: Path, tmp_path: Path) -> None:
+    run(tiny_data, tmp_path, max_steps=2)
+    index = json.loads((latest(tmp_path) / "state.json").read_text())["index"]  # type: ignore[operator]
+    assert all(".adapters." in name for name in index)
+    assert all(set(entry["kinds"]) == {"weight", "exp_avg", "exp_avg_sq", "step"} for entry in index.values())
+
+
+def test_masters_of_bf16_weights_are_in_the_state(tiny_data: Path, tmp_path: Path) -> None:
+    run(tiny_data, tmp_path, peft=None, dtype="bf16", max_steps=2)
+    index = json.loads((latest(tmp_path) / "state.json").read_text())["index"]  # type: ignore[operator]
+    assert all("master" in entry["kinds"] for entry in index.values())
+
+
+@pytest.mark.parametrize(
+    ("peft", "words"),
+    [
+        ([LoRA(dim=8), IA3()], r"lora_A' has shape \(4, 32\) .* and \(8, 32\)"),
+        ([LoRA(dim=4, dropout=0.1)], "holds '.*ia3.*which the model does not train"),
+        ([LoRA(dim=4, name="other"), IA3()], "has no '.*other.*other adapters"),
+    ],
+)
+def test_a_state_of_another_recipe_is_refused(peft: Any, words: str, tiny_data: Path, tmp_path: Path) -> None:
+    run(tiny_data, tmp_path, max_steps=1)
+    with pytest.raises(CheckpointError, match=words):
+        run(tiny_data, tmp_path, peft=peft, max_steps=2)
+
+
+def test_a_state_of_other_data_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    run(tiny_data, tmp_path, max_steps=1)
+    with pytest.raises(DataError, match="seed"):
+        run(tiny_data, tmp_path, max_steps=2, seed=99)
+
+
+@pytest.mark.parametrize("file", ["state.json", "trainer.pt", "shards-00000.safetensors"])
+def test_a_truncated_state_is_one_sentence(file: str, tiny_data: Path, tmp_path: Path) -> None:
+    run(tiny_data, tmp_path, max_steps=1)
+    path = latest(tmp_path) / file  # type: ignore[operator]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="delete that directory to resume from the one before"):
+        run(tiny_data, tmp_path, max_steps=2)
+
+
+def test_a_failed_save_leaves_the_state_before_it(tiny_data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from graftwork.training import checkpoint
+
+    real, calls = checkpoint.save_file, []
+
+    def full(tensors: Any, path: str) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match="the disk is full: .*step-00000004' was not written"):
+        run(tiny_data, tmp_path, callbacks=[TrainingState(every_n_steps=2)])
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    assert_same(run(tiny_data, tmp_path), run(tiny_data, tmp_path / "whole"))
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ConfigError, match=rf"another run \(process {os.getpid()} on .*is using"):
+        run(tiny_data, tmp_path)
+    with locked(tmp_path):
+        pass
+
+
+def test_pruning_removes_what_a_kill_left_behind(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        state_path(tmp_path, step).mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".step-00000004.123-abc.tmp").mkdir()
+    prune(tmp_path, keep=2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] != []
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_signal_handlers_are_put_back(tiny_data: Path, tmp_path: Path) -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+    run(tiny_data, tmp_path, max_steps=1)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+@pytest.mark.parametrize("field", ["every_n_steps", "every_n_minutes", "keep"])
+def test_impossible_intervals_are_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        TrainingState(**{field: 0})
