@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types bench docs golden clean
+.PHONY: help install demo test test-all lint types format bench docs golden clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -39,8 +39,12 @@ test: lint types ## lint, types, floors, then the fast tests
 test-all: lint types ## the same with the tests that need the pretrained model
 	@$(BIN)/python -m pytest $(PYTEST)
 
-lint: $(STAMP) ## ruff and the import floors
+format: $(STAMP) ## lay the sources out and sort their imports
+	@$(BIN)/ruff check --quiet --select I --fix . && $(BIN)/ruff format --quiet .
+
+lint: $(STAMP) ## ruff (rules, format) and the import floors
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: make format"; exit 1; }
 	@$(BIN)/lint-imports --no-logo
 
 types: $(STAMP) ## mypy

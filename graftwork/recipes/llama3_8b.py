@@ -14,9 +14,7 @@ def model() -> run.Config:
     return parts.gpt(shapes.llama3_8b, checkpoint="meta-llama/Meta-Llama-3-8B", recompute="selective")
 
 
-def trainer(
-    dir: str = "runs", name: str = "default", num_nodes: int = 1, num_gpus_per_node: int = 1
-) -> run.Config:
+def trainer(dir: str = "runs", name: str = "default", num_nodes: int = 1, num_gpus_per_node: int = 1) -> run.Config:
     """Return the trainer that writes to ``dir/name``."""
     return parts.megatron_trainer(dir, name, num_nodes, num_gpus_per_node)
 

@@ -14,9 +14,7 @@ def model() -> run.Config:
     return parts.gpt(shapes.nemotron4_340b, recompute="full")
 
 
-def trainer(
-    dir: str = "runs", name: str = "default", num_nodes: int = 2, num_gpus_per_node: int = 8
-) -> run.Config:
+def trainer(dir: str = "runs", name: str = "default", num_nodes: int = 2, num_gpus_per_node: int = 8) -> run.Config:
     """Return the trainer that writes to ``dir/name``."""
     return parts.megatron_trainer(dir, name, num_nodes, num_gpus_per_node, tensor=8, pipeline=2)
 

@@ -111,5 +111,3 @@ def test_one_device_needs_no_executor_and_several_get_torchrun() -> None:
     assert (executor.nproc_per_node(), executor.launcher) == (3, local(3).launcher)
     with pytest.raises(ConfigError, match="reaches 2 machines"):
         executor_for(llama2_7b.finetune_recipe(num_nodes=2))
-
-
