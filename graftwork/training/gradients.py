@@ -22,11 +22,12 @@ class Gradients:
     """
 
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
-        named = {n: p for chunk in chunks for n, p in chunk.named_parameters() if p.requires_grad}
-        self.parameters = list(named.values())
-        self.experts = [p for n, p in named.items() if is_expert(n, p)]
-        self.dense = [p for n, p in named.items() if not is_expert(n, p)]
-        self.partial = [p for n, p in named.items() if is_partial(n, p)]
+        # Names repeat from one virtual stage to the next.
+        named = [(n, p) for chunk in chunks for n, p in chunk.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
+        self.experts = [p for n, p in named if is_expert(n, p)]
+        self.dense = [p for n, p in named if not is_expert(n, p)]
+        self.partial = [p for n, p in named if is_partial(n, p)]
         self.tied = _tied_embedding(chunks)
         self.has_experts = getattr(chunks[0].config, "num_moe_experts", None) is not None
         self.norm = torch.zeros(())

@@ -7,6 +7,7 @@ import torch
 
 from graftwork.compat import parallel
 from graftwork.training import gradients
+from graftwork.training.shards import chunks_of
 from tests.helpers import tiny_gpt
 from tests.helpers.distributed import run_ranks
 from tests.helpers.standin import Curve, Rows, StandIn, trainer_for
@@ -26,11 +27,36 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+FOUR_LAYERS = {"num_layers": 4, "tied": True}
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 96,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    "expert_tensor_parallel_size": 1,
+}
+SPECIAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "interleaved": ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, FOUR_LAYERS),
+    "ep2": ({"expert_model_parallel_size": 2}, EXPERTS),
+    "whole_experts_on_tp2": (LAYOUTS["tp2_sp"], EXPERTS),
+    "tp2_sp_ep2": ({**LAYOUTS["tp2_sp"], "expert_model_parallel_size": 2}, EXPERTS),
+}
+
+
 def two_ranks(rank: int, world_size: int) -> dict[str, Any]:
     """Go through every layout and every break in the same two processes."""
     layouts = {name: every_model(rank, world_size, layout) for name, layout in LAYOUTS.items()}
     broken = {name: train_broken(rank, world_size, LAYOUTS[name], what) for name, what in BREAKS.items()}
-    return {"layouts": layouts, "broken": broken}
+    special = {name: train_one(rank, world_size, layout, **model) for name, (layout, model) in SPECIAL.items()}
+    return {"layouts": layouts, "broken": broken, "special": special}
+
+
+def one_rank(rank: int, world_size: int) -> dict[str, Any]:
+    """The reference of every comparison: no layout at all."""
+    special = {name: train_one(rank, world_size, {}, **model) for name, (_, model) in SPECIAL.items()}
+    return {**every_model(rank, world_size, {}), **special}
 
 
 def every_model(rank: int, world_size: int, layout: dict[str, Any]) -> dict[str, Any]:
@@ -43,9 +69,9 @@ def train_one(rank: int, world_size: int, layout: dict[str, Any], **model: Any) 
     curve, module = Curve(), StandIn(**model)
     trainer = trainer_for(layout, world_size, rank, callbacks=[curve], gradient_clip_val=1.0)
     trainer.fit(module, datamodule=Rows())
-    chunk = module.module
     weights = {
         name_in_whole(chunk, n): tiny_gpt.gathered(tiny_gpt.cut(chunk, n, p), p.detach())
+        for chunk in chunks_of(module)
         for n, p in chunk.named_parameters()
     }
     return {
@@ -79,7 +105,7 @@ def train_broken(rank: int, world_size: int, layout: dict[str, Any], what: str) 
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, Any]:
-    return run_ranks(every_model, 1, {})[0]
+    return run_ranks(one_rank, 1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +121,23 @@ def relative(found: float, wanted: float) -> float:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_trains_as_one_process(layout: str, model: str, reference: dict, ranks: list[dict]) -> None:
-    wanted = reference[model]
-    for found in (rank["layouts"][layout][model] for rank in ranks):
-        assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
-        assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-5)
-        assert relative(found["val"], wanted["val"]) < 1e-5
-        for name, weight in found["weights"].items():
-            assert torch.allclose(weight, wanted["weights"][name], rtol=1e-5, atol=2e-6), name
+    for rank in ranks:
+        assert_equal(rank["layouts"][layout][model], reference[model])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", SPECIAL)
+def test_virtual_stages_and_experts_train_as_one_process(name: str, reference: dict, ranks: list[dict]) -> None:
+    for rank in ranks:
+        assert_equal(rank["special"][name], reference[name])
+
+
+def assert_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-5)
+    assert relative(found["val"], wanted["val"]) < 1e-5
+    for name, weight in found["weights"].items():
+        assert torch.allclose(weight, wanted["weights"][name], rtol=1e-5, atol=2e-6), name
 
 
 @pytest.mark.processes
