@@ -58,6 +58,11 @@ class Gradients:
         if every:
             torch._foreach_mul_(every, factor.to(every[0].device))
 
+    def clip_values(self, limit: float) -> None:
+        """Clamp every element of the gradients to [-limit, limit]."""
+        for gradient in self._of(self.parameters):
+            gradient.clamp_(-limit, limit)
+
     def release(self) -> None:
         """Remove the hooks and fp32 accumulators from the parameters."""
         for hook in self._hooks:

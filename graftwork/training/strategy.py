@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from graftwork.training import checkpoint as training_state
 from graftwork.training import random_state
 from graftwork.training.gradients import Gradients
 from graftwork.training.layout import Layout
+from graftwork.training.precision import ModelParallelPrecision
 from graftwork.training.run_directory import discard
 from graftwork.training.schedule import StepLoss, run_schedule
 from graftwork.training.shards import chunks_of
@@ -244,14 +244,3 @@ class MegatronStrategy(DDPStrategy):
             raise ConfigError("trainer.precision must stay unset: the model's dtype ('fp32', 'bf16') decides.")
         if data is not None and hasattr(data, "global_batch_size") and hasattr(data, "micro_batch_size"):
             self.layout.check_batch(data.global_batch_size, data.micro_batch_size, world)
-
-
-class ModelParallelPrecision(Precision):
-    """Clipping that knows the norm of the whole model; the arithmetic's precision is the model's dtype."""
-
-    gradients: Gradients | None = None
-
-    def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
-        """Clip by the global norm that the step has just measured."""
-        assert self.gradients is not None
-        self.gradients.clip(float(clip_val))

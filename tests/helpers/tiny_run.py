@@ -62,10 +62,8 @@ def trainer(run: Path, world_size: int = 1, layout: dict[str, Any] | None = None
         "num_sanity_val_steps": 0,
     }
     os.environ.setdefault("LOCAL_RANK", "0")
-    strategy = MegatronStrategy(**(layout or {}))
-    return Trainer(
-        accelerator="cpu", devices=world_size, strategy=strategy, default_root_dir=run, **(settings | options)
-    )
+    settings["strategy"] = MegatronStrategy(**(layout or {}))
+    return Trainer(accelerator="cpu", devices=world_size, default_root_dir=run, **(settings | options))
 
 
 def model(**options: Any) -> GPT:

@@ -158,3 +158,16 @@ def test_metrics_before_and_after_come_from_a_callback(tiny_data: Path, tmp_path
 def test_what_is_no_transform_is_refused(tmp_path: Path, tiny_data: Path) -> None:
     with pytest.raises(ConfigError, match=r"'lora', which is no PEFT transform"):
         finetune(tiny_run.model(), tiny_run.trainer(tmp_path), tiny_run.data_module(tiny_data), ["lora"])  # type: ignore[list-item]
+
+
+def test_lightnings_own_strategy_on_one_device_trains_alike(tiny_data: Path, tmp_path: Path) -> None:
+    """Without our strategy the model's own training step runs: same losses, no training state."""
+
+    def losses(name: str, **options: Any) -> list[float]:
+        trainer = tiny_run.trainer(tmp_path / name, gradient_clip_val=None, **options)
+        finetune(tiny_run.model(), trainer, tiny_run.data_module(tiny_data), [LoRA(dim=4)], tiny_run.optim(eps=1e-4))
+        report = next(c for c in trainer.callbacks if isinstance(c, Report))
+        return [loss for _, loss in report.train + report.validation]
+
+    assert losses("plain", strategy="auto") == pytest.approx(losses("ours"), rel=1e-5)
+    assert not (tmp_path / "plain" / "checkpoints").exists()

@@ -67,7 +67,7 @@ class SelfCheck(Callback):
         agree(TrainingError(problem) if problem else None)
 
     def _check_first_gradients(self, pl_module: Any) -> None:
-        names = sorted(pl_module.adapters) or ["base"]
+        names = [*sorted(pl_module.adapters), "base"]
         holds, alive = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
         for name, parameter in trainable(pl_module):
             owner, gradient = adapter_of(name) or "base", gradient_of(parameter)

@@ -1,0 +1,92 @@
+"""Clipping and fp32 accumulation of the gradients, on one process."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from graftwork.compat import parallel
+from graftwork.optim import AdamW, gradient_of
+from graftwork.training import gradients
+from graftwork.training.gradients import Gradients, all_reduce
+from tests.helpers import tiny_gpt
+from tests.helpers.standin import Rows, StandIn, trainer_for
+
+
+class Chunk(nn.Module):
+    """A linear that looks like a megatron-core chunk."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16).to(dtype)
+        self.config = SimpleNamespace(num_moe_experts=None)
+
+
+def made(dtype: torch.dtype = torch.float32) -> tuple[Chunk, Gradients]:
+    parallel.ensure_initialized()
+    torch.manual_seed(0)
+    chunk = Chunk(dtype)
+    return chunk, Gradients([chunk])
+
+
+def test_norm_and_clipping_equal_torch() -> None:
+    chunk, ours = made()
+    chunk.linear(torch.randn(8, 16)).square().sum().backward()
+    twin = [nn.Parameter(p.detach().clone()) for p in chunk.parameters()]
+    for copy, parameter in zip(twin, chunk.parameters()):
+        copy.grad = parameter.grad.clone() / 8  # type: ignore[union-attr]
+    ours.finish(torch.tensor(8))
+    norm = torch.nn.utils.clip_grad_norm_(twin, 0.5)
+    ours.clip(0.5)
+    assert float(ours.norm) == pytest.approx(float(norm), rel=1e-6) and float(norm) > 0.5
+    for copy, parameter in zip(twin, chunk.parameters()):
+        torch.testing.assert_close(parameter.grad, copy.grad)
+    ours.clip_values(0.01)
+    assert all(float(p.grad.abs().max()) <= 0.01 for p in chunk.parameters())  # type: ignore[union-attr]
+
+
+def test_low_precision_gradients_accumulate_in_fp32() -> None:
+    """Many small microbatches after a large one: bf16 sums would lose them."""
+    chunk, ours = made(torch.bfloat16)
+    ours.zero()
+    bias = chunk.linear.bias
+    for scale in [256.0, *([0.5] * 100)]:
+        (bias * scale).sum().backward()
+    assert bias.grad is None
+    assert torch.equal(gradient_of(bias), torch.full((16,), 306.0))
+    ours.zero()
+    assert not gradient_of(bias).any()  # type: ignore[union-attr]
+    ours.release()
+    assert not hasattr(bias, "main_grad")
+    bias.sum().backward()
+    assert bias.grad is not None
+
+
+def test_nothing_is_sent_in_a_group_of_one(monkeypatch: Any) -> None:
+    parallel.ensure_initialized()
+    monkeypatch.setattr(gradients.dist, "all_reduce", lambda *_, **__: pytest.fail("sent"))
+    all_reduce([torch.ones(3)], parallel.tp_group())
+
+
+def test_buckets_hold_one_dtype_and_a_limited_size(monkeypatch: Any) -> None:
+    monkeypatch.setattr(gradients, "BUCKET_ELEMENTS", 10)
+    tensors = [torch.zeros(4), torch.zeros(4), torch.zeros(4, dtype=torch.bfloat16), torch.zeros(40), torch.zeros(2)]
+    buckets = [[t.numel() for t in b] for b in gradients._buckets(tensors)]
+    assert buckets == [[4, 4], [40], [2], [4]]
+
+
+@pytest.mark.parametrize(("algorithm", "limit"), [("norm", 1e-3), ("value", 1e-6)])
+def test_the_trainers_clipping_reaches_the_update(algorithm: str, limit: float) -> None:
+    """SGD-like check: with a huge eps the step is proportional to the gradient."""
+    parallel.ensure_initialized()
+    fresh = tiny_gpt.build(tiny_gpt.config(num_layers=2)).decoder.final_layernorm.weight.detach()
+    moved = {}
+    for clip in (None, limit):
+        module = StandIn(train="final_layernorm", optim=AdamW(lr=1e3, eps=1e3))
+        options = {"gradient_clip_val": clip, "gradient_clip_algorithm": algorithm} if clip else {}
+        trainer_for({}, max_steps=1, limit_val_batches=0, **options).fit(module, datamodule=Rows())
+        weight = module.module.decoder.final_layernorm.weight.detach()
+        moved[clip] = float((weight - fresh).abs().max())
+    assert moved[limit] < moved[None] / 2
