@@ -73,7 +73,7 @@ def shake(model: GPT) -> None:
         for name, parameter in chunk.named_parameters():
             if ".adapters." in name:
                 sharding = parameter.sharding  # type: ignore[attr-defined]
-                parameter.data.add_(_drawn(global_name(chunk, name), sharding, 0.05))
+                parameter.data.add_(_drawn(global_name(chunk, name), sharding, 0.02))
 
 
 def prompt_of(model: Any) -> list[int]:
