@@ -88,7 +88,7 @@ class Stack:
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """Take every adapter added inside the block off again, and restore what trains, when the block raises."""
-        before, base_flags, done = set(self.transforms), self._base_flags, False
+        before, done = set(self.transforms), False
         flags = [(p, p.requires_grad) for chunk in self._host.chunks for p in chunk.parameters()]
         try:
             yield
@@ -99,7 +99,6 @@ class Stack:
                     self._detach(name)
                 for parameter, flag in flags:
                     parameter.requires_grad_(flag)
-                self._base_flags = base_flags
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -72,6 +72,14 @@ def test_lora_around_ia3_is_not_scaled() -> None:
     assert close(fc2(y)[0], inner + update(y, fc2.adapters["lora"]))
 
 
+def test_ia3_scales_a_bias_that_is_added_later() -> None:
+    """A linear may hand its bias on instead of adding it."""
+    _, layer = adapted(IA3())
+    ia3, output, bias = layer.self_attention.linear_qkv.adapters["ia3"], hidden(96), torch.randn(96)
+    scaled, scaled_bias = ia3(lambda x: (x, bias), output)
+    assert close(scaled + scaled_bias, (output + bias) * key_value_scale(ia3))
+
+
 def test_two_bottlenecks_on_one_site() -> None:
     """The second reads what the first has made."""
     _, layer = adapted(CanonicalAdapter("first", dim=6), CanonicalAdapter("second", dim=6))
