@@ -45,14 +45,17 @@ def run_schedule(
 
     parts = microbatches(batch)
     tokens = count_tokens(batch)
+    rows, length = parts[0]["tokens"].shape
+    if batch.get("packed"):  # the model lays a microbatch's packed rows in one line
+        rows, length = 1, rows * length
     iterators = [iter(parts) for _ in chunks]
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(parts),
-        seq_length=batch["tokens"].shape[1],
-        micro_batch_size=parts[0]["tokens"].shape[0],
+        seq_length=length,
+        micro_batch_size=rows,
         forward_only=forward_only,
     )
     sums = [output["loss_sum"] for output in outputs]
