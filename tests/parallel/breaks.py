@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
+from graftwork.compat import parallel
 from graftwork.compat.sharding import Sharding
 from graftwork.models import GPT
 from graftwork.peft import gather
-from graftwork.training import gradients
+from graftwork.training import gradients, schedule
 
 
 def drop_the_sequence_sum() -> None:
@@ -39,7 +40,7 @@ def mean_per_microbatch() -> None:
 
         def mean(output: Tensor) -> Any:
             total, count, logged = loss_func(output)
-            factor = 30 / count.clamp(min=1)  # about the answer tokens of a microbatch
+            factor = 15 / count.clamp(min=1)  # about the answer tokens of a microbatch
             return total * factor, count, {**logged, "loss_sum": (total * factor).detach()}
 
         return output, mean
@@ -47,6 +48,37 @@ def mean_per_microbatch() -> None:
     GPT.forward_step = forward_step  # type: ignore[method-assign]
 
 
+def mean_per_replica() -> None:
+    """Average the loss over each replica's own answer tokens, then over replicas."""
+    schedule.count_tokens = lambda batch: (batch["labels"] != schedule.IGNORED).sum() * parallel.dp_size()
+
+
+def average_over_replicas() -> None:
+    """Average gradients over replicas that have been divided by the whole batch's tokens already."""
+    exact = gradients.all_reduce
+
+    def all_reduce(tensors: list[Tensor], group: Any) -> None:
+        exact(tensors, group)
+        for tensor in tensors:
+            tensor.div_(group.size())
+
+    gradients.all_reduce = all_reduce
+
+
+def forget_tied_copy() -> None:
+    """Leave the two pipeline stages' copies of a tied embedding with their own gradients."""
+    gradients._tied_embedding = lambda chunks: None
+
+
 BREAKS: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (drop_the_sequence_sum, sum_what_is_whole, save_first_rank_only, mean_per_microbatch)
+    f.__name__: f
+    for f in (
+        drop_the_sequence_sum,
+        sum_what_is_whole,
+        save_first_rank_only,
+        mean_per_microbatch,
+        mean_per_replica,
+        average_over_replicas,
+        forget_tied_copy,
+    )
 }

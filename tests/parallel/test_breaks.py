@@ -1,0 +1,52 @@
+"""The matrix fails when the code is wrong: one deliberate mistake at a time."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.distributed import run_ranks
+from tests.parallel.cells import Outcome, run_cells
+from tests.parallel.compare import TOLERANCE, assert_faithful, differences
+from tests.parallel.layouts import LAYOUTS, Cell
+
+MISTAKES = [
+    ("drop_the_sequence_sum", "tp2_sp", Cell("llama", "lora"), "gradients"),
+    ("drop_the_sequence_sum", "tp2_sp", Cell("llama", "canonical"), "gradients"),
+    ("drop_the_sequence_sum", "tp2_sp", Cell("llama", "ptuning"), "gradients"),
+    ("drop_the_sequence_sum", "tp2", Cell("qwen3", "full"), "gradients"),
+    ("sum_what_is_whole", "tp2", Cell("llama", "lora"), "gradients"),
+    ("sum_what_is_whole", "tp2_sp", Cell("gpt2", "ptuning"), "gradients"),
+    ("mean_per_microbatch", "dp2", Cell("llama", "lora"), "losses"),
+    ("mean_per_replica", "dp2", Cell("llama", "lora"), "losses"),
+    ("average_over_replicas", "dp2", Cell("llama", "ia3"), "gradients"),
+    ("forget_tied_copy", "pp2", Cell("gpt2", "full"), "gradients"),
+]
+BY_PROCESSES = sorted({(breakage, layout) for breakage, layout, _, _ in MISTAKES})
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("breakage", "layout"), BY_PROCESSES)
+def test_the_matrix_notices_a_mistake(
+    breakage: str, layout: str, checkpoints: Path, one_process: Callable[[Cell], Outcome]
+) -> None:
+    wanted = {cell: figure for name, where, cell, figure in MISTAKES if (name, where) == (breakage, layout)}
+    ranks = run_ranks(run_cells, 2, list(wanted), LAYOUTS[layout].sizes, checkpoints, breakage)
+    for i, (cell, figure) in enumerate(wanted.items()):
+        found = differences([rank[i] for rank in ranks], one_process(cell))
+        assert found[figure] > 100 * TOLERANCE, (cell, found)
+        with pytest.raises(AssertionError, match=f"'{figure}'"):
+            assert_faithful(found)
+
+
+def test_the_comparison_needs_every_tensor(one_process: Callable[[Cell], Outcome]) -> None:
+    """A rank that forgets a tensor, or that was born with other values, is no match."""
+    whole = one_process(Cell("llama", "ia3"))
+    name = next(iter(whole.gradients))
+    part = {key: tensor for key, tensor in whole.gradients.items() if key != name}
+    with pytest.raises(AssertionError, match=name):
+        differences([Outcome(**{**vars(whole), "gradients": part})], whole)
+    other = {key: tensor + (1e-7 if key == name else 0.0) for key, tensor in whole.initial.items()}
+    with pytest.raises(AssertionError, match="initial values differ"):
+        differences([Outcome(**{**vars(whole), "initial": other})], whole)
+    assert_faithful(differences([whole, whole], whole))

@@ -1,0 +1,135 @@
+"""What one training step sends equals a formula: nothing for what is frozen, low-rank tensors only for LoRA."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftwork.optim import AdamW
+from tests.helpers.distributed import run_ranks
+from tests.helpers.standin import trainer_for
+from tests.parallel.layouts import LAYOUTS, Cell
+from tests.parallel.models import model_of
+from tests.parallel.rows import LENGTH, MICRO, ROWS, Rows
+from tests.parallel.traffic import SpyOnStep, Traffic
+
+H, LAYERS, RANK = 48, 4, 4
+MICROBATCHES = ROWS // MICRO
+ACTIVATION, LOW = LENGTH * MICRO * H, LENGTH * MICRO * RANK
+"""Elements of one microbatch's activation [s, b, h], and of LoRA's [s, b, r]."""
+SITES = 4 * LAYERS
+Counted = tuple[Traffic, int, int]
+
+
+def listen(rank: int, world: int, sizes: dict[str, Any], root: Path) -> dict[str, Counted]:
+    """Return, for full fine-tuning and LoRA: traffic of the third step, its answer tokens, trainable elements."""
+    return {subject: _listen(rank, world, sizes, Cell("llama", subject), root) for subject in ("full", "lora")}
+
+
+def _listen(rank: int, world: int, sizes: dict[str, Any], cell: Cell, root: Path) -> Counted:
+    model, spy = model_of(cell, root), SpyOnStep(step=2)
+    model.optim = AdamW(lr=1e-3, schedule="constant")
+    trainer = trainer_for(sizes, world, rank, callbacks=[spy], limit_val_batches=0, gradient_clip_val=1.0)
+    trainer.fit(model, datamodule=Rows())
+    return spy.spy.traffic, spy.tokens, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.fixture(scope="module")
+def heard(checkpoints: Path) -> Any:
+    """Return a function from a layout to what its ranks sent."""
+    found: dict[str, list[dict[str, Counted]]] = {}
+
+    def ranks(layout: str) -> list[dict[str, Counted]]:
+        if layout not in found:
+            found[layout] = run_ranks(listen, 2, LAYOUTS[layout].sizes, checkpoints)
+        return found[layout]
+
+    return ranks
+
+
+def added(*parts: Traffic) -> Traffic:
+    """Return the sum of several counts."""
+    kinds = sorted({kind for part in parts for kind in part})
+    sums = {k: tuple(sum(part.get(k, (0, 0))[i] for part in parts) for i in (0, 1)) for k in kinds}
+    return {kind: (calls, elements) for kind, (calls, elements) in sums.items() if calls}
+
+
+def numbers(count: int) -> Traffic:
+    return {"all_reduce": (count, count)}
+
+
+def times(count: int, elements: int) -> tuple[int, int]:
+    return count, count * elements
+
+
+def cut_vocabulary(tokens: int) -> Traffic:
+    """The cross entropy over a cut vocabulary: largest logit, target's logit, sum of exponentials of each token."""
+    return {"all_reduce": (3 * MICROBATCHES, 3 * tokens)}
+
+
+@pytest.mark.processes
+def test_data_parallel_sends_each_trainable_element_once(heard: Any) -> None:
+    """One bucket of exactly the trainable gradients, the answer tokens and the loss; the norm is known already."""
+    for rank in heard("dp2"):
+        for traffic, _, trainable in rank.values():
+            assert traffic == added({"all_reduce": (1, trainable)}, numbers(2))
+        assert rank["lora"][2] < rank["full"][2] / 3
+
+
+@pytest.mark.processes
+def test_tensor_parallel_full_fine_tuning(heard: Any) -> None:
+    """Two sums of activations a layer forward, two backward, the embedding, the answers' hidden states backward."""
+    for rank in heard("tp2"):
+        traffic, tokens, _ = rank["full"]
+        hidden = {"all_reduce": times(MICROBATCHES * (4 * LAYERS + 1), ACTIVATION)}
+        answers = {"all_reduce": (MICROBATCHES, tokens * H)}
+        assert traffic == added(hidden, answers, cut_vocabulary(tokens), numbers(1))
+
+
+@pytest.mark.processes
+def test_tensor_parallel_lora_adds_low_rank_tensors_only(heard: Any) -> None:
+    """One sum of [s, b, r] a site: backward beside a column-parallel linear, forward beside a row-parallel one."""
+    for rank in heard("tp2"):
+        low = {"all_reduce": times(MICROBATCHES * SITES, LOW)}
+        assert rank["lora"][0] == added(rank["full"][0], low)
+
+
+@pytest.mark.processes
+def test_sequence_parallel_full_fine_tuning(heard: Any) -> None:
+    """Gathers in front of column-parallel linears (again for their weights' gradient), scatters behind the others."""
+    partial = (2 * LAYERS + 1) * H  # norms have seen a part of the sequence
+    for rank in heard("tp2_sp"):
+        traffic, tokens, _ = rank["full"]
+        gathers = MICROBATCHES * (6 * LAYERS + 1 + 2)  # + the embedding's gradient, the output layer twice
+        scatters = MICROBATCHES * (4 * LAYERS + 1 + 1)
+        sequence = {"all_gather": times(gathers, ACTIVATION), "reduce_scatter": times(scatters, ACTIVATION)}
+        sums = {"all_reduce": (1, partial)}
+        assert traffic == added(sequence, sums, cut_vocabulary(tokens), numbers(1))
+
+
+@pytest.mark.processes
+def test_sequence_parallel_lora_adds_low_rank_tensors_only(heard: Any) -> None:
+    """A gather and a scatter of [s, b, r] a site; no gather for the gradient of a frozen weight."""
+    partial = LAYERS * RANK * 4 * H  # A of qkv and fc1 [r, h], B of proj and fc2 [h, r] have seen a part
+    for rank in heard("tp2_sp"):
+        traffic, tokens, _ = rank["lora"]
+        gathers, scatters = MICROBATCHES * (4 * LAYERS + 1), MICROBATCHES * (4 * LAYERS + 2)
+        sequence = {"all_gather": times(gathers, ACTIVATION), "reduce_scatter": times(scatters, ACTIVATION)}
+        low = {"all_gather": times(MICROBATCHES * SITES, LOW), "reduce_scatter": times(MICROBATCHES * SITES, LOW)}
+        sums = {"all_reduce": (1, partial)}
+        assert traffic == added(sequence, low, sums, cut_vocabulary(tokens), numbers(1))
+
+
+@pytest.mark.processes
+def test_pipeline_parallel_sends_activations_the_loss_and_the_norm(heard: Any) -> None:
+    """Each stage sends one activation (or its gradient) a microbatch; adapters add nothing."""
+    for rank in heard("pp2"):
+        for traffic, _, _ in rank.values():
+            assert traffic == added({"send": times(MICROBATCHES, ACTIVATION), "broadcast": (1, 1)}, numbers(1))
+
+
+def test_one_process_sends_nothing(checkpoints: Path) -> None:
+    from graftwork.compat import parallel
+
+    assert all(traffic == {} for traffic, _, _ in listen(0, 1, {}, checkpoints).values())
+    parallel.destroy()
