@@ -110,7 +110,7 @@ def finish(out: Path, metrics: dict[str, Any]) -> None:
 def main() -> None:
     """Run the four stages."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=200, help="held-out rows to judge by")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     options = parser.parse_args()
