@@ -25,8 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo "graftwork needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (log: $(LOG))"
-	@{ $(BIN)/python -m pip install -c constraints.txt torch \
-	   && $(BIN)/python -m pip install -c constraints.txt -e '.[dev]'; } > $(LOG) 2>&1 \
+	@{ $(BIN)/python -m pip install --no-compile -c constraints.txt torch \
+	   && $(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[dev]'; } > $(LOG) 2>&1 \
 	  || { tail -n 15 $(LOG); echo "installation failed; the whole log is in $(LOG)"; exit 1; }
 	@touch $@
 
