@@ -52,13 +52,14 @@ def _through_pipeline(model: "GPT", batch: dict[str, Any]) -> Tensor:
 
         return model.run_chunk(chunk, next(iterator)), keep
 
-    iterators = [iter([batch]) for _ in model.chunks]
     single = len(model.chunks) == 1
+    count = 1 if single else parallel.pp_size()  # interleaving refuses fewer microbatches than stages: repeat this one
+    iterators = [iter([batch] * count) for _ in model.chunks]
     get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iterators[0] if single else iterators,
         model=model.chunks[0] if single else model.chunks,
-        num_microbatches=1,
+        num_microbatches=count,
         seq_length=length * parallel.cp_size(),
         micro_batch_size=rows,
         forward_only=True,

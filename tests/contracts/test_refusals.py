@@ -173,4 +173,5 @@ def test_nothing_is_attached_inside_adapters() -> None:
     sites = {g.site.name for g in model.stack.grafted["lora"]}
     model.add_adapter([LoRA("again", dim=2, target_modules=["*"]), CanonicalAdapter(dim=4)])
     assert {g.site.name for g in model.stack.grafted["again"]} == sites
+    assert not any("adapters" in site.path.split(".") for site in model.stack.host.sites())
     assert tokens().shape == model(tokens()).shape[:2]

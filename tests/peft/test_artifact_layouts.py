@@ -96,7 +96,7 @@ def references(root: Path) -> Any:
 def test_saved_by_one_process_loaded_here_saved_here(layout: str, root: Path, references: Any) -> None:
     world, sizes = LAYOUTS[layout]
     base = base_for(layout)
-    ranks = run_ranks(reload, world, sizes, base, root)
+    ranks = run_ranks(reload, world, sizes, base, root, timeout=300)
     for name, wanted in references[base].items():
         for found in ranks:
             assert (found[name] - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
@@ -158,7 +158,7 @@ def test_all_ranks_refuse_together_and_none_hangs(layout: str, root: Path, refer
             change(root / name)
     (root / "blocked").mkdir(exist_ok=True)
     (root / "blocked" / "notes.txt").write_text("mine")
-    ranks = run_ranks(refuse, world, sizes, root, timeout=60)
+    ranks = run_ranks(refuse, world, sizes, root, timeout=300)
     assert all(messages == ranks[0] for messages in ranks)
     for message, wanted in zip(ranks[0], ["holds NaN", "holds no adapter_model", "'nope'", "layers.9", "layers.9"]):
         assert wanted in message
