@@ -7,10 +7,15 @@ from typing import Any, Optional
 from graftwork.data import SFTDataModule
 from graftwork.errors import ConfigError, DataError
 from graftwork.inference.examples import Examples
+from graftwork.inference.labels import questions, score_answers
 from graftwork.inference.metrics import Metrics, answer_metrics, label_metrics
 from graftwork.inference.output import write_text
 from graftwork.inference.scoring import Score, score
 from graftwork.models import GPT, load
+from graftwork.models.scoring import one_piece
+
+SHARED_FROM = 4
+"""From so many labels on, reading each prompt once pays; with two, fewer but larger batches take the same time."""
 
 
 def evaluate(
@@ -81,6 +86,10 @@ def _scores(model: GPT, examples: Examples, labels: list[str] | None, batch_toke
     kept = {i: [s for s in row if s is not None] for i, row in enumerate(rows) if None not in row}
     if not kept:
         raise DataError(f"all {len(rows)} rows were dropped as longer than seq_length; raise it.")
+    sharing = labels is not None and len(labels) >= SHARED_FROM and one_piece(model)
+    asked = questions(list(kept.values())) if sharing else None
+    if asked is not None:
+        return dict(zip(kept, score_answers(model, asked, batch_tokens), strict=True))
     scores = iter(score(model, [sequence for row in kept.values() for sequence in row], batch_tokens))
     return {i: [next(scores) for _ in row] for i, row in kept.items()}
 

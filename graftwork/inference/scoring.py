@@ -1,7 +1,8 @@
 """Teacher forcing: the loss of every learned token, and whether greedy decoding would give the answer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from graftwork.data.sequence import Sequence
 from graftwork.models import GPT
 from graftwork.models.loss import IGNORED
 from graftwork.models.scoring import check_tokens, device_of, evaluating, right_padded, target_logits
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,22 @@ def score(model: GPT, sequences: list[Sequence], batch_tokens: int = 2048) -> li
     with evaluating(model):
         check_tokens(model, [sequence.tokens for sequence in sequences])
         batches = list(_batches([len(sequence) for sequence in sequences], batch_tokens))
-        # Experts are spread over data-parallel ranks, which then have to run the same batches.
-        alone = parallel.ep_size() > 1
-        mine = batches if alone else batches[parallel.dp_rank() :: parallel.dp_size()]
-        found: dict[int, Score] = {}
-        for numbers in mine:
-            found.update(zip(numbers, _score_batch(model, [sequences[n] for n in numbers]), strict=True))
-        shared = [found] if alone else all_gather_objects(found, parallel.dp_group())
-    merged = {number: value for part in shared for number, value in part.items()}
-    return [merged[number] for number in range(len(sequences))]
+        found = over_data_ranks(
+            batches, lambda numbers: zip(numbers, _score_batch(model, [sequences[n] for n in numbers]), strict=True)
+        )
+    return [found[number] for number in range(len(sequences))]
+
+
+def over_data_ranks(
+    batches: list[list[int]], work: Callable[[list[int]], Iterable[tuple[int, Value]]]
+) -> dict[int, Value]:
+    """Share batches of row numbers over data-parallel ranks and return every row's value on each of them."""
+    # Experts are spread over data-parallel ranks, which then have to run the same batches.
+    alone = parallel.ep_size() > 1
+    mine = batches if alone else batches[parallel.dp_rank() :: parallel.dp_size()]
+    found = {number: value for numbers in mine for number, value in work(numbers)}
+    shared = [found] if alone else all_gather_objects(found, parallel.dp_group())
+    return {number: value for part in shared for number, value in part.items()}
 
 
 def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:

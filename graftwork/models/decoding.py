@@ -14,10 +14,6 @@ from graftwork.models.scoring import check_tokens, evaluating, last_logits, one_
 if TYPE_CHECKING:
     from graftwork.models.gpt import GPT
 
-SPREAD = 16
-"""Prompts that are decoded together differ by at most this many tokens: the rest of a longer one is read singly."""
-
-
 def generate(
     model: "GPT",
     prompts: Sequence[Sequence[int]],
@@ -45,7 +41,7 @@ def generate(
         stops = {model.tokenizer.eos_token_id} if stop_ids is None else set(stop_ids)
         cached = use_cache and one_piece(model)
         answers: dict[int, list[int]] = {}
-        for numbers in _groups(prompts, batch_size, SPREAD if cached else 0):
+        for numbers in _groups(prompts, batch_size, max_new_tokens if cached else 0):
             rows = [_Row(number, prompts[number], max_new_tokens, stops) for number in numbers]
             with _reader(model, rows, cached) as reader:
                 _decode(rows, reader, sampler)
@@ -89,11 +85,15 @@ def _reader(model: "GPT", rows: list[_Row], cached: bool) -> KVCache | _WholeRow
     return KVCache(model, len(rows), max(row.limit for row in rows)) if cached else _WholeRows(model)
 
 
-def _groups(prompts: Sequence[Sequence[int]], size: int, spread: int) -> Iterator[list[int]]:
-    """Yield prompt numbers in groups of similar length, at most ``size`` each."""
+def _groups(prompts: Sequence[Sequence[int]], size: int, gap: int) -> Iterator[list[int]]:
+    """Yield prompt numbers, shortest first, at most ``size`` together and no two neighbours further apart than ``gap``.
+
+    What is longer than a group's shortest prompt is read token by token beside the others' answers; over a gap longer
+    than an answer, starting anew takes fewer steps.
+    """
     group: list[int] = []
     for number in sorted(range(len(prompts)), key=lambda n: len(prompts[n])):
-        if group and (len(group) == size or len(prompts[number]) - len(prompts[group[0]]) > spread):
+        if group and (len(group) == size or len(prompts[number]) - len(prompts[group[-1]]) > gap):
             yield group
             group = []
         group.append(number)

@@ -12,7 +12,8 @@ from graftwork.compat import parallel
 from graftwork.data import SFTDataModule
 from graftwork.data.sequence import Sequence
 from graftwork.errors import ArtifactError, CheckpointError, ConfigError, DataError
-from graftwork.inference import evaluate, evaluate_model
+from graftwork.inference import Examples, evaluate, evaluate_model
+from graftwork.inference.labels import questions, score_answers
 from graftwork.inference.metrics import label_metrics, paired
 from graftwork.inference.scoring import _batches, score
 from graftwork.models import load
@@ -72,6 +73,18 @@ def test_loss_and_closed_set_equal_transformers(checkpoint, model, file):
     json.dumps(ours)
 
 
+def test_many_labels_equal_transformers(checkpoint, model, file):
+    theirs, labels = Oracle(checkpoint, model.tokenizer), [*LABELS, "great", "awful film"]
+    predicted = [min(labels, key=lambda label, text=text: theirs.score(text, label)[0]) for text in TEXTS]
+    ours = evaluate_model(model, file, labels=labels, prompt_template=TEMPLATE)
+    for expected, label in enumerate(LABELS):
+        rows = [said for i, said in enumerate(predicted) if i % 3 == expected]
+        assert ours["confusion"][label] == {other: rows.count(other) for other in labels}
+    assert ours["labels"]["great"]["rows"] == 0
+    few = evaluate_model(model, file, prompt_template=TEMPLATE)
+    assert ours["loss"] == pytest.approx(few["loss"], rel=1e-5) and ours["exact_match"] == few["exact_match"]
+
+
 def test_likelihoods_equal_transformers(checkpoint, model):
     theirs = Oracle(checkpoint, model.tokenizer)
     sequences = []
@@ -84,6 +97,21 @@ def test_likelihoods_equal_transformers(checkpoint, model):
     expected = [theirs.score(text, label) for text in TEXTS for label in LABELS]
     assert [s.likelihood for s in ours] == pytest.approx([-loss for loss, _, _ in expected], rel=1e-5)
     assert len({round(s.likelihood, 3) for s in ours}) > 20
+
+
+def test_answers_read_from_one_prompt_score_as_whole_sequences(model, file):
+    sharpen(model)
+    model.add_adapter(PTuning(virtual_tokens=4, embedding_dim=8, bottleneck_dim=8))
+    rows = Examples.from_file(str(file), TEMPLATE).candidates(model, LABELS)
+    whole = score(model, [sequence for row in rows for sequence in row])
+    for budget in (2048, 60):
+        shared = [value for row in score_answers(model, questions(rows), budget) for value in row]
+        for one, other in zip(shared, whole, strict=True):
+            assert (one.tokens, one.exact) == (other.tokens, other.exact)
+            assert one.likelihood == pytest.approx(other.likelihood, rel=1e-5)
+            assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    rows[1][0] = Sequence([5, *rows[1][0].tokens[1:]], rows[1][0].loss)
+    assert questions(rows) is None, "another prompt"
 
 
 def test_exact_match_by_teacher_forcing_is_what_generate_says(model):

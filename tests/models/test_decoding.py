@@ -130,13 +130,10 @@ def test_rows_do_not_depend_on_each_other(model):
         assert together == model.generate(asked, max_new_tokens=NEW, stop_ids=[7, 8, 9], use_cache=False, **options)
 
 
-def test_groups_hold_similar_lengths_and_every_prompt_once():
+def test_groups_hold_every_prompt_once_and_no_wide_gap():
     asked = [[0] * n for n in (40, 3, 5, 90, 4, 18, 3, 41)]
-    groups = list(_groups(asked, size=3, spread=16))
-    assert sorted(n for group in groups for n in group) == list(range(len(asked)))
-    for group in groups:
-        lengths = [len(asked[n]) for n in group]
-        assert len(group) <= 3 and max(lengths) - min(lengths) <= 16
+    assert list(_groups(asked, size=3, gap=16)) == [[1, 6, 4], [2, 5], [0, 7], [3]]
+    assert list(_groups(asked, size=16, gap=0)) == [[1, 6], [4], [2], [5], [0], [7], [3]]
 
 
 def test_sampling_follows_the_distribution():
