@@ -77,30 +77,34 @@ def read_config(path: str | Path) -> dict[str, Any]:
     directory = Path(path)
     if not directory.is_dir():
         raise ArtifactError(f"There is no adapter directory {str(path)!r}.")
-    if not (directory / CONFIG).is_file():
-        raise ArtifactError(f"{str(path)!r} is not an adapter: it holds no {CONFIG}.")
+    for file in (CONFIG, TENSORS):
+        if not (directory / file).is_file():
+            raise ArtifactError(f"{str(path)!r} is not an adapter or incomplete: it holds no {file}.")
     try:
         config = json.loads((directory / CONFIG).read_text())
+        _check_format(config, path)
+        checksum = _checksum(config, directory / TENSORS)
     except ValueError as error:
         raise ArtifactError(f"{CONFIG} in {str(path)!r} is damaged: it is not valid JSON ({error}).") from error
     except OSError as error:
-        raise ArtifactError(f"{CONFIG} in {str(path)!r} cannot be read: {error.strerror}.") from error
+        raise ArtifactError(f"Adapter {str(path)!r} cannot be read: {error.strerror}.") from error
+    if config.get("checksum") != checksum:
+        raise ArtifactError(
+            f"{str(path)!r} is damaged or was changed: its checksum does not match; save or copy the adapter again."
+        )
+    return config
+
+
+def _check_format(config: Any, path: str | Path) -> None:
     if not isinstance(config, dict) or config.get("format") != "graftwork":
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        known = f" (a Hugging Face PEFT {kind} adapter)" if kind else ""
-        raise ArtifactError(f"{str(path)!r} is not a graftwork adapter{known}; convert it with import-hf.")
+        known = f" but a Hugging Face PEFT {kind} adapter, which needs import-hf (not in this version)" if kind else ""
+        raise ArtifactError(f"{str(path)!r} is no adapter of graftwork{known}.")
     if config.get("schema") not in range(1, SCHEMA + 1):
         raise ArtifactError(
             f"{str(path)!r} has schema {config.get('schema')!r}, but this version reads at most {SCHEMA}; "
             "update graftwork."
         )
-    if not (directory / TENSORS).is_file():
-        raise ArtifactError(f"{str(path)!r} holds no {TENSORS}; the adapter is incomplete.")
-    if config.get("checksum") != _checksum(config, directory / TENSORS):
-        raise ArtifactError(
-            f"{str(path)!r} is damaged or was changed: its checksum does not match; save or copy the adapter again."
-        )
-    return config
 
 
 def check_base(config: Mapping[str, Any], base: Base, path: str | Path) -> None:

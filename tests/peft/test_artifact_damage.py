@@ -83,10 +83,13 @@ def hugging_face(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing directory": (shutil.rmtree, "There is no adapter directory"),
-    "missing config": (lambda p: (p / CONFIG).unlink(), "is not an adapter: it holds no adapter_config.json"),
+    "missing config": (
+        lambda p: (p / CONFIG).unlink(),
+        "is not an adapter or incomplete: it holds no adapter_config.json",
+    ),
     "missing tensors file": (lambda p: (p / TENSORS).unlink(), "holds no adapter_model.safetensors"),
     "config is no JSON": (lambda p: (p / CONFIG).write_text("{"), "is damaged: it is not valid JSON"),
-    "config is a list": (lambda p: (p / CONFIG).write_text("[]"), "is not a graftwork adapter"),
+    "config is a list": (lambda p: (p / CONFIG).write_text("[]"), "is no adapter of graftwork"),
     "truncated": (truncate, "is damaged or was changed: its checksum does not match"),
     "truncated and forged": (lambda p: truncate(p, forged=True), "cannot be read .*truncated"),
     "empty tensors file": (lambda p: (p / TENSORS).write_bytes(b""), "checksum does not match"),
@@ -108,7 +111,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "Hugging Face adapter": (
         hugging_face,
-        r"is not a graftwork adapter \(a Hugging Face PEFT LORA adapter\).*import-hf",
+        "is no adapter of graftwork but a Hugging Face PEFT LORA adapter.*import-hf",
     ),
     "unknown tensor": (
         with_tensors(lambda t: t.update({"lora.x": torch.ones(1)})),
