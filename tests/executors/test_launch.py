@@ -53,6 +53,13 @@ def test_every_outcome_but_success_is_a_failure(tmp_path: Path) -> None:
     check({"task": {"status": "SUCCEEDED", "local_dir": str(tmp_path)}})
 
 
+def test_a_detached_task_may_be_on_its_way_but_not_have_failed(tmp_path: Path) -> None:
+    for outcome in ("RUNNING", "PENDING", "UNKNOWN"):
+        check({"task": {"status": outcome, "local_dir": str(tmp_path)}}, detached=True)
+    with pytest.raises(LaunchError, match="FAILED"):
+        check({"task": {"status": "FAILED", "local_dir": str(tmp_path)}}, detached=True)
+
+
 def test_log_lines_end_with_the_file_written_last(tmp_path: Path) -> None:
     for age, name in ((2, "b.log"), (1, "a.out")):
         (tmp_path / name).write_text(f"[default0]: from {name}\n\n")
