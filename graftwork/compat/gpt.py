@@ -4,11 +4,13 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from graftwork.compat import cpu
 from graftwork.compat.specs import gpt_block_spec
+from graftwork.errors import ParallelismError
 
 
 def build_gpt(
@@ -27,8 +29,10 @@ def build_gpt(
 ) -> GPTModel:
     """Build this pipeline stage's GPTModel; ``vocab_size`` is already padded, logits stay cut over tensor ranks.
 
-    position_embedding_type is "rope" or "learned_absolute"; rope_scaling_factor is Llama 3's, None for none.
+    position_embedding_type is "rope" or "learned_absolute"; rope_scaling_factor is Llama 3's, None for none. Raises
+    ParallelismError for a configuration that would train on garbage without an error.
     """
+    refuse_silent_garbage(config)
     with cpu.tensors_stay_on_cpu(), _without_deprecation_log():
         return GPTModel(
             config,
@@ -44,6 +48,27 @@ def build_gpt(
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
+        )
+
+
+def refuse_silent_garbage(config: TransformerConfig) -> None:
+    """Raise ParallelismError for what megatron-core accepts but computes wrongly, naming the field."""
+    stages, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    if config.num_moe_experts is not None and config.expert_tensor_parallel_size != 1:
+        raise ParallelismError(
+            f"expert_tensor_parallel_size={config.expert_tensor_parallel_size} must be 1: experts are never cut over "
+            "tensor-parallel ranks here; spread them with expert_model_parallel_size."
+        )
+    if stages == 2 and virtual is not None and not (config.overlap_p2p_comm and not config.batch_p2p_comm):
+        raise ParallelismError(
+            "virtual_pipeline_model_parallel_size with pipeline_model_parallel_size=2 needs overlap_p2p_comm=True and "
+            "batch_p2p_comm=False: batched messages between two interleaved stages mix up what they carry."
+        )
+    sent = torch.float32 if config.fp32_residual_connection else config.params_dtype
+    if stages > 1 and config.pipeline_dtype != sent:
+        raise ParallelismError(
+            f"pipeline_dtype={config.pipeline_dtype} must be {sent}, the dtype of the activations between "
+            "stages: the receiving stage would read other numbers."
         )
 
 

@@ -17,7 +17,7 @@ from graftwork.models.hf import export_weights, fingerprint, load_weights
 from graftwork.models.hub import resolve
 from graftwork.models.logits import all_logits
 from graftwork.models.loss import IGNORED, answer_rows, token_losses
-from graftwork.models.precision import resolve_dtype
+from graftwork.models.precision import common_dtype
 from graftwork.models.shapes import Shape
 from graftwork.models.tokenizer import load_tokenizer
 from graftwork.optim import AdamW
@@ -127,7 +127,7 @@ class GPT(Generating):
 
     def _parallel_fields(self) -> dict[str, Any]:
         layout = getattr(getattr(self._trainer, "strategy", None), "layout", None)
-        dtype = resolve_dtype(self.dtype_name, self.checkpoint_dir)
+        dtype = common_dtype(self.dtype_name, self.checkpoint_dir)
         return {
             "tensor_model_parallel_size": parallel.tp_size(),
             "pipeline_model_parallel_size": parallel.pp_size(),

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from graftwork.errors import ConfigError, suggest
+from graftwork.compat.collective import agree, all_gather_objects
+from graftwork.errors import ConfigError, GraftworkError, suggest
 
 DTYPES = {
     "fp32": torch.float32,
@@ -27,6 +28,24 @@ def resolve_dtype(dtype: str | None, checkpoint: Path | None) -> torch.dtype:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; {suggest(dtype, [*DTYPES, 'auto'])}")
     return DTYPES[dtype]
+
+
+def common_dtype(dtype: str | None, checkpoint: Path | None) -> torch.dtype:
+    """Return ``resolve_dtype``, the same on every rank; raises ConfigError on all of them when they differ.
+
+    A pipeline stage would read the other dtype's bytes as its own numbers without an error.
+    """
+    mine, error = "", None
+    try:
+        mine = str(resolve_dtype(dtype, checkpoint)).removeprefix("torch.")
+    except GraftworkError as refused:
+        error = refused
+    agree(error)
+    found = all_gather_objects(mine)
+    if len(set(found)) > 1:
+        ranks = ", ".join(f"rank {found.index(name)}: {name}" for name in dict.fromkeys(found))
+        raise ConfigError(f"dtype {dtype!r} means different things on different machines ({ranks}); name one dtype.")
+    return getattr(torch, found[0])
 
 
 def bf16_is_fast() -> bool:

@@ -91,6 +91,19 @@ class Layout:
             )
         return count
 
+    def check_packing(self, seq_length: int) -> None:
+        """Raise ParallelismError naming the field unless packed rows can be cut over the ranks of a sequence."""
+        if self.context_parallel_size > 1:
+            raise ParallelismError(
+                f"context_parallel_size={self.context_parallel_size} cannot cut packed rows: "
+                "set packing=False or context_parallel_size=1."
+            )
+        if seq_length % self.pad_to_multiple:
+            raise ParallelismError(
+                f"with packing and sequence_parallel=True seq_length={seq_length} must be a multiple of "
+                f"tensor_model_parallel_size={self.tensor_model_parallel_size}."
+            )
+
     def transformer_fields(self) -> dict[str, Any]:
         """Return the fields of megatron-core's TransformerConfig that follow from the layout."""
         fields = asdict(self)
