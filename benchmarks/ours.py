@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from workload import RANK, Batch, Case, microbatches
 
 from graftwork import models
@@ -139,8 +138,3 @@ def _clock() -> Any:
 def _samples(batch: Batch) -> list[Sample]:
     rows = zip(batch.tokens, batch.targets)
     return [Sample(tokens.numpy(), labels.numpy(), i) for i, (tokens, labels) in enumerate(rows)]
-
-
-def seed() -> None:
-    """Start both sides from the same random state."""
-    torch.manual_seed(0)

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -153,6 +152,3 @@ CASES = [
 def by_name(name: str) -> Case:
     """Return the case of that name."""
     return next(case for case in CASES if case.name == name)
-
-
-Facts = dict[str, Any]
