@@ -1,5 +1,6 @@
 """Artifacts and merges in every layout: saved anywhere, loaded anywhere, refused by all ranks or by none."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graftwork.compat import parallel
-from graftwork.errors import ArtifactError, GraftworkError
+from graftwork.errors import ArtifactError, ConfigError, GraftworkError
 from graftwork.models import GPT
 from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning, artifact
+from graftwork.peft.adapter import Adapter, Birth
+from graftwork.peft.host import Host
+from graftwork.peft.match import Site
 from tests.contracts.methods import STACKS, prompted, shake, tokens
 from tests.helpers.distributed import run_ranks
 from tests.parallel.layouts import Cell
@@ -107,6 +111,16 @@ def test_saved_by_one_process_loaded_here_saved_here(layout: str, root: Path, re
             assert close if key.endswith(".table") else torch.equal(ours[key], theirs[key]), key
 
 
+class Picky(CanonicalAdapter):
+    """Refuses a site that only the last pipeline stage has."""
+
+    def build(self, site: Site, birth: Birth, host: Host) -> Adapter:
+        """Build all but one."""
+        if site.layer == 3:
+            raise ConfigError("not here")
+        return super().build(site, birth, host)
+
+
 def refuse(rank: int, world: int, sizes: dict[str, int], root: Path) -> list[str]:
     """Meet every refusal in this layout; return the messages, and what is left of the model."""
     parallel.initialize(**sizes)
@@ -119,6 +133,7 @@ def refuse(rank: int, world: int, sizes: dict[str, int], root: Path) -> list[str
         lambda: model.add_adapter(LoRA(target_modules=["layers.9.mlp.linear_fc1"])),
         lambda: model.add_adapter([IA3(), LoRA(rank_pattern={"layers.9.mlp.linear_fc1": 2})]),
     ]
+    attempts.append(lambda: model.add_adapter(Picky(dim=4)))
     if sizes.get("tensor", 1) > 1:
         attempts.append(lambda: model.add_adapter([PTuning(virtual_tokens=2), CanonicalAdapter(dim=7)]))
     messages = [_message(attempt) for attempt in attempts]
@@ -160,20 +175,20 @@ def test_all_ranks_refuse_together_and_none_hangs(layout: str, root: Path, refer
     (root / "blocked" / "notes.txt").write_text("mine")
     ranks = run_ranks(refuse, world, sizes, root, timeout=300)
     assert all(messages == ranks[0] for messages in ranks)
-    for message, wanted in zip(ranks[0], ["holds NaN", "holds no adapter_model", "'nope'", "layers.9", "layers.9"]):
+    for message, wanted in zip(
+        ranks[0], ["holds NaN", "holds no adapter_model", "'nope'", "layers.9", "layers.9", "not here"]
+    ):
         assert wanted in message
     *_, merge, blocked, nan, nan_merge = ranks[0]
     assert "PTuning 'ptuning' cannot be merged" in merge and "notes.txt" in blocked
     assert "not saved" in nan and "would hold NaN" in nan_merge
     assert not (root / f"never_{world}").exists()
     if layout == "tp2":
-        assert "dim 7 is not a multiple of tensor_model_parallel_size 2" in ranks[0][5]
+        assert "dim 7 is not a multiple of tensor_model_parallel_size 2" in ranks[0][6]
 
 
 def _poison(path: Path) -> None:
     """Put NaN where only the last stage and the second tensor rank look."""
-    import json
-
     tensors = load_file(path / TENSORS)
     tensors["lora.decoder.layers.3.mlp.linear_fc1.lora_B"][-1, 0] = float("nan")
     save_file(tensors, path / TENSORS)
