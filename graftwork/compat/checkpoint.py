@@ -12,15 +12,17 @@ from graftwork.compat.sharding import Sharding
 
 
 def sharded_tensor(
-    key: str, data: Tensor, sharding: Sharding, offsets: tuple = (), metadata: dict | None = None
+    key: str, data: Tensor, sharding: Sharding, tp: tuple[int, int] | None = None, offsets: tuple = ()
 ) -> ShardedTensor | ShardedTensorFactory:
     """Describe this rank's part ``data`` of one full tensor to dist_checkpointing.
 
+    ``tp`` is (rank, size) of the group that cuts it: (0, 1) inside experts, which are whole on every tensor rank.
     ``offsets`` are the (axis, index, count) of leading axes, as megatron-core passes them for homogeneous layers.
     """
-    size = 1 if sharding.dim is None else tp_size()
+    rank, ranks = tp or (tp_rank(), tp_size())
+    size = 1 if sharding.dim is None else ranks
     axis = len(offsets) + (sharding.dim or 0)
-    replica = (0, tp_rank() if size == 1 else 0, dp_rank(with_context_parallel=True))
+    replica = (0, rank if size == 1 else 0, dp_rank(with_context_parallel=True))
 
     def cut(name: str, tensor: Tensor, index: int, count: int, replica_id: ReplicaId) -> ShardedTensor:
         cuts = (*offsets, (axis, index, count)) if count > 1 else offsets
@@ -30,12 +32,12 @@ def sharded_tensor(
 
     padded = sharding.padded is not None
     if sharding.blocks == 1 or size == 1:
-        return cut(key, data, tp_rank() if size > 1 else 0, size, replica)
+        return cut(key, data, rank if size > 1 else 0, size, replica)
 
     def split(name: str, tensor: Tensor, replica_id: ReplicaId, _: Any) -> list[ShardedTensor]:
         blocks = tensor.chunk(sharding.blocks, dim=sharding.dim or 0)
         count = sharding.blocks * size
-        return [cut(name, b, i * size + tp_rank(), count, replica_id) for i, b in enumerate(blocks)]
+        return [cut(name, b, i * size + rank, count, replica_id) for i, b in enumerate(blocks)]
 
     def join(parts: Any) -> Tensor:
         return torch.cat(list(parts), dim=sharding.dim or 0)

@@ -77,7 +77,7 @@ class Adapter(nn.Module):
         """
         place = "".join(f".{index}" for _, index, _ in sharded_offsets)
         return {
-            f"{prefix}{name}": sharded_tensor(f"{prefix}{name}{place}", p, sharding_of(p))
+            f"{prefix}{name}": sharded_tensor(f"{prefix}{name}{place}", p, sharding_of(p), self.tp)
             for name, p in self.named_parameters()
         }
 

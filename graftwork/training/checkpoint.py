@@ -1,71 +1,63 @@
 """Training state as a directory: everything that resuming needs, written whole or not at all by all ranks together.
 
-``state.json`` (step, layout, index of shards), ``trainer.pt`` (loops, callbacks, schedule, data position),
-``shards-*.safetensors`` (trained parameters, moments, fp32 masters), ``random-*.pt`` (generators of each rank).
+``tensors/`` (trained parameters, moments, fp32 masters: a megatron-core distributed checkpoint), ``state.json`` (step,
+layout), ``trainer.pt`` (loops, callbacks, schedule, data position), ``random-*.pt`` (generators of each rank).
 """
 
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from graftwork.atomic import atomic_directory
-from graftwork.compat.collective import agree, all_gather_objects, broadcast_object
+from graftwork.compat import sharded_files
+from graftwork.compat.collective import agree, broadcast_object
 from graftwork.errors import CheckpointError, GraftworkError
-from graftwork.training import random_state
+from graftwork.training import random_state, shards
 from graftwork.training.layout import Layout
-from graftwork.training.shards import WEIGHT, Index, Shard, ShardReader, merge_index, tensors_of, trained_shards
 
-STATE, TRAINER = "state.json", "trainer.pt"
-FORMAT = 1
+STATE, TRAINER, TENSORS = "state.json", "trainer.pt", "tensors"
+FORMAT = 2
 ELSEWHERE = ("state_dict", "optimizer_states")
-"""Keys of Lightning's checkpoint that are written as shards instead."""
+"""Keys of Lightning's checkpoint that are written as sharded tensors instead."""
+
+T = TypeVar("T")
 
 
 def save(path: Path, checkpoint: dict[str, Any], module: Any, optimizers: list[Any], layout: Layout) -> None:
-    """Write Lightning's ``checkpoint`` with the shards of every rank; on any rank's error no rank goes on."""
+    """Write Lightning's ``checkpoint`` with the tensors of every rank; on any rank's error no rank goes on."""
+    step = shards.optimizer_step(module, optimizers)
     with _shared_directory(path) as directory:
-        error: GraftworkError | None = None
-        index: Index = {}
+        _write(path, lambda: torch.save(random_state.capture(), directory / _random_file()))
         try:
-            index = _write_rank(directory, module, optimizers)
-        except (OSError, RuntimeError, SafetensorError) as problem:
-            error = _unwritable(path, problem)
-        agree(error)
-        index = merge_index(all_gather_objects(index))
+            sharded_files.save(shards.state_to_save(module, optimizers), directory / TENSORS)
+        except sharded_files.DamagedError as problem:
+            raise _unwritable(path, problem) from problem
         if _rank() == 0:
-            try:
-                _write_common(directory, checkpoint, index, layout)
-            except (OSError, RuntimeError) as problem:
-                error = _unwritable(path, problem)
-        agree(error)
+            _write(path, lambda: _write_common(directory, checkpoint, step, layout))
+        else:
+            _write(path, lambda: None)
 
 
 def read_common(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (Lightning's checkpoint, the contents of ``state.json``); CheckpointError when they cannot be read."""
-    try:
+    """Return (Lightning's checkpoint, the contents of ``state.json``); the same CheckpointError on every rank."""
+
+    def read() -> tuple[dict[str, Any], dict[str, Any]]:
         state = json.loads((path / STATE).read_text())
         if state["format"] != FORMAT:
             raise CheckpointError(
                 f"the training state {str(path)!r} has format {state['format']}, this version reads {FORMAT}."
             )
-        checkpoint = torch.load(path / TRAINER, weights_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        if isinstance(error, GraftworkError):
-            raise
-        raise CheckpointError(
-            f"the training state {str(path)!r} cannot be read ({error}); "
-            "delete that directory to resume from the one before."
-        ) from error
+        return torch.load(path / TRAINER, weights_only=True), state
+
+    checkpoint, state = _read(path, read)
     return {**checkpoint, "state_dict": {}, "optimizer_states": [{}]}, state
 
 
@@ -73,65 +65,32 @@ def read_random_state(path: Path, state: dict[str, Any], layout: Layout) -> rand
     """Return this rank's generators, None when the state was saved in another layout (each rank then starts anew)."""
     if state["layout"] != asdict(layout) or state["world_size"] != _world():
         return None
-    return torch.load(path / f"random-{_rank():05}.pt", weights_only=True)
+    return _read(path, lambda: torch.load(path / _random_file(), weights_only=True))
 
 
 def read_weights(path: Path, state: dict[str, Any], module: Any) -> None:
     """Fill the trained parameters; CheckpointError, on every rank, when they do not fit the model."""
-    shards = trained_shards(module)
-    error: GraftworkError | None = None
-    try:
-        with ShardReader(path, state["index"]) as reader:
-            loaded = [(shard, reader.read(shard, WEIGHT)) for shard in shards if reader.kinds(shard)]
-    except GraftworkError as refused:
-        error, loaded = refused, []
-    agree(error)
-    agree(_left_over(path, state["index"], shards))
-    with torch.no_grad():
-        for shard, value in loaded:
-            shard.parameter.copy_(value)
+    with _damage_explained(path, state):
+        shards.load_weights(module, path / TENSORS, str(path))
 
 
 def read_optimizer(path: Path, state: dict[str, Any], module: Any, optimizer: Any) -> None:
     """Fill ``optimizer``'s state bit for bit; learning rate and other settings stay the recipe's."""
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    with ShardReader(path, state["index"]) as reader:
-        for shard in trained_shards(module):
-            if shard.parameter not in held:
-                continue
-            kinds = [k for k in reader.kinds(shard) if k != WEIGHT]
-            optimizer.state[shard.parameter] = {k: _placed(reader.read(shard, k), k, shard) for k in kinds}
+    if state["optimizer_step"]:
+        with _damage_explained(path, state):
+            shards.load_optimizer(module, optimizer, state["optimizer_step"], path / TENSORS, str(path))
 
 
-def _placed(value: Tensor, kind: str, shard: Shard) -> Tensor:
-    # torch keeps the step counter on the CPU.
-    return value if kind == "step" else value.to(shard.parameter.device)
-
-
-def _write_rank(directory: Path, module: Any, optimizers: list[Any]) -> Index:
-    torch.save(random_state.capture(), directory / f"random-{_rank():05}.pt")
-    file = f"shards-{_rank():05}.safetensors"
-    index: Index = {}
-    tensors: dict[str, Tensor] = {}
-    for shard in trained_shards(module):
-        if shard.written_here:
-            found = tensors_of(shard, optimizers)
-            tensors |= {f"{shard.name}|{kind}": value for kind, value in found.items()}
-            index[shard.name] = shard.entry(file, list(found))
-    if tensors:
-        save_file(tensors, str(directory / file))
-    return index
-
-
-def _write_common(directory: Path, checkpoint: dict[str, Any], index: Index, layout: Layout) -> None:
+def _write_common(directory: Path, checkpoint: dict[str, Any], optimizer_step: float, layout: Layout) -> None:
     kept = {key: value for key, value in checkpoint.items() if key not in ELSEWHERE}
     torch.save(kept, directory / TRAINER)
     state = {
         "format": FORMAT,
         "step": checkpoint["global_step"],
+        "optimizer_step": optimizer_step,
         "layout": asdict(layout),
         "world_size": _world(),
-        "index": index,
+        "megatron_core": version("megatron-core"),
     }
     (directory / STATE).write_text(json.dumps(state))
 
@@ -140,25 +99,61 @@ def _write_common(directory: Path, checkpoint: dict[str, Any], index: Index, lay
 def _shared_directory(path: Path) -> Iterator[Path]:
     """Yield one temporary directory to all ranks; it takes ``path``'s place when every rank has left well."""
     with ExitStack() as stack:
-        error: GraftworkError | None = None
         made: Path | None = None
+        error: GraftworkError | None = None
         if _rank() == 0:
             try:
                 made = stack.enter_context(atomic_directory(path))
-            except GraftworkError as refused:
-                error = refused
+                (made / TENSORS).mkdir()
+            except (GraftworkError, OSError) as problem:
+                error = problem if isinstance(problem, GraftworkError) else _unwritable(path, problem)
         agree(error)
         yield Path(broadcast_object(str(made)))
+        try:
+            stack.close()
+        except (GraftworkError, OSError) as problem:
+            error = problem if isinstance(problem, GraftworkError) else _unwritable(path, problem)
+        agree(error)
 
 
-def _left_over(path: Path, index: Index, shards: list[Shard]) -> CheckpointError | None:
-    here = {name for names in all_gather_objects([s.name for s in shards]) for name in names}
-    extra = sorted(set(index) - here)
-    if not extra:
-        return None
+def _write(path: Path, action: Callable[[], None]) -> None:
+    error: GraftworkError | None = None
+    try:
+        action()
+    except (OSError, RuntimeError) as problem:
+        error = _unwritable(path, problem)
+    agree(error)
+
+
+def _read(path: Path, action: Callable[[], T]) -> T:
+    """Return what ``action`` reads; when any rank cannot, the same error on every rank."""
+    error: GraftworkError | None = None
+    result: Any = None
+    try:
+        result = action()
+    except GraftworkError as refused:
+        error = refused
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as problem:
+        error = _unreadable(path, str(problem))
+    agree(error)
+    return result
+
+
+@contextmanager
+def _damage_explained(path: Path, state: dict[str, Any]) -> Iterator[None]:
+    """Say what to do about tensors that cannot be read; every rank has the same error already."""
+    try:
+        yield
+    except sharded_files.DamagedError as problem:
+        here, there = version("megatron-core"), state.get("megatron_core")
+        other = "" if here == there else f"; megatron-core {there} wrote it, this is {here}"
+        raise _unreadable(path, f"{problem}{other}") from problem
+
+
+def _unreadable(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"the training state {str(path)!r} holds {extra[0]!r} ({len(extra)} such), which the model does not train: "
-        "resume with the same recipe, or start anew with resume=False."
+        f"the training state {str(path)!r} cannot be read ({reason}); "
+        "delete that directory to resume from the one before."
     )
 
 
@@ -167,6 +162,10 @@ def _unwritable(path: Path, problem: Exception) -> CheckpointError:
         f"the training state {str(path)!r} cannot be written ({problem}); nothing half-written was left and the "
         "state before it is intact."
     )
+
+
+def _random_file() -> str:
+    return f"random-{_rank():05}.pt"
 
 
 def _rank() -> int:

@@ -1,57 +1,22 @@
-"""Trained parameters and their optimizer state as named shards: written once each, read back in any layout."""
+"""What trains as megatron-core's sharded state: weights under their own keys, moments and masters beside them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from graftwork.compat import parallel
-from graftwork.compat.sharding import Sharding
+from graftwork.compat.collective import all_gather_objects
+from graftwork.compat.sharded_files import Entry, State, load, parts_of, shapes_in
 from graftwork.errors import CheckpointError
-from graftwork.peft.match import global_name
-from graftwork.training.gradients import is_expert
 
-WEIGHT = "weight"
-TIED_EMBEDDING = "embedding.word_embeddings.weight"
-Index = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's part of one trained parameter, under the name it has in a one-process model."""
-
-    name: str
-    parameter: nn.Parameter
-    sharding: Sharding
-    rank: int
-    size: int
-    written_here: bool
-
-    def entry(self, file: str, kinds: list[str]) -> dict[str, Any]:
-        """Return what the index remembers: how the tensor is cut, and which file holds this part."""
-        cut = {"shape": list(self.sharding.shape), "dim": self.sharding.dim, "blocks": self.sharding.blocks}
-        return {
-            **cut,
-            "padded": self.sharding.padded,
-            "size": self.size,
-            "kinds": kinds,
-            "parts": {str(self.rank): file},
-        }
-
-
-def trained_shards(module: Any) -> list[Shard]:
-    """List what trains on this rank of ``module`` (a LightningModule with ``module`` or ``chunks``)."""
-    sharding_for = _base_shardings(module)
-    return [
-        _shard(global_name(chunk, path), path, parameter, chunk, sharding_for)
-        for chunk in chunks_of(module)
-        for path, parameter in chunk.named_parameters()
-        if parameter.requires_grad
-    ]
+OPTIMIZER = "optimizer.state."
+"""How megatron-core's own checkpoints begin the keys of an optimizer's tensors."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master"
 
 
 def chunks_of(module: Any) -> list[nn.Module]:
@@ -60,107 +25,109 @@ def chunks_of(module: Any) -> list[nn.Module]:
     return list(inner) if isinstance(inner, nn.ModuleList | list) else [inner]
 
 
-def tensors_of(shard: Shard, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Return the parameter and the optimizer's tensors for it, by kind."""
-    found = {WEIGHT: shard.parameter.detach()}
+def trained(module: Any) -> dict[str, tuple[nn.Parameter, Entry]]:
+    """Return what trains on this rank of ``module`` (with ``module``: a chunk, or a list of them), with its place."""
+    # Each layer and each expert has a key of its own: adapters may stand in, and train, only some of them.
+    metadata = {"dp_cp_group": parallel.dp_group(with_context_parallel=True), "singleton_local_shards": True}
+    found: dict[str, tuple[nn.Parameter, Entry]] = {}
+    for index, chunk in enumerate(chunks_of(module)):
+        parameters = {n: p for n, p in chunk.named_parameters() if p.requires_grad}
+        entries = sharded_state_dict_default(chunk, "", (), metadata)
+        lost = sorted(set(parameters) - set(entries))
+        if lost:
+            raise CheckpointError(f"{lost[0]!r} ({len(lost)} such) trains but has no sharded state to be saved.")
+        found |= {f"{index}/{n}": (p, entries[n]) for n, p in parameters.items()}
+    return found
+
+
+def state_to_save(module: Any, optimizers: list[torch.optim.Optimizer]) -> State:
+    """Return the sharded state of ``module`` and of ``optimizers``."""
+    state: State = {}
+    for name, (parameter, entry) in trained(module).items():
+        state[name] = entry
+        for kind, value in _tensors(parameter, optimizers).items():
+            if kind != "step":
+                state[f"{name}/{kind}"] = make_sharded_optimizer_tensor(entry, value, OPTIMIZER + kind)
+    return state
+
+
+def optimizer_step(module: Any, optimizers: list[torch.optim.Optimizer]) -> float:
+    """Return the number of steps that every trained parameter has made; all ranks must call this together."""
+    parameters = [p for chunk in chunks_of(module) for p in chunk.parameters() if p.requires_grad]
+    mine = {float(_tensors(p, optimizers).get("step", 0.0)) for p in parameters}
+    steps = sorted({step for found in all_gather_objects(mine) for step in found})
+    if len(steps) > 1:
+        raise CheckpointError(f"parameters have made different numbers of steps ({steps}), which no state can hold.")
+    return steps[0] if steps else 0.0
+
+
+def load_weights(module: Any, directory: Path, name: str) -> None:
+    """Fill what trains from the state ``name``; CheckpointError on every rank when it does not fit the model."""
+    places = trained(module)
+    state = {key: entry for key, (_, entry) in places.items()}
+    _check_fit(state, directory, name, optimizer=False)
+    loaded = load(state, directory)
+    with torch.no_grad():
+        for key, (parameter, _) in places.items():
+            parameter.copy_(loaded[key])
+
+
+def load_optimizer(module: Any, optimizer: torch.optim.Optimizer, step: float, directory: Path, name: str) -> None:
+    """Fill ``optimizer``'s state bit for bit; learning rate and other settings stay the recipe's."""
+    places = trained(module)
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    wanted = {
+        f"{key}/{kind}": (parameter, kind, entry)
+        for key, (parameter, entry) in places.items()
+        if parameter in held
+        for kind in _kinds(parameter)
+    }
+    state = {
+        key: make_sharded_optimizer_tensor(entry, torch.zeros_like(p, dtype=torch.float32), OPTIMIZER + kind)
+        for key, (p, kind, entry) in wanted.items()
+    }
+    _check_fit(state, directory, name, optimizer=True)
+    loaded = load(state, directory)
+    for key, (parameter, kind, _) in wanted.items():
+        of_parameter = optimizer.state[parameter]
+        of_parameter["step"] = torch.tensor(step)  # torch keeps it on the CPU
+        of_parameter[kind] = loaded[key].to(parameter.device)
+
+
+def _tensors(parameter: nn.Parameter, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
     for optimizer in optimizers:
-        state = optimizer.state.get(shard.parameter, {})
+        state = optimizer.state.get(parameter, {})
         found |= {kind: value.detach() for kind, value in state.items() if isinstance(value, Tensor)}
-    return {kind: value.cpu().contiguous() for kind, value in found.items()}
+    return found
 
 
-class ShardReader:
-    """Reads this rank's parts of a saved state, whatever layout it was saved in."""
+def _kinds(parameter: nn.Parameter) -> tuple[str, ...]:
+    return MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, MASTER)
 
-    def __init__(self, directory: Path, index: Index) -> None:
-        self.directory = directory
-        self.index = index
-        self._open: dict[str, Any] = {}
 
-    def __enter__(self) -> "ShardReader":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._open.clear()
-
-    def kinds(self, shard: Shard) -> list[str]:
-        """Return the kinds of tensors saved for ``shard``; CheckpointError when there are none or the shape differs."""
-        entry = self.index.get(shard.name)
-        if entry is None:
+def _check_fit(state: State, directory: Path, name: str, optimizer: bool) -> None:
+    """Compare what all ranks want with what is there; every rank comes to the same verdict."""
+    saved = {k: s for k, s in shapes_in(directory).items() if k.startswith(OPTIMIZER) == optimizer}
+    mine = {
+        part.key: (tuple(part.global_shape), part.allow_shape_mismatch) for e in state.values() for part in parts_of(e)
+    }
+    wanted = {key: place for found in all_gather_objects(mine) for key, place in found.items()}
+    again = "resume with the same recipe, or start anew with resume=False."
+    for key in sorted(set(wanted) - set(saved)):
+        raise CheckpointError(
+            f"the training state {name!r} has no {key!r}: it was saved with other adapters, other trainable "
+            f"parameters or another dtype; {again}"
+        )
+    extra = sorted(set(saved) - set(wanted))
+    if extra:
+        raise CheckpointError(
+            f"the training state {name!r} holds {extra[0]!r} ({len(extra)} such), which the model does not train: "
+            f"{again}"
+        )
+    for key, (shape, padded) in sorted(wanted.items()):
+        # A padded vocabulary has another length in another layout.
+        if saved[key] != shape and not (padded and saved[key][1:] == shape[1:]):
             raise CheckpointError(
-                f"the training state {str(self.directory)!r} has no {shard.name!r}: it was saved with other adapters "
-                "or other trainable parameters; resume with the same recipe, or start anew with resume=False."
+                f"{key!r} has shape {saved[key]} in the training state {name!r} and {shape} in the model; {again}"
             )
-        if tuple(entry["shape"]) != shard.sharding.shape:
-            raise CheckpointError(
-                f"{shard.name!r} has shape {tuple(entry['shape'])} in the training state {str(self.directory)!r} and "
-                f"{shard.sharding.shape} in the model; resume with the same recipe, or start anew with resume=False."
-            )
-        return list(entry["kinds"])
-
-    def read(self, shard: Shard, kind: str) -> Tensor:
-        """Return this rank's part of one saved tensor."""
-        entry = self.index[shard.name]
-        if kind == "step":  # a number, the same on every rank
-            return self._tensor(next(iter(entry["parts"].values())), f"{shard.name}|{kind}")
-        size = entry["size"]
-        if size == shard.size or shard.sharding.dim is None:
-            rank = str(shard.rank) if str(shard.rank) in entry["parts"] else "0"
-            return self._tensor(entry["parts"][rank], f"{shard.name}|{kind}")
-        saved = Sharding(tuple(entry["shape"]), entry["dim"], entry["blocks"], entry["padded"])
-        parts = [self._tensor(entry["parts"][str(r)], f"{shard.name}|{kind}") for r in range(size)]
-        return shard.sharding.take(saved.join(parts), shard.rank, shard.size)
-
-    def _tensor(self, file: str, key: str) -> Tensor:
-        try:
-            if file not in self._open:
-                self._open[file] = safe_open(str(self.directory / file), framework="pt")
-            return self._open[file].get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"the training state {str(self.directory)!r} is damaged ({file}: {error}); "
-                "delete that directory to resume from the one before."
-            ) from error
-
-
-def merge_index(parts: list[Index]) -> Index:
-    """Merge the indices of all ranks into one."""
-    whole: Index = {}
-    for index in parts:
-        for name, entry in index.items():
-            whole.setdefault(name, {**entry, "parts": {}})["parts"].update(entry["parts"])
-    return whole
-
-
-def _shard(name: str, path: str, parameter: nn.Parameter, chunk: Any, sharding_for: Callable[..., Sharding]) -> Shard:
-    expert = is_expert(path, parameter)
-    copy = bool(getattr(parameter, "shared", False))  # the last stage's copy of a tied embedding
-    name = TIED_EMBEDDING if copy else name
-    own = getattr(parameter, "sharding", None)
-    sharding = own if own is not None else sharding_for(name, parameter, chunk)
-    cut = sharding.dim is not None and not expert
-    rank, size = (parallel.tp_rank(), parallel.tp_size()) if cut else (0, 1)
-    replicas = parallel.expert_dp_group() if expert else parallel.dp_group(with_context_parallel=True)
-    first = replicas.rank() == 0 and (cut or expert or parallel.tp_rank() == 0)
-    return Shard(name, parameter, sharding, rank, size, first and not copy)
-
-
-def _base_shardings(module: Any) -> Callable[..., Sharding]:
-    """Return the function from a base parameter to how it is cut: the weight mapping's where the model has a shape."""
-    shape = getattr(module, "shape", None)
-    if shape is None:
-        return _megatron_sharding
-    from graftwork.models.hf import mapping_for
-
-    mapping = mapping_for(shape, parallel.tp_size())
-    return lambda name, parameter, chunk: mapping.sharding(name)
-
-
-def _megatron_sharding(name: str, parameter: nn.Parameter, chunk: Any) -> Sharding:
-    shape = list(parameter.shape)
-    if not getattr(parameter, "tensor_model_parallel", False) or is_expert(name, parameter):
-        return Sharding(tuple(shape))
-    dim = parameter.partition_dim  # type: ignore[attr-defined]
-    shape[dim] *= parallel.tp_size()
-    gated = "linear_fc1" in name and chunk.config.gated_linear_unit
-    return Sharding(tuple(shape), dim, blocks=2 if gated else 1)

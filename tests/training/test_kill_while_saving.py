@@ -72,7 +72,7 @@ def test_every_visible_state_is_whole_after_random_kills(tmp_path: Path) -> None
     context, moments, before, unfinished = get_context("forkserver"), random.Random(0), 0, 0
     context.set_forkserver_preload(["graftwork.training.checkpoint"])
     for _ in range(KILLS):
-        process = context.Process(target=save_forever, args=(str(tmp_path),), daemon=True)
+        process = context.Process(target=save_forever, args=(str(tmp_path),))
         process.start()
         deadline = time.monotonic() + 60
         while (now := latest(tmp_path)) is None or int(now.name[5:]) <= before:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from graftwork.compat import sharded_files
 from graftwork.errors import CheckpointError, ConfigError, DataError
 from graftwork.peft import IA3, LoRA
-from graftwork.training import finetune
+from graftwork.training import checkpoint, finetune
 from graftwork.training.callbacks import Interrupted, Report, TrainingState
 from graftwork.training.run_directory import latest, locked, prune, state_path, states
+from graftwork.training.shards import OPTIMIZER
 from tests.helpers import tiny_run
 
 
@@ -107,17 +110,27 @@ def test_every_n_steps_and_only_the_newest_are_kept(tiny_data: Path, tmp_path: P
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step-00000006", "step-00000008"}
 
 
+def kinds_by_name(root: Path) -> dict[str, set[str]]:
+    """Return what the newest state holds of each trained tensor."""
+    found: dict[str, set[str]] = {}
+    for key in sharded_files.shapes_in(latest(root) / checkpoint.TENSORS):  # type: ignore[operator]
+        kind, name = key.removeprefix(OPTIMIZER).split(".", 1) if key.startswith(OPTIMIZER) else ("weight", key)
+        found.setdefault(name, set()).add(kind)
+    return found
+
+
 def test_a_state_holds_only_what_trains(tiny_data: Path, tmp_path: Path) -> None:
     run(tiny_data, tmp_path, max_steps=2)
-    index = json.loads((latest(tmp_path) / "state.json").read_text())["index"]  # type: ignore[operator]
-    assert all(".adapters." in name for name in index)
-    assert all(set(entry["kinds"]) == {"weight", "exp_avg", "exp_avg_sq", "step"} for entry in index.values())
+    found = kinds_by_name(tmp_path)
+    assert found and all(".adapters." in name for name in found)
+    assert all(kinds == {"weight", "exp_avg", "exp_avg_sq"} for kinds in found.values())
+    assert json.loads((latest(tmp_path) / "state.json").read_text())["optimizer_step"] == 2  # type: ignore[operator]
 
 
 def test_masters_of_bf16_weights_are_in_the_state(tiny_data: Path, tmp_path: Path) -> None:
     run(tiny_data, tmp_path, peft=None, dtype="bf16", max_steps=2)
-    index = json.loads((latest(tmp_path) / "state.json").read_text())["index"]  # type: ignore[operator]
-    assert all("master" in entry["kinds"] for entry in index.values())
+    found = kinds_by_name(tmp_path)
+    assert found and all(kinds == {"weight", "exp_avg", "exp_avg_sq", "master"} for kinds in found.values())
 
 
 @pytest.mark.parametrize(
@@ -140,7 +153,9 @@ def test_a_state_of_other_data_is_refused(tiny_data: Path, tmp_path: Path) -> No
         run(tiny_data, tmp_path, max_steps=2, seed=99)
 
 
-@pytest.mark.parametrize("file", ["state.json", "trainer.pt", "shards-00000.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["state.json", "trainer.pt", "random-00000.pt", "tensors/__0_0.distcp", "tensors/.metadata"]
+)
 def test_a_truncated_state_is_one_sentence(file: str, tiny_data: Path, tmp_path: Path) -> None:
     run(tiny_data, tmp_path, max_steps=1)
     path = latest(tmp_path) / file  # type: ignore[operator]
@@ -150,18 +165,18 @@ def test_a_truncated_state_is_one_sentence(file: str, tiny_data: Path, tmp_path:
 
 
 def test_a_failed_save_leaves_the_state_before_it(tiny_data: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from graftwork.training import checkpoint
+    real, saves = checkpoint.sharded_files.save, []
 
-    real, calls = checkpoint.save_file, []
+    def no_room(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
 
-    def full(tensors: Any, path: str) -> None:
-        calls.append(path)
-        if len(calls) == 2:
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        real(tensors, path)
+    def save(state: Any, directory: Path) -> None:
+        saves.append(directory)
+        if len(saves) == 2:
+            monkeypatch.setattr(filesystem_async, "_write_item", no_room)
+        real(state, directory)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint.sharded_files, "save", save)
     with pytest.raises(CheckpointError, match="the disk is full: .*step-00000004' was not written"):
         run(tiny_data, tmp_path, callbacks=[TrainingState(every_n_steps=2)])
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
