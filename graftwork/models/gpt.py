@@ -16,7 +16,7 @@ from graftwork.models.generating import Generating
 from graftwork.models.hf import export_weights, fingerprint, load_weights
 from graftwork.models.hub import resolve
 from graftwork.models.logits import all_logits
-from graftwork.models.loss import IGNORED, answer_rows, token_losses
+from graftwork.models.loss import answer_rows, token_losses
 from graftwork.models.precision import common_dtype
 from graftwork.models.shapes import Shape
 from graftwork.models.tokenizer import load_tokenizer
@@ -136,6 +136,7 @@ class GPT(Generating):
             "expert_model_parallel_size": parallel.ep_size(),
             "params_dtype": dtype,
             "pipeline_dtype": dtype,
+            "perform_initialization": self.checkpoint is None,  # else every value comes from the checkpoint
             **(layout.transformer_fields() if layout else {}),
             **(RECOMPUTE[self.recompute] if self.recompute else {}),
         }
@@ -292,7 +293,6 @@ def _start_gradients(embedding: nn.Module, arguments: Any, output: Tensor) -> Te
     Recomputation runs each layer inside an autograd function whose output needs gradients only if an *input* does;
     without this, full recomputation over a frozen embedding gives adapters no gradient at all.
     """
-    return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_(True)
+    wanted = embedding.training and torch.is_grad_enabled() and not output.requires_grad
+    return output.requires_grad_(True) if wanted else output
 
-
-__all__ = ["GPT", "IGNORED"]
