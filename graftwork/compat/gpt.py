@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from graftwork.compat import cpu
 from graftwork.compat.specs import gpt_block_spec
@@ -34,7 +41,7 @@ def build_gpt(
     """
     refuse_silent_garbage(config)
     with cpu.tensors_stay_on_cpu(), _without_deprecation_log():
-        return GPTModel(
+        model = GPTModel(
             config,
             gpt_block_spec(config, vp_stage=vp_stage),
             vocab_size=vocab_size,
@@ -49,6 +56,18 @@ def build_gpt(
             post_process=post_process,
             vp_stage=vp_stage,
         )
+    mark_cut_weights(model)
+    return model
+
+
+def mark_cut_weights(model: nn.Module) -> None:
+    """Set megatron-core's tensor-parallel attributes on every cut weight: it does so only where it draws values too."""
+    dimensions = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for layer in model.modules():
+        weight = getattr(layer, "weight", None)
+        dimension = next((d for kind, d in dimensions.items() if isinstance(layer, kind)), None)
+        if weight is not None and dimension is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dimension, 1)
 
 
 def refuse_silent_garbage(config: TransformerConfig) -> None:

@@ -16,7 +16,7 @@ from tests.parallel.models import model_of, prompt_of, shake
 from tests.parallel.rows import STEPS, Rows
 from tests.parallel.whole import whole
 
-CLIP = 0.5
+CLIP = 0.1
 LEARNING: dict[str, Any] = {"lr": 3e-3, "eps": 1e-2, "schedule": "constant"}
 """With Adam's own small eps the rounding of a gradient that is nearly zero would become a step of the size of lr."""
 

@@ -75,7 +75,7 @@ def test_logits_are_those_of_transformers(checkpoints: Path, one_process: Callab
 def test_everything_compared_is_alive(cell: Cell, one_process: Callable[[Cell], Outcome]) -> None:
     """No gradient is zero, every trained tensor moves from where it was shaken to, clipping is at work."""
     seen = one_process(cell)
-    assert min(seen.norms) > 1.2 * CLIP and len(set(seen.losses)) == STEPS
+    assert min(seen.norms) > CLIP and len(set(seen.losses)) == STEPS
     assert all(gradient.abs().max() > 1e-6 for gradient in seen.gradients.values())
     assert all(not torch.equal(weight, seen.initial[name]) for name, weight in seen.weights.items())
 
