@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import nn
 from graftwork.compat import parallel
 from graftwork.training import checkpoint
 from graftwork.training.layout import Layout
-from graftwork.training.run_directory import latest, prune, state_path
+from graftwork.training.run_directory import latest, prune, state_path, states
 
 KILLS = 20
 
@@ -86,3 +88,51 @@ def test_every_visible_state_is_whole_after_random_kills(tmp_path: Path) -> None
         assert found > before
         before = found
     assert unfinished >= 3, "the kills must also hit saves"
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from graftwork.peft import LoRA
+from graftwork.training import finetune
+from graftwork.training.callbacks import TrainingState
+from tests.helpers import tiny_run
+
+data, root = Path(sys.argv[1]), Path(sys.argv[2])
+state = TrainingState(every_n_steps=1)
+trainer = tiny_run.trainer(root, max_steps=int(sys.argv[3]), limit_val_batches=0, callbacks=[state])
+finetune(tiny_run.model(), trainer, tiny_run.data_module(data), [LoRA(dim=4)], tiny_run.optim(schedule="constant"))
+"""
+
+
+def start(data: Path, root: Path, steps: int) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(data), str(root), str(steps)], env=environment)
+
+
+def wait_for_states(root: Path, process: subprocess.Popen, after: int = -1) -> int:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        found = latest(root)
+        if found is not None and int(found.name[5:]) > after:
+            return int(found.name[5:])
+        time.sleep(0.02)
+    raise AssertionError(f"no training state appeared (exit code {process.poll()})")
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_kill_loses_only_the_steps_since_the_last_state_and_signals_exit_75(tiny_data: Path, tmp_path: Path) -> None:
+    process = start(tiny_data, tmp_path, 100_000)
+    wait_for_states(tmp_path, process)
+    process.kill()
+    process.wait()
+    killed_at = int(latest(tmp_path).name[5:])  # type: ignore[union-attr]
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        process = start(tiny_data, tmp_path, 100_000)
+        before = wait_for_states(tmp_path, process, after=killed_at)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 75
+        killed_at = int(latest(tmp_path).name[5:])  # type: ignore[union-attr]
+        assert killed_at >= before
+    assert len(states(tmp_path)) == 2

@@ -1,46 +1,76 @@
-"""Resume over ranks: bit for bit at the same layout, within rounding at another; a kill loses nothing saved."""
+"""Resume of every method over ranks: bit for bit at the same layout, within rounding at another one."""
 
 import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 
-from graftwork.compat.collective import all_gather_objects
-from graftwork.peft import LoRA, PTuning
+from graftwork.compat import parallel
+from graftwork.compat.collective import barrier
+from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning
 from graftwork.peft.match import global_name
 from graftwork.training import finetune
 from graftwork.training.callbacks import Interrupted, Report
-from graftwork.training.run_directory import latest, states
 from graftwork.training.shards import chunks_of
 from tests.helpers import tiny_run
 from tests.helpers.distributed import run_ranks
 
+STEPS, STOP = 4, 2
+METHODS: dict[str, Any] = {
+    "lora": lambda: [LoRA(dim=4)],
+    "canonical": lambda: [CanonicalAdapter(dim=4)],
+    "ia3": lambda: [IA3()],
+    "ptuning": lambda: [PTuning(virtual_tokens=3, embedding_dim=8, bottleneck_dim=8)],
+    "full": list,
+}
+BATCHES: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "packed": {"packing": True, "seq_length": 64, "micro_batch_size": 1, "global_batch_size": 2},
+}
 LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
     "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_model_parallel_size": 2},
     "dp2": {},
 }
-STACKS = {"adapters": lambda: [LoRA(dim=4), PTuning(virtual_tokens=3, embedding_dim=8, bottleneck_dim=8)], "full": list}
-ELSEWHERE = {"tp2_sp": "pp2", "pp2": "dp2", "dp2": "tp2_sp"}
+VIRTUAL = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+DEEP = replace(tiny_run.SHAPE, num_layers=4)
+CASES = [(method, batch) for method in METHODS for batch in BATCHES]
+MOVES = [("tp2_sp", "one"), ("pp2", "one"), ("vpp2", "one"), ("one", "tp2_sp"), ("tp2_sp", "pp2"), ("pp2", "dp2")]
+"""Full fine-tuning, cut in one layout and resumed in another."""
 
 
-def train(rank: int, data: Path, root: Path, layout: dict, stack: str, stop: int | None = None) -> dict[str, Any]:
-    """Train six steps (or up to a request on one rank only); return the losses and this rank's weights."""
+class Rows(Callback):
+    """Remembers which rows each step has seen."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: dict, batch_idx: int) -> None:
+        """Note the batch's rows."""
+        self.seen.append(batch["rows"].tolist())
+
+
+def train(rank: int, data: Path, root: Path, layout: str, method: str, batch: str, stop: int | None = None) -> dict:
+    """Train all steps, or up to a request to stop on the last rank only; return what this rank has seen and become."""
+    world_size = torch.distributed.get_world_size() if layout != "one" else 1
     os.environ["LOCAL_RANK"] = str(rank)
-    asked = [tiny_run.StopAfter(stop)] if stop and rank == 1 else []
-    world_size = torch.distributed.get_world_size()
-    trainer = tiny_run.trainer(
-        root, world_size, layout, max_steps=6, limit_val_batches=0, callbacks=asked, enable_progress_bar=False
-    )
-    model = tiny_run.GPT(tiny_run.SHAPE, checkpoint=str(data / "base"))
+    sizes = VIRTUAL if layout == "vpp2" else LAYOUTS[layout]
+    rows = Rows()
+    asked = [tiny_run.StopAfter(stop)] if stop and rank == world_size - 1 else []
+    options = {"max_steps": STEPS, "limit_val_batches": 0, "enable_progress_bar": False}
+    trainer = tiny_run.trainer(root, world_size, sizes, callbacks=[rows, *asked], **options)
+    deep = "vpp2" in root.parts
+    model = tiny_run.GPT(DEEP if deep else tiny_run.SHAPE, checkpoint=str(data / ("deep" if deep else "base")))
+    optim = tiny_run.optim(eps=1e-4)  # a small eps turns rounding into +-lr
     try:
-        finetune(model, trainer, tiny_run.data_module(data), STACKS[stack](), tiny_run.optim(eps=1e-4))
+        finetune(model, trainer, tiny_run.data_module(data, **BATCHES[batch]), METHODS[method](), optim)
+        assert stop is None
     except Interrupted as stopped:
         assert stop is not None and stopped.code == 75
     report = next(c for c in trainer.callbacks if isinstance(c, Report))
@@ -50,99 +80,81 @@ def train(rank: int, data: Path, root: Path, layout: dict, stack: str, stop: int
         for n, p in chunk.named_parameters()
         if p.requires_grad
     }
-    return {"losses": [loss for _, loss in report.train], "weights": weights}
+    return {"losses": [loss for _, loss in report.train], "weights": weights, "rows": rows.seen}
 
 
-def two_ranks(rank: int, world_size: int, data: Path, root: Path) -> dict[str, Any]:
-    """For each stack and layout: whole, cut and resumed here, cut and resumed elsewhere."""
+def every_case(rank: int, data: Path, root: Path, layout: str, cases: list[tuple[str, str]]) -> dict[Any, Any]:
+    """For every case: whole, and cut and resumed; the cut state is kept for another layout."""
     found = {}
-    for stack in STACKS:
-        for name, layout in LAYOUTS.items():
-            at = root / stack / name
-            whole = train(rank, data, at / "whole", layout, stack)
-            train(rank, data, at / "cut", layout, stack, stop=4)
+    for method, batch in cases:
+        at = root / layout / method / batch
+        whole = train(rank, data, at / "whole", layout, method, batch)
+        cut = train(rank, data, at / "cut", layout, method, batch, stop=STOP)
+        if method == "full":
             _copy(rank, at / "cut", at / "moved")
-            same = train(rank, data, at / "cut", layout, stack)
-            other = train(rank, data, at / "moved", LAYOUTS[ELSEWHERE[name]], stack)
-            found[stack, name] = {"whole": whole, "same": same, "other": other}
+        same = train(rank, data, at / "cut", layout, method, batch)
+        found[method, batch, layout] = {"whole": whole, "cut": cut, "same": same}
+    return found
+
+
+def two_ranks(rank: int, world_size: int, data: Path, root: Path) -> dict[Any, Any]:
+    """Every case in every layout of two ranks, then what moves to two ranks."""
+    found: dict[Any, Any] = {}
+    for layout in ("tp2_sp", "pp2", "dp2"):
+        found |= every_case(rank, data, root, layout, CASES)
+    found |= every_case(rank, data, root, "vpp2", [("full", "padded")])
+    for source, target in MOVES:
+        if target != "one":
+            at = root / source / "full" / "padded"
+            _copy(rank, at / "moved", at / target)
+            found[source, target] = train(rank, data, at / target, target, "full", "padded")
     return found
 
 
 def _copy(rank: int, source: Path, target: Path) -> None:
     if rank == 0:
-        subprocess.run(["cp", "-r", source, target], check=True)
-    all_gather_objects(None)
+        shutil.copytree(source, target)
+    barrier()
 
 
 @pytest.fixture(scope="module")
-def ranks(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    base = tiny_run.model()
-    base.configure_model()
-    base.export_hf(tiny_data / "base")
-    return run_ranks(two_ranks, 2, tiny_data, tmp_path_factory.mktemp("layouts"), timeout=400)
+def results(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What every rank found, the single process first."""
+    root = tmp_path_factory.mktemp("layouts")
+    for name, shape in (("base", tiny_run.SHAPE), ("deep", DEEP)):
+        base = tiny_run.GPT(shape)
+        base.configure_model()
+        base.export_hf(tiny_data / name)
+    parallel.destroy()
+    one = every_case(0, tiny_data, root, "one", CASES)
+    ranks = run_ranks(two_ranks, 2, tiny_data, root, timeout=400)
+    for source, target in MOVES:
+        if target == "one":
+            at = root / source / "full" / "padded" / "moved"
+            one[source, target] = train(0, tiny_data, at, target, "full", "padded")
+    return [one, *ranks]
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stack", STACKS)
-def test_same_layout_resumes_bit_for_bit(stack: str, layout: str, ranks: list[dict]) -> None:
-    for rank in ranks:
-        found = rank[stack, layout]
-        assert found["same"]["losses"] == found["whole"]["losses"]
-        assert len(found["whole"]["losses"]) == 6
-        for name, weight in found["whole"]["weights"].items():
-            assert torch.equal(weight, found["same"]["weights"][name]), name
+@pytest.mark.parametrize(
+    ("method", "batch", "layout"),
+    [*((*case, layout) for case in CASES for layout in LAYOUTS), ("full", "padded", "vpp2")],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(method: str, batch: str, layout: str, results: list) -> None:
+    for rank in results[:1] if layout == "one" else results[1:]:
+        whole, cut, same = (rank[method, batch, layout][k] for k in ("whole", "cut", "same"))
+        assert same["losses"] == whole["losses"] and len(whole["losses"]) == STEPS
+        assert cut["rows"] + same["rows"] == whole["rows"] and len(cut["rows"]) == STOP
+        assert list(same["weights"]) == list(whole["weights"])
+        for name, weight in whole["weights"].items():
+            assert torch.equal(weight, same["weights"][name]), name
+            assert not torch.equal(weight, cut["weights"][name]) or not weight.any(), name
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stack", STACKS)
-def test_another_layout_resumes_within_rounding(stack: str, layout: str, ranks: list[dict]) -> None:
-    for rank in ranks:
-        found = rank[stack, layout]
-        assert found["other"]["losses"] == pytest.approx(found["whole"]["losses"], rel=1e-6)
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from graftwork.peft import LoRA
-from graftwork.training import finetune
-from graftwork.training.callbacks import TrainingState
-from tests.helpers import tiny_run
-
-data, root = Path(sys.argv[1]), Path(sys.argv[2])
-state = TrainingState(every_n_steps=1)
-trainer = tiny_run.trainer(root, max_steps=int(sys.argv[3]), limit_val_batches=0, callbacks=[state])
-finetune(tiny_run.model(), trainer, tiny_run.data_module(data), [LoRA(dim=4)], tiny_run.optim(schedule="constant"))
-"""
-
-
-def start(data: Path, root: Path, steps: int) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(data), str(root), str(steps)], env=environment)
-
-
-def wait_for_states(root: Path, process: subprocess.Popen, after: int = -1) -> int:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        found = latest(root)
-        if found is not None and int(found.name[5:]) > after:
-            return int(found.name[5:])
-        time.sleep(0.02)
-    raise AssertionError(f"no training state appeared (exit code {process.poll()})")
-
-
-@pytest.mark.slow
-@pytest.mark.processes
-def test_kill_loses_only_the_steps_since_the_last_state_and_sigterm_exits_75(tiny_data: Path, tmp_path: Path) -> None:
-    process = start(tiny_data, tmp_path, 100_000)
-    wait_for_states(tmp_path, process)
-    process.kill()
-    process.wait()
-    killed_at = int(latest(tmp_path).name[5:])  # type: ignore[union-attr]
-    process = start(tiny_data, tmp_path, 100_000)
-    assert wait_for_states(tmp_path, process, after=killed_at) > killed_at
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
-    assert len(states(tmp_path)) == 2
+@pytest.mark.parametrize(("source", "target"), MOVES)
+def test_full_fine_tuning_resumes_in_another_layout(source: str, target: str, results: list) -> None:
+    wholes = results[:1] * 2 if source == "one" else results[1:]
+    for whole, moved in zip(wholes, results[:1] if target == "one" else results[1:]):
+        wanted = whole["full", "padded", source]["whole"]["losses"]
+        assert moved[source, target]["losses"] == pytest.approx(wanted, rel=1e-6)
