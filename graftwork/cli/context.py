@@ -69,7 +69,15 @@ def executor_for(task: run.Partial) -> run.Executor | None:
     devices, nodes = getattr(trainer, "devices", 1), getattr(trainer, "num_nodes", 1)
     if nodes != 1:
         raise ConfigError(f"trainer.num_nodes={nodes} needs an executor that reaches {nodes} machines; none was named.")
-    return local(ntasks=devices) if isinstance(devices, int) and devices > 1 else None
+    ranks = count_devices(devices)
+    return local(ntasks=ranks) if ranks > 1 else None
+
+
+def count_devices(devices: Any) -> int:
+    """Return how many processes Lightning's ``devices`` means; the command line hands ``2`` over as text."""
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdigit() else 1
 
 
 def check_complete(task: run.Partial) -> None:

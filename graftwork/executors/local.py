@@ -36,4 +36,5 @@ def task_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),
         "PYTHONUNBUFFERED": "1",
+        "LOGLEVEL": os.environ.get("LOGLEVEL", "WARNING"),  # torchrun tells every step of its own otherwise
     }

@@ -7,7 +7,7 @@ from typing import Any
 import nemo_run as run
 import pytest
 
-from graftwork.cli.context import GraftContext, executor_for
+from graftwork.cli.context import GraftContext, count_devices, executor_for
 from graftwork.errors import ConfigError
 from graftwork.executors import local
 from graftwork.recipes import llama2_7b, smollm2_135m
@@ -108,6 +108,7 @@ def test_one_device_needs_no_executor_and_several_get_torchrun() -> None:
     assert executor_for(smollm2_135m.finetune_recipe()) is None
     assert executor_for(run.Partial(write_ranks)) is None
     executor = executor_for(smollm2_135m.finetune_recipe(num_gpus_per_node=3))
+    assert [count_devices(d) for d in (1, 2, "2", [0, 1], "auto")] == [1, 2, 2, 2, 1]
     assert (executor.nproc_per_node(), executor.launcher) == (3, local(3).launcher)
     with pytest.raises(ConfigError, match="reaches 2 machines"):
         executor_for(llama2_7b.finetune_recipe(num_nodes=2))

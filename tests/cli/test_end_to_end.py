@@ -50,7 +50,8 @@ def overrides(place: Path) -> list[str]:
         "data.micro_batch_size=4",
         "trainer.max_steps=4",
         "trainer.val_check_interval=2",
-        "optim.lr=1e-2",
+        "optim.lr=2e-3",
+        "model.dtype=fp32",
         "optim.warmup_steps=1",
         "peft=[lora(dim=4),ptuning(virtual_tokens=3)]",
     ]
@@ -61,6 +62,13 @@ def context(place: Path, name: str) -> GraftContext:
     return GraftContext(name="finetune", factory=factory, skip_confirmation=True)
 
 
+@pytest.fixture(scope="module")
+def here(place: Path) -> Path:
+    """The run directory of a training in this process."""
+    context(place, "here").cli_execute(finetune, overrides(place))
+    return place / "here"
+
+
 def nemorun(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([NEMORUN, "graft", *args], capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL)
 
@@ -69,19 +77,34 @@ def summary(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
 
 
-def test_the_same_recipe_gives_the_same_losses_here_and_on_an_executor(place: Path) -> None:
-    context(place, "here").cli_execute(finetune, overrides(place))
+def test_the_same_recipe_gives_the_same_losses_here_and_on_an_executor(here: Path, place: Path) -> None:
     context(place, "there").cli_execute(finetune, [*overrides(place), "run.executor=local"])
-    here, there = summary(place / "here"), summary(place / "there")
+    ours, theirs = summary(here), summary(place / "there")
     same = ("train_loss", "val_loss", "steps", "trainable_parameters", "total_parameters")
-    assert {k: here[k] for k in same} == {k: there[k] for k in same}
+    assert {k: ours[k] for k in same} == {k: theirs[k] for k in same}
     weights = "adapter/adapter_model.safetensors"
-    assert (place / "here" / weights).read_bytes() == (place / "there" / weights).read_bytes()
-    assert here["recipe_sha256"] != there["recipe_sha256"]  # they differ in their directory
+    assert (here / weights).read_bytes() == (place / "there" / weights).read_bytes()
+    assert ours["recipe_sha256"] != theirs["recipe_sha256"]  # they differ in their directory
 
 
-def test_a_trained_adapter_is_evaluated_and_answers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, adapter = f"base={place / 'base'}", f"adapter={place / 'here' / 'adapter'}"
+@pytest.mark.processes
+def test_two_devices_start_two_ranks_and_give_one_rank_s_losses(here: Path, place: Path) -> None:
+    two = [
+        "trainer.devices=2",
+        "trainer.strategy.tensor_model_parallel_size=2",
+        "trainer.strategy.sequence_parallel=True",
+    ]
+    context(place, "two").cli_execute(finetune, [*overrides(place), "trainer.accelerator=cpu", *two])
+    one, two_ranks = summary(here), summary(place / "two")
+    for loss in ("train_loss", "val_loss"):
+        assert two_ranks[loss] == pytest.approx(one[loss], rel=1e-4)
+    assert two_ranks["trainable_parameters"] == one["trainable_parameters"]
+
+
+def test_a_trained_adapter_is_evaluated_and_answers(
+    here: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = f"base={place / 'base'}", f"adapter={here / 'adapter'}"
     figures = place / "figures.json"
     GraftContext(name="evaluate").cli_execute(
         evaluate, [base, adapter, f"data={place / 'train.jsonl'}", "limit=8", "baseline=True", f"output={figures}"]
