@@ -95,15 +95,14 @@ class Adaptable(pl.LightningModule):
         ArtifactError (one sentence) and leaves the model as it was when the artifact does not fit.
         """
         if not self.chunks:
-            artifact.read_config(path)  # a wrong path is told at once
+            artifact.read_everywhere(path)  # a wrong path is told at once
             options = {"names": names, "trainable": trainable, "check_base": check_base}
             self._queue.append(("load", (path,), options))
             return
-        config: dict[str, Any] = {}
+        config = artifact.read_everywhere(path)
         chosen: list[PEFT] = []
         error: GraftworkError | None = None
         try:
-            config = artifact.read_config(path)
             chosen = self._chosen(config, names, path)
             if check_base:
                 artifact.check_base(config, self.base_identity(), path)

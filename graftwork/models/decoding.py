@@ -14,6 +14,7 @@ from graftwork.models.scoring import check_tokens, evaluating, last_logits, one_
 if TYPE_CHECKING:
     from graftwork.models.gpt import GPT
 
+
 def generate(
     model: "GPT",
     prompts: Sequence[Sequence[int]],

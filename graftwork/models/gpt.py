@@ -295,4 +295,3 @@ def _start_gradients(embedding: nn.Module, arguments: Any, output: Tensor) -> Te
     """
     wanted = embedding.training and torch.is_grad_enabled() and not output.requires_grad
     return output.requires_grad_(True) if wanted else output
-

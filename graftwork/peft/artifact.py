@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graftwork.atomic import atomic_directory
-from graftwork.compat.collective import agree, broadcast_object
+from graftwork.compat.collective import agree, all_gather_objects, broadcast_object
 from graftwork.errors import ArtifactError, CheckpointError, GraftworkError, suggest
 from graftwork.peft import METHODS, PEFT
 from graftwork.peft.card import model_card
@@ -105,6 +105,20 @@ def _check_format(config: Any, path: str | Path) -> None:
             f"{str(path)!r} has schema {config.get('schema')!r}, but this version reads at most {SCHEMA}; "
             "update graftwork."
         )
+
+
+def read_everywhere(path: str | Path) -> dict[str, Any]:
+    """Return ``read_config``; raises ArtifactError on every rank when one cannot read it, or reads another adapter."""
+    config: dict[str, Any] = {}
+    error: GraftworkError | None = None
+    try:
+        config = read_config(path)
+    except GraftworkError as refused:
+        error = refused
+    agree(error)
+    if len(set(all_gather_objects(config["checksum"]))) > 1:
+        raise ArtifactError(f"{str(path)!r} is not the same adapter on every machine; copy one of them to all.")
+    return config
 
 
 def check_base(config: Mapping[str, Any], base: Base, path: str | Path) -> None:

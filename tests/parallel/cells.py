@@ -59,13 +59,14 @@ def run_cell(rank: int, world: int, cell: Cell, sizes: dict[str, Any], root: Pat
 class Probe(Callback):
     """Keeps initial values, then shakes them; keeps logits, losses, the first gradients, the trained weights."""
 
-    def __init__(self) -> None:
-        self.outcome = Outcome()
+    def __init__(self, shaken: bool = True) -> None:
+        self.outcome, self.shaken = Outcome(), shaken
 
     def on_fit_start(self, trainer: Trainer, model: Any) -> None:
         """Keep what adapters are born with, then start from values that are nowhere zero."""
         self.outcome.initial = whole(model)
-        shake(model)
+        if self.shaken:
+            shake(model)
         self._keep_logits(model)
 
     def on_validation_start(self, trainer: Trainer, model: Any) -> None:
