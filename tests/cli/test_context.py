@@ -30,12 +30,6 @@ def test_a_verb_runs_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "rank7").exists()
 
 
-def test_a_verb_runs_on_an_executor(tmp_path: Path) -> None:
-    two = ["run.executor=local", "run.executor.ntasks_per_node=2", "run.executor.launcher=torchrun"]
-    execute(f"directory={tmp_path}", *two)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["rank0", "rank1"]
-
-
 @pytest.mark.parametrize("where", [[], ["run.executor=local"]], ids=["in process", "local executor"])
 def test_a_user_error_is_one_line_and_exit_2(
     where: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -46,8 +40,10 @@ def test_a_user_error_is_one_line_and_exit_2(
 
 
 def test_a_failed_task_is_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert code(f"directory={tmp_path}", "fail=bug", "run.executor=local") == 1
+    two = ["run.executor=local", "run.executor.ntasks_per_node=2", "run.executor.launcher=torchrun"]
+    assert code(f"directory={tmp_path}", "fail=bug", *two) == 1
     assert "ZeroDivisionError: a bug" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rank0", "rank1"]
 
 
 def test_a_bug_in_this_process_keeps_its_traceback(tmp_path: Path) -> None:
