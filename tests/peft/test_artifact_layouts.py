@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,21 +17,22 @@ from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning, artifact
 from graftwork.peft.adapter import Adapter, Birth
 from graftwork.peft.host import Host
 from graftwork.peft.match import Site
+from graftwork.training import Layout
 from tests.contracts.methods import STACKS, prompted, shake, tokens
 from tests.helpers.distributed import run_ranks
 from tests.parallel.layouts import Cell
 from tests.parallel.models import model_of, write_checkpoints
 
 TENSORS = "adapter_model.safetensors"
-EVERYWHERE = [LoRA("wide", dim=4, target_modules=["word_embeddings", "output_layer", "linear_fc1"])]
-LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
-    "tp2": (2, {"tensor": 2}),
-    "pp2": (2, {"pipeline": 2}),
-    "pp2_vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
-    "cp2": (2, {"context": 2}),
-    "dp2": (2, {}),
-    "ep2": (2, {"expert": 2}),
-    "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}),
+LAYOUTS: dict[str, tuple[int, Layout]] = {
+    "tp2": (2, Layout(tensor_model_parallel_size=2)),
+    "tp2_sp": (2, Layout(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "pp2": (2, Layout(pipeline_model_parallel_size=2)),
+    "pp2_vpp2": (2, Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+    "cp2": (2, Layout(context_parallel_size=2)),
+    "dp2": (2, Layout()),
+    "ep2": (2, Layout(expert_model_parallel_size=2)),
+    "tp2_pp2": (4, Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
 }
 
 
@@ -38,18 +40,31 @@ def base_for(layout: str) -> str:
     return "mixture" if layout == "ep2" else "llama"
 
 
-def bare(base: str, root: Path) -> GPT:
-    """Return the base model, built."""
+def enter(layout: Layout) -> None:
+    """Make the process groups of a layout."""
+    parallel.initialize(
+        tensor=layout.tensor_model_parallel_size,
+        pipeline=layout.pipeline_model_parallel_size,
+        virtual_pipeline=layout.virtual_pipeline_model_parallel_size,
+        context=layout.context_parallel_size,
+        expert=layout.expert_model_parallel_size,
+    )
+
+
+def bare(base: str, root: Path, layout: Layout | None = None) -> GPT:
+    """Return the base model, built in a layout as a trainer with that strategy would build it."""
     model = model_of(Cell(base, "full"), root)
+    model._trainer = SimpleNamespace(strategy=SimpleNamespace(layout=layout or Layout()))
     model.configure_model()
+    model._trainer = None
     return model
 
 
 def stacks() -> dict[str, Any]:
-    return {
-        **{name: make() for name, make in STACKS.items()},
-        "everywhere": [type(t)(**t.hyperparameters()) for t in EVERYWHERE],
-    }
+    """Return fresh stacks that together have every kind of tensor and cut."""
+    chosen = {name: STACKS[name]() for name in ("lora", "lora+ia3", "all")}
+    wide = LoRA("wide", dim=4, target_modules=["word_embeddings", "output_layer", "linear_fc1"])
+    return {**chosen, "everywhere": [wide]}
 
 
 def logits(model: GPT) -> Tensor:
@@ -69,12 +84,12 @@ def reference(root: Path, base: str) -> dict[str, Tensor]:
     return found
 
 
-def reload(rank: int, world: int, sizes: dict[str, int], base: str, root: Path) -> dict[str, Tensor]:
+def reload(rank: int, world: int, layout: Layout, base: str, root: Path) -> dict[str, Tensor]:
     """Load what one process has saved, return the logits, save it again from this layout."""
-    parallel.initialize(**sizes)
+    enter(layout)
     found = {}
     for name in stacks():
-        model = bare(base, root)
+        model = bare(base, root, layout)
         model.load_adapters(root / base / f"one_{name}")
         found[name] = logits(model)
         model.save_adapters(root / base / f"many_{name}")
@@ -121,10 +136,10 @@ class Picky(CanonicalAdapter):
         return super().build(site, birth, host)
 
 
-def refuse(rank: int, world: int, sizes: dict[str, int], root: Path) -> list[str]:
+def refuse(rank: int, world: int, layout: Layout, root: Path) -> list[str]:
     """Meet every refusal in this layout; return the messages, and what is left of the model."""
-    parallel.initialize(**sizes)
-    model = bare("llama", root)
+    enter(layout)
+    model = bare("llama", root, layout)
     before = [n for n, p in model.named_parameters() if p.requires_grad]
     attempts = [
         lambda: model.load_adapters(root / "nan"),
@@ -134,7 +149,7 @@ def refuse(rank: int, world: int, sizes: dict[str, int], root: Path) -> list[str
         lambda: model.add_adapter([IA3(), LoRA(rank_pattern={"layers.9.mlp.linear_fc1": 2})]),
     ]
     attempts.append(lambda: model.add_adapter(Picky(dim=4)))
-    if sizes.get("tensor", 1) > 1:
+    if layout.tensor_model_parallel_size > 1:
         attempts.append(lambda: model.add_adapter([PTuning(virtual_tokens=2), CanonicalAdapter(dim=7)]))
     messages = [_message(attempt) for attempt in attempts]
     assert before == [n for n, p in model.named_parameters() if p.requires_grad] and not model.prompt_layout.slots
@@ -197,10 +212,10 @@ def _poison(path: Path) -> None:
     (path / "adapter_config.json").write_text(json.dumps(config))
 
 
-def merge(rank: int, world: int, sizes: dict[str, int], root: Path) -> tuple[Tensor, Tensor, bool]:
+def merge(rank: int, world: int, layout: Layout, root: Path) -> tuple[Tensor, Tensor, bool]:
     """Merge and unmerge in this layout: logits live, merged, and whether every bit came back."""
-    parallel.initialize(**sizes)
-    model = bare("llama", root)
+    enter(layout)
+    model = bare("llama", root, layout)
     model.load_adapters(root / "llama" / "one_lora+ia3")
     base = [p.detach().clone() for p in model.parameters()]
     live = logits(model)
@@ -211,7 +226,7 @@ def merge(rank: int, world: int, sizes: dict[str, int], root: Path) -> tuple[Ten
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2"])
 def test_merging_in_a_layout(layout: str, root: Path, references: Any) -> None:
     world, sizes = LAYOUTS[layout]
     for live, merged, restored in run_ranks(merge, world, sizes, root):
@@ -220,10 +235,10 @@ def test_merging_in_a_layout(layout: str, root: Path, references: Any) -> None:
         assert (live - wanted).abs().max() <= 1e-5 * wanted.abs().max() and restored
 
 
-def experts(rank: int, world: int, sizes: dict[str, int], root: Path) -> list[str]:
+def experts(rank: int, world: int, layout: Layout, root: Path) -> list[str]:
     """Attach to one expert by its global number."""
-    parallel.initialize(**sizes)
-    model = bare("mixture", root)
+    enter(layout)
+    model = bare("mixture", root, layout)
     model.add_adapter(LoRA(dim=2, target_modules=["local_experts.3.linear_fc1"], layers=[1]))
     model.add_adapter(IA3(targets=["ffn"]))
     return [f"{name} {g.site.name}" for name, items in model.stack.grafted.items() for g in items]
@@ -231,9 +246,9 @@ def experts(rank: int, world: int, sizes: dict[str, int], root: Path) -> list[st
 
 @pytest.mark.processes
 def test_experts_have_one_name_in_every_layout(root: Path) -> None:
-    alone = experts(0, 1, {}, root)
+    alone = experts(0, 1, Layout(), root)
     parallel.destroy()
-    first, second = run_ranks(experts, 2, {"expert": 2}, root)
+    first, second = run_ranks(experts, 2, LAYOUTS["ep2"][1], root)
     one = "lora decoder.layers.1.mlp.experts.local_experts.3.linear_fc1"
     assert one in second and one not in first
     assert sorted(first + second) == sorted(alone) and len(alone) == 1 + 2 * 4
