@@ -86,11 +86,15 @@ def failure(task: str, outcome: str, directory: Path) -> GraftworkError:
 
 
 def log_lines(directory: Path) -> list[str]:
-    """Return the lines of the task's logs, the most recently written file last, rank prefixes removed."""
+    """Return the lines of the task's logs, the most recently written file last.
+
+    Under torchrun only what the ranks wrote, without their prefixes: the launcher's own epilogue hides the cause.
+    """
     found = [p for pattern in ("**/*.log", "**/*.out") for p in directory.glob(pattern) if p.is_file()]
     files = sorted((p for p in found if p.stat().st_size), key=lambda p: (p.stat().st_mtime_ns, p.name))
-    lines = (line for p in files for line in p.read_text(errors="replace").splitlines())
-    return [_RANK_PREFIX.sub("", line) for line in lines if line.strip()]
+    lines = [line for p in files for line in p.read_text(errors="replace").splitlines() if line.strip()]
+    ranks = [_RANK_PREFIX.sub("", line) for line in lines if _RANK_PREFIX.match(line)]
+    return ranks or lines
 
 
 def task_name(name: str) -> str:

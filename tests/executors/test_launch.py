@@ -60,11 +60,20 @@ def test_a_detached_task_may_be_on_its_way_but_not_have_failed(tmp_path: Path) -
         check({"task": {"status": "FAILED", "local_dir": str(tmp_path)}}, detached=True)
 
 
+def write_logs(directory: Path, **logs: str) -> None:
+    for age, (name, text) in enumerate(logs.items()):
+        (directory / f"{name}.log").write_text(text)
+        os.utime(directory / f"{name}.log", (1000 + age, 1000 + age))
+
+
 def test_log_lines_end_with_the_file_written_last(tmp_path: Path) -> None:
-    for age, name in ((2, "b.log"), (1, "a.out")):
-        (tmp_path / name).write_text(f"[default0]: from {name}\n\n")
-        os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    assert log_lines(tmp_path) == ["from b.log", "from a.out"]
+    write_logs(tmp_path, b="from b\n\n", a="from a\n")
+    assert log_lines(tmp_path) == ["from b", "from a"]
+
+
+def test_log_lines_of_ranks_leave_the_launcher_out(tmp_path: Path) -> None:
+    write_logs(tmp_path, combined="[default0]:the cause\n", stderr="[default1]: too\nChildFailedError: see elsewhere\n")
+    assert log_lines(tmp_path) == ["the cause", "too"]
 
 
 def test_local_runs_the_interpreter_that_submits() -> None:
