@@ -109,10 +109,13 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         agree(None)  # meets the first rank's error when it could not write what precedes the tensors
-        try:
-            super().save(sharded_state_dict, checkpoint_dir)
-        except CheckpointException as problem:
-            self._problem = DamagedError(_reason(problem))
+        with _quiet() as told:
+            try:
+                super().save(sharded_state_dict, checkpoint_dir)
+            except CheckpointException as problem:
+                self._problem = DamagedError(_reason(problem))
+        # What a writer has met, only its own rank's log tells in every version.
+        agree(DamagedError(told[0]) if told and self._problem else None)
         agree(self._problem)
         self.written = True
 
@@ -154,14 +157,27 @@ def _reason(problem: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep megatron-core's remarks about its own deprecated calls, and errors that we raise, off the terminal."""
+def _quiet() -> Iterator[list[str]]:
+    """Keep megatron-core's remarks about its own deprecated calls off the terminal; yield the errors it reports."""
     logger = logging.getLogger("megatron.core.dist_checkpointing")
-    level = logger.level
+    handler = _Errors(logging.ERROR)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        logger.setLevel(logging.CRITICAL)
+        warnings.simplefilter("ignore")
         try:
-            yield
+            yield handler.messages
         finally:
-            logger.setLevel(level)
+            logger.removeHandler(handler)
+            logger.propagate = propagate
+
+
+class _Errors(logging.Handler):
+    """Collects messages."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
