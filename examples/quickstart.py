@@ -1,7 +1,7 @@
 """The quick start on LightningModules as one script: train two adapters together, load them again, predict.
 
-    python examples/quickstart.py                                        # SmolLM2 135M on a few reviews, two minutes
-    python examples/quickstart.py --train mine.jsonl --steps 100         # your rows: {"input": ..., "output": ...}
+python examples/quickstart.py                                        # SmolLM2 135M on a few reviews, two minutes
+python examples/quickstart.py --train mine.jsonl --steps 100         # your rows: {"input": ..., "output": ...}
 """
 
 import argparse
