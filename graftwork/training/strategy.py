@@ -244,5 +244,5 @@ class MegatronStrategy(DDPStrategy):
             raise ConfigError("trainer.precision must stay unset: the model's dtype ('fp32', 'bf16') decides.")
         if data is not None and hasattr(data, "global_batch_size") and hasattr(data, "micro_batch_size"):
             self.layout.check_batch(data.global_batch_size, data.micro_batch_size, world)
-        if getattr(data, "packing", False):
+        if data is not None and getattr(data, "packing", False):
             self.layout.check_packing(data.seq_length)
