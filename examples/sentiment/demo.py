@@ -65,7 +65,7 @@ def train(data: Path, out: Path, steps: int) -> None:
         "--factory", f"{BASE}(dir={out.parent},name={out.name})",
         "peft=[lora(dim=8,alpha=16)]",
         f"trainer.max_steps={steps}",
-        f"trainer.val_check_interval={max(1, steps // 3)}",
+        f"trainer.val_check_interval={max(1, steps // 4)}",
         "optim.lr=1e-3",
         f"optim.warmup_steps={max(1, steps // 6)}",
         "optim.schedule=linear",
