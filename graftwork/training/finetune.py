@@ -69,7 +69,10 @@ def _resume_from(root: Path, resume: bool, trainer: Trainer) -> str | None:
     if not resume and trainer.is_global_zero:
         for path in states(root):
             discard(path)
-    return str(found) if found is not None else None
+    chosen = str(found) if found is not None else None
+    if drives:
+        trainer.strategy.resume_from = chosen  # type: ignore[attr-defined]
+    return chosen
 
 
 @contextmanager

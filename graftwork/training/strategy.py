@@ -13,7 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from graftwork.compat import parallel
-from graftwork.errors import ConfigError, ParallelismError
+from graftwork.compat.collective import all_gather_objects
+from graftwork.errors import CheckpointError, ConfigError, ParallelismError
 from graftwork.training import checkpoint as training_state
 from graftwork.training import random_state
 from graftwork.training.gradients import Gradients
@@ -60,6 +61,7 @@ class MegatronStrategy(DDPStrategy):
             sequence_parallel,
         )
         self.seed = 1234
+        self.resume_from: str | None = None
         self.gradients: Gradients | None = None
         self.last_step: StepLoss | None = None
         self._resumed: tuple[Path, dict[str, Any]] | None = None
@@ -100,6 +102,7 @@ class MegatronStrategy(DDPStrategy):
             expert=sizes.expert_model_parallel_size,
             seed=self.seed,
         )
+        self._check_resume()
 
     def setup(self, trainer: Trainer) -> None:
         """Move the model to its device and make the optimizer; no DDP wrapper, no broadcast over TP shards."""
@@ -232,6 +235,15 @@ class MegatronStrategy(DDPStrategy):
         if getattr(module, "shape", None) is not None:
             self.layout.check_shape(module.shape)
         self._check_trainer(module, world)
+
+    def _check_resume(self) -> None:
+        """Refuse, on every rank, to go on from a state that only some ranks see: the others would start anew."""
+        seen = {str(path) for path in all_gather_objects(self.resume_from)}
+        if len(seen) > 1:
+            raise CheckpointError(
+                f"the ranks see different training states to resume from ({', '.join(sorted(seen))}): "
+                "the run directory must be on a file system that all nodes share."
+            )
 
     def _check_trainer(self, module: LightningModule, world: int) -> None:
         trainer, data = module.trainer, getattr(module.trainer, "datamodule", None)
