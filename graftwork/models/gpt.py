@@ -18,6 +18,7 @@ from graftwork.models.hub import resolve
 from graftwork.models.logits import all_logits
 from graftwork.models.loss import answer_rows, token_losses
 from graftwork.models.precision import common_dtype
+from graftwork.models.random_weights import draw
 from graftwork.models.shapes import Shape
 from graftwork.models.tokenizer import load_tokenizer
 from graftwork.optim import AdamW
@@ -106,6 +107,8 @@ class GPT(Generating):
         chunks = [self._build_chunk(config, vp) for vp in (range(virtual) if virtual else [None])]
         if self.checkpoint_dir is not None:
             load_weights(chunks, self.shape, self.checkpoint_dir)
+        else:
+            draw(chunks, self.seed, self.shape.vocab_size)
         self.module = nn.ModuleList(chunks) if virtual else chunks[0]
         self.module.train(self.training)
         self._carry_out_queue()

@@ -1,11 +1,11 @@
-"""The models of the matrix, not yet built: weights from a checkpoint, or drawn from global names."""
+"""The models of the matrix, not yet built: weights from a checkpoint, or random ones."""
 
 import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graftwork.compat import parallel
 from graftwork.compat.sharding import Sharding
@@ -13,7 +13,7 @@ from graftwork.models import GPT
 from graftwork.models.hf import read_config, shape_from_hf
 from graftwork.models.shapes import Shape
 from tests.contracts.methods import STACKS
-from tests.helpers.tiny_gpt import cut, global_name
+from tests.helpers.tiny_gpt import global_name
 from tests.helpers.tiny_hf import make_tiny
 from tests.parallel.layouts import Cell
 
@@ -32,19 +32,16 @@ MIXTURE = Shape(
 CHECKPOINTS = ("llama", "gpt2", "qwen3")
 
 
-class Named(GPT):
-    """A GPT whose random weights depend on their global names only."""
+class Lively(GPT):
+    """A GPT of random weights, four times as wide as usual, so that layers and experts differ visibly."""
 
     def configure_model(self) -> None:
-        """Build, then draw every base weight."""
+        """Build, then scale the base's weights, not its norms."""
         fresh = self.module is None
         super().configure_model()
-        for chunk in self.chunks if fresh else []:
-            for name, parameter in chunk.named_parameters():
-                if ".adapters." not in name:
-                    key = global_name(chunk, name)
-                    drawn = _drawn(key, _sharding(chunk, name, parameter), 0.08)
-                    parameter.data.copy_(drawn + (1.0 if "norm" in key else 0.0))
+        for parameter in self.parameters() if fresh else ():
+            if parameter.ndim == 2 and not hasattr(parameter, "sharding"):
+                parameter.data.mul_(4.0)
 
 
 def write_checkpoints(root: Path) -> Path:
@@ -57,7 +54,7 @@ def write_checkpoints(root: Path) -> Path:
 def model_of(cell: Cell, root: Path) -> GPT:
     """Return the cell's model with its adapters queued."""
     if cell.base == "mixture":
-        model: GPT = Named(MIXTURE, dtype="fp32", recompute=cell.recompute)
+        model: GPT = Lively(MIXTURE, dtype="fp32", recompute=cell.recompute)
     else:
         directory = root / cell.base
         shape = shape_from_hf(read_config(directory))
@@ -85,10 +82,3 @@ def _drawn(key: str, sharding: Sharding, std: float) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     full = torch.randn(sharding.shape, generator=generator) * std
     return sharding.take(full, parallel.tp_rank(), parallel.tp_size())
-
-
-def _sharding(chunk: nn.Module, name: str, parameter: Tensor) -> Sharding:
-    sharding = cut(chunk, name, parameter)
-    if sharding.dim is not None and ("word_embeddings" in name or "output_layer" in name):
-        return Sharding((MIXTURE.vocab_size, sharding.shape[1]), 0, padded=sharding.shape[0])
-    return sharding

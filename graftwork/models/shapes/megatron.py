@@ -69,7 +69,11 @@ def _moe_fields(shape: "Shape") -> dict[str, Any]:
 
 def _run_fields(parallel: dict[str, Any]) -> dict[str, Any]:
     dtype = parallel.get("params_dtype", torch.float32)
+    # Batched point-to-point delivers garbage without an error between two interleaved stages.
+    interleaved = parallel.get("virtual_pipeline_model_parallel_size") is not None
     return {
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
