@@ -92,8 +92,17 @@ def ensure_initialized(seed: int = 1234) -> None:
 
 
 def is_initialized() -> bool:
-    """Return whether the parallel state exists."""
-    return bool(dist.is_initialized() and mpu.model_parallel_is_initialized())
+    """Return whether the parallel state exists and its groups belong to the process group that is there now."""
+    return bool(dist.is_initialized() and mpu.model_parallel_is_initialized() and _registered(tp_group()))
+
+
+def _registered(group: ProcessGroup) -> bool:
+    """Tell a live group from one whose ``torch.distributed`` somebody has destroyed and perhaps made anew."""
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError):
+        return False
+    return True
 
 
 def destroy() -> None:

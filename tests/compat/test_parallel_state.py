@@ -39,6 +39,17 @@ def test_it_starts_again_after_destroy() -> None:
         assert not dist.is_initialized()
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "made anew"])
+def test_groups_of_a_destroyed_torch_distributed_are_not_taken_for_live_ones(again: bool) -> None:
+    parallel.ensure_initialized()
+    dist.destroy_process_group()
+    if again:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert not parallel.is_initialized()
+    parallel.ensure_initialized()
+    assert parallel.is_initialized() and parallel.tp_rank() == parallel.pp_rank() == 0
+
+
 def test_ensure_leaves_an_existing_state_alone() -> None:
     parallel.ensure_initialized(seed=1)
     group, state = parallel.tp_group(), torch.get_rng_state()

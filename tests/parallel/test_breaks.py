@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from graftwork.compat import parallel
+from graftwork.errors import ArtifactError
 from tests.helpers.distributed import run_ranks
+from tests.parallel.breaks import BREAKS
 from tests.parallel.cells import Outcome, run_cells
 from tests.parallel.compare import TOLERANCE, assert_faithful, differences
 from tests.parallel.layouts import LAYOUTS, Cell
+from tests.parallel.models import model_of
 
 MISTAKES = [
     ("drop_the_sequence_sum", "tp2_sp", Cell("llama", "lora"), "gradients"),
@@ -37,6 +41,25 @@ def test_the_matrix_notices_a_mistake(
         assert found[figure] > 100 * TOLERANCE, (cell, found)
         with pytest.raises(AssertionError, match=f"'{figure}'"):
             assert_faithful(found)
+
+
+def save_with(rank: int, world: int, breakage: str, root: Path, path: Path) -> None:
+    """Save a fresh adapter over two tensor-parallel ranks."""
+    parallel.initialize(tensor=2)
+    BREAKS[breakage]()
+    model = model_of(Cell("llama", "lora"), root)
+    model.configure_model()
+    model.save_adapters(path)
+
+
+@pytest.mark.processes
+def test_an_artifact_of_the_first_rank_only_is_noticed(checkpoints: Path, tmp_path: Path) -> None:
+    run_ranks(save_with, 2, "save_first_rank_only", checkpoints, tmp_path / "half")
+    model = model_of(Cell("llama", "base"), checkpoints)
+    model.configure_model()
+    with pytest.raises(ArtifactError, match=r"has shape \[\d+, \d+\], but the model needs"):
+        model.load_adapters(tmp_path / "half")
+    parallel.destroy()
 
 
 def test_the_comparison_needs_every_tensor(one_process: Callable[[Cell], Outcome]) -> None:
