@@ -59,6 +59,6 @@ def figures(request: pytest.FixtureRequest) -> Iterator[dict[str, Figures]]:
     """Collects "layout/cell" -> figures; they are left in pytest's cache, from which the documentation is written."""
     collected: dict[str, Figures] = {}
     yield collected
-    store = request.config.cache
+    store = getattr(request.config, "cache", None)
     if store is not None and collected:
         store.set(CACHE_KEY, {**store.get(CACHE_KEY, {}), **collected})
