@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## fine-tune a real 135M model on real data and compare before and after
-	@$(BIN)/python examples/sentiment/demo.py
+	@$(if $(filter file,$(origin OMP_NUM_THREADS)),env -u OMP_NUM_THREADS) $(BIN)/python examples/sentiment/demo.py
 
 test: lint types ## lint, types, floors, then the fast tests
 	@$(BIN)/python -m pytest $(PYTEST) -m "not slow"
