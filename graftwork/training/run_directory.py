@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from graftwork.errors import ConfigError
@@ -70,4 +70,9 @@ def locked(root: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            # Closing is not enough: a forked checkpoint writer may still hold a copy of the descriptor.
+            with suppress(OSError):  # where there are no locks
+                fcntl.flock(file, fcntl.LOCK_UN)
