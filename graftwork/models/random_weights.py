@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftwork.compat.names import global_name
 from graftwork.compat.parallel import tp_rank, tp_size
 from graftwork.compat.sharding import Sharding
-from graftwork.peft.match import global_name
 
 EMBEDDING = "embedding.word_embeddings.weight"
 VOCABULARY = (EMBEDDING, "output_layer.weight")

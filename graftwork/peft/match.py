@@ -8,12 +8,12 @@ import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from graftwork.compat.collective import all_gather_objects
-from graftwork.compat.parallel import ep_group, ep_rank, pp_group
+from graftwork.compat.names import global_name
+from graftwork.compat.parallel import ep_group, pp_group
 from graftwork.errors import MatchError, suggest
 from graftwork.peft.adapted import innermost
 
@@ -52,21 +52,6 @@ def modules_of(chunks: Sequence[nn.Module]) -> list[Site]:
         for path, module in root.named_modules()
         if path and "adapters" not in path.split(".")
     ]
-
-
-def global_name(root: nn.Module, path: str) -> str:
-    """Translate a path inside one model chunk to the name the site has in a one-process model."""
-    parts = path.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if not parts[i + 1].isdigit():
-            continue
-        if part == "layers":
-            layer: Any = root.get_submodule(".".join(path.split(".")[: i + 2]))
-            parts[i + 1] = str(layer.layer_number - 1)
-        elif part == "local_experts":
-            experts = root.get_submodule(".".join(path.split(".")[: i + 1]))
-            parts[i + 1] = str(ep_rank() * len(list(experts.children())) + int(parts[i + 1]))
-    return ".".join(parts)
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, Trainer
 
 from graftwork.compat import parallel
 from graftwork.compat.collective import barrier
+from graftwork.compat.names import global_name
 from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning
-from graftwork.peft.match import global_name
 from graftwork.training import finetune
 from graftwork.training.callbacks import Interrupted, Report
 from graftwork.training.shards import chunks_of

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 from graftwork.compat import parallel
+from graftwork.compat.names import global_name
 from graftwork.errors import CheckpointError
 from graftwork.models.hf.families import mapping_for
 from graftwork.models.hf.files import TensorFiles
-from graftwork.models.hf.mapping import LAYER, Mapping, Rule
+from graftwork.models.hf.mapping import Mapping, Rule
 from graftwork.models.hf.views import Source
 from graftwork.models.shapes.shape import Shape
 
@@ -48,15 +48,6 @@ def base_parameters(module: Modules) -> Iterator[tuple[str, Parameter]]:
         for name, parameter in stage.named_parameters():
             if ".adapters." not in name:
                 yield global_name(stage, name), parameter
-
-
-def global_name(stage: Module, name: str) -> str:
-    """Return ``name`` with the stage's own layer index replaced by the index in the whole model."""
-    found = LAYER.match(name)
-    if found is None:
-        return name
-    number: Any = stage.get_submodule(f"decoder.layers.{found.group(1)}").layer_number
-    return LAYER.sub(f"decoder.layers.{number - 1}.", name)
 
 
 def open_checkpoint(mapping: Mapping, directory: str | Path) -> TensorFiles:
