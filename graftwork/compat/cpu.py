@@ -59,6 +59,7 @@ def install() -> bool:
     _warn_if_late()
     with _eager_import(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(Apex|Transformer Engine).* not installed", UserWarning)
+        warnings.filterwarnings("ignore", ".*invalid escape sequence")  # megatron-core 0.19, when first compiled
         importlib.import_module("megatron.core.jit").disable_jit_fuser()
         importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
         modules = [importlib.import_module(name) for name in REDIRECTED if _exists(name)]
