@@ -33,9 +33,13 @@ class PromptSlot:
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """All prompts of a model; empty when no prompt adapter is attached."""
+    """All prompts of a model; empty when no prompt adapter is attached.
+
+    ``off``: adapters are switched off, so there is no prompt and a template's markers stand for nothing.
+    """
 
     slots: tuple[PromptSlot, ...] = ()
+    off: bool = False
 
     @property
     def size(self) -> int:

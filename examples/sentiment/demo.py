@@ -87,7 +87,7 @@ def judge(data: Path, out: Path, rows: int) -> dict[str, Any]:
     from graftwork.inference.metrics import paired
     from graftwork.models import load
 
-    examples = Examples.from_file(str(data / "test.jsonl"), TEMPLATE, limit=rows)
+    examples = Examples.from_file(str(data / "test.jsonl"), limit=rows)  # asked as in the training
     model = load(BASE, dtype="auto")
     model.load_adapters(out / "adapter")
     after, samples = evaluate_model(model, examples), sample_answers(model, examples, count=4, max_new_tokens=8)

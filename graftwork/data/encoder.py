@@ -12,6 +12,8 @@ from graftwork.virtual_tokens import PromptLayout
 
 Placed = tuple[Place, Prompt | Chat]
 TOO_LONG = ("error", "drop")
+PROMPT_FORMAT = ("prompt_template", "answer_template", "add_bos", "add_eos")
+"""The options that decide which tokens a row becomes."""
 
 
 class RowEncoder:

@@ -8,7 +8,7 @@ import numpy
 
 from graftwork.data.cache import Report, cache_root
 from graftwork.data.collate import Collator
-from graftwork.data.encoder import TOO_LONG, RowEncoder
+from graftwork.data.encoder import PROMPT_FORMAT, TOO_LONG, RowEncoder
 from graftwork.data.files import check_file, read_rows, unit
 from graftwork.data.loader import ListLoader, QuestionBuilder, StepBuilder, TrainLoader
 from graftwork.data.packing import best_fit_decreasing, efficiency
@@ -106,6 +106,11 @@ class SFTDataModule(pl.LightningDataModule):
     def has_validation(self) -> bool:
         """Whether there is a validation set."""
         return self.files["validation"] is not None or self.validation_fraction > 0
+
+    @property
+    def prompt_format(self) -> dict[str, Any]:
+        """How rows become tokens: what generation and evaluation must repeat (it travels with the adapter)."""
+        return {name: self._format[name] for name in PROMPT_FORMAT}
 
     @property
     def encoder(self) -> RowEncoder:

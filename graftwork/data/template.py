@@ -133,6 +133,8 @@ def template_slots(layout: PromptLayout, task: str | None) -> list[PromptSlot]:
 
 
 def _bind(markers: list[Marker], layout: PromptLayout, task: str | None, template: str) -> list[tuple[int, ...]]:
+    if layout.off:
+        return [() for _ in markers]
     slots = template_slots(layout, task)
     named = {m.name for m in markers if m.name is not None}
     for name in sorted(named - {s.name for s in slots}):

@@ -22,8 +22,8 @@ def evaluate(
     base: str,
     data: str,
     adapter: Optional[str] = None,
-    prompt_template: str = "{input}",
-    answer_template: str = " {output}",
+    prompt_template: Optional[str] = None,
+    answer_template: Optional[str] = None,
     labels: Optional[list[str]] = None,
     baseline: bool = False,
     limit: Optional[int] = None,
@@ -33,10 +33,10 @@ def evaluate(
 ) -> Metrics:
     """Evaluate a base model, with an adapter directory or without, on a JSONL, CSV or Parquet file.
 
-    The templates must be those of the training. ``labels`` is the closed set of answers (found by itself where at most
-    20 answers repeat). ``baseline`` adds the figures without adapters under that key. ``output`` is a JSON file to
-    write. Returns what ``evaluate_model`` does. Raises GraftworkError for a missing file, an adapter of another base,
-    an unknown label.
+    Templates that are None are those the adapter was trained with. ``labels`` is the closed set of answers (found by
+    itself where at most 20 answers repeat). ``baseline`` adds the figures without adapters under that key. ``output``
+    is a JSON file to write. Returns what ``evaluate_model`` does. Raises GraftworkError for a missing file, an adapter
+    of another base, an unknown label.
     """
     examples = Examples.from_file(data, prompt_template, answer_template, limit)
     model = load(base, dtype=dtype)
@@ -62,10 +62,11 @@ def evaluate_model(
 ) -> Metrics:
     """Return the figures of ``model`` as it is now: adapters on, merged, or off inside ``adapters_disabled()``.
 
-    ``data`` is a data module (its ``split``: test, else validation), a file (with ``prompt_template`` and
-    ``answer_template``) or Examples. Always: ``rows``, ``dropped``, ``answer_tokens``, ``loss`` per answer token over
-    the whole set, ``exact_match`` of greedy answers, end token included. Where answers are a closed set: ``accuracy``,
-    ``labels`` and ``confusion`` from the log-likelihood of each label.
+    ``data`` is a data module (its ``split``: test, else validation), a file (templates: ``prompt_template`` and
+    ``answer_template``, else those the adapters were trained with) or Examples. Always: ``rows``, ``dropped``,
+    ``answer_tokens``, ``loss`` per answer token over the whole set, ``exact_match`` of greedy answers, end token
+    included. Where answers are a closed set: ``accuracy``, ``labels`` and ``confusion`` from the log-likelihood of each
+    label.
     """
     examples = _examples(data, split, limit, templates)
     model.configure_model()

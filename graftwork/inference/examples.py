@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from graftwork.data import RowEncoder, SFTDataModule
+from graftwork.data import PROMPT_FORMAT, RowEncoder, SFTDataModule
 from graftwork.data.files import read_rows
 from graftwork.data.schema import Chat, Place, Prompt, parse_row
 from graftwork.data.sequence import Sequence
@@ -20,7 +20,11 @@ Placed = tuple[Place, Prompt | Chat]
 
 @dataclass(frozen=True)
 class Examples:
-    """Checked rows and the encoder they need; ``encoder`` is asked for the model's state, so adapters may change."""
+    """Checked rows and the encoder they need; ``encoder`` is asked for the model's state, so adapters may change.
+
+    A template that is not given is the one that the model's adapters were trained with; without any it is ``{input}``
+    and `` {output}``.
+    """
 
     rows: list[Placed]
     encoder: Callable[[GPT], RowEncoder]
@@ -29,8 +33,8 @@ class Examples:
     def from_file(
         cls,
         path: str,
-        prompt_template: str = "{input}",
-        answer_template: str = " {output}",
+        prompt_template: str | None = None,
+        answer_template: str | None = None,
         limit: int | None = None,
         answered: bool = True,
     ) -> "Examples":
@@ -38,12 +42,14 @@ class Examples:
         return cls(_parsed(list(read_rows(path)), limit, answered), _encoder(prompt_template, answer_template))
 
     @classmethod
-    def from_prompts(cls, prompts: list[str], prompt_template: str = "{input}", task: str | None = None) -> "Examples":
+    def from_prompts(
+        cls, prompts: list[str], prompt_template: str | None = None, task: str | None = None
+    ) -> "Examples":
         """Take texts as inputs without known answers; raises DataError where there is none."""
         if not prompts:
             raise DataError("there are no prompts; give at least one text.")
         rows = [(Place("prompts", "number", n), {"input": text, "task": task}) for n, text in enumerate(prompts, 1)]
-        return cls(_parsed(rows, None, False), _encoder(prompt_template, " {output}"))
+        return cls(_parsed(rows, None, False), _encoder(prompt_template, None))
 
     @classmethod
     def from_data(cls, data: SFTDataModule, split: str | None = None, limit: int | None = None) -> "Examples":
@@ -81,18 +87,18 @@ class Examples:
         return sorted(outputs) if few and not any(isinstance(row, Chat) for _, row in self.rows) else None
 
 
-def _encoder(prompt_template: str, answer_template: str) -> Callable[[GPT], RowEncoder]:
-    """Return what makes the encoder of a model from templates; rows may fill the model's context."""
-    check_templates(prompt_template, answer_template)
+def _encoder(prompt_template: str | None, answer_template: str | None) -> Callable[[GPT], RowEncoder]:
+    """Return what makes the encoder of a model, from the templates given and else from its adapters' own."""
+    options = {"prompt_template": prompt_template, "answer_template": answer_template}
+    given = {name: text for name, text in options.items() if text is not None}
+    check_templates(given.get("prompt_template", "{input}"), given.get("answer_template", " {output}"))
 
     def encoder(model: GPT) -> RowEncoder:
-        return RowEncoder(
-            model.tokenizer,
-            model.prompt_layout,
-            prompt_template=prompt_template,
-            answer_template=answer_template,
-            seq_length=model.shape.max_position_embeddings,
-        )
+        trained = model.prompt_format(given)
+        if unknown := trained.keys() - set(PROMPT_FORMAT):
+            raise ConfigError(f"the adapter was trained with {min(unknown)!r}, unknown here; update graftwork.")
+        limit = model.shape.max_position_embeddings  # rows may fill the model's context
+        return RowEncoder(model.tokenizer, model.prompt_layout, seq_length=limit, **trained, **given)
 
     return encoder
 

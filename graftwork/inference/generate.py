@@ -16,7 +16,7 @@ def generate(
     prompts: Optional[list[str]] = None,
     file: Optional[str] = None,
     adapter: Optional[str] = None,
-    prompt_template: str = "{input}",
+    prompt_template: Optional[str] = None,
     task: Optional[str] = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -28,9 +28,10 @@ def generate(
 ) -> list[Answer]:
     """Answer ``prompts``, or the rows of a JSONL, CSV or Parquet ``file``, with a base model and maybe an adapter.
 
-    The template must be that of the training. ``task`` names the prompt of a multi-task adapter for ``prompts`` (rows
-    have a field of that name). Returns per prompt ``input``, ``output`` and, where the file has it, ``expected``;
-    ``output`` is a JSONL file to write. Raises GraftworkError for a missing file, an adapter of another base.
+    ``prompt_template`` None is the one the adapter was trained with, ``{input}`` without an adapter. ``task`` names the
+    prompt of a multi-task adapter for ``prompts`` (rows have a field of that name). Returns per prompt ``input``,
+    ``output`` and, where the file has it, ``expected``; ``output`` is a JSONL file to write. Raises GraftworkError for
+    a missing file, an adapter of another base.
     """
     if (prompts is None) == (file is None):
         raise ConfigError("give either prompts or a file to generate from.")

@@ -1,6 +1,6 @@
 """A LightningModule that adapters can be grafted onto: the same interface for every model family."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,7 @@ class Adaptable(pl.LightningModule):
                 if transform.name not in self.adapters:
                     self.stack.add(transform, trainable)
             fill(self.stack, path, config, [t.name for t in chosen])
+            self.stack.prompt_formats |= artifact.prompt_formats(config, [t.name for t in chosen])
 
     def save_adapters(
         self,
@@ -126,6 +127,13 @@ class Adaptable(pl.LightningModule):
         if not self.adapters:
             raise ArtifactError("The model has no adapters to save; add one with model.add_adapter(...).")
         return artifact.save(self.stack, path, self.base_identity(), names, step, recipe)
+
+    def prompt_format(self, given: Collection[str] = ()) -> dict[str, Any]:
+        """Return how the adapters were trained to be asked: templates, BOS and EOS, without the keys ``given``.
+
+        Known after a training on a data module and after loading. Raises ConfigError when adapters differ in it.
+        """
+        return self._stack.prompt_format(given) if self._stack else {}
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Generation as methods of a model: ``model.generate`` and what ``trainer.predict`` calls."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ from graftwork.compat import parallel
 from graftwork.errors import ParallelismError
 from graftwork.models import decoding
 from graftwork.models.adaptable import Adaptable
+
+log = logging.getLogger(__name__)
 
 
 class Generating(Adaptable):
@@ -24,6 +27,13 @@ class Generating(Adaptable):
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **options: Any) -> list[list[int]]:
         """Return the tokens that follow each prompt of ids; options as in ``graftwork.models.decoding.generate``."""
         return decoding.generate(self, prompts, max_new_tokens, **options)  # type: ignore[arg-type]
+
+    def on_predict_start(self) -> None:
+        """Warn when the data put their rows to the model in another way than its adapters were trained with."""
+        theirs = getattr(self.trainer.datamodule, "prompt_format", {})  # type: ignore[attr-defined]
+        for key, trained in self.prompt_format().items() if theirs else ():
+            if theirs.get(key, trained) != trained:
+                log.warning("%s is %r, but the adapters were trained with %r.", key, theirs[key], trained)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> list[dict[str, Any]]:
         """Answer a predict batch: per prompt ``input``, ``output`` and, where it is known, ``expected``."""

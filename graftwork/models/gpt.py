@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from graftwork.compat import parallel
 from graftwork.compat.gpt import build_gpt
-from graftwork.errors import ConfigError, ParallelismError, TrainingError, suggest
+from graftwork.errors import ConfigError, suggest
 from graftwork.models.batch import RightPadded, context_slice, flatten_packed
-from graftwork.models.generating import Generating
+from graftwork.models.fitting import Fitting
 from graftwork.models.hf import export_weights, fingerprint, load_weights
 from graftwork.models.hub import resolve
 from graftwork.models.logits import all_logits
@@ -21,7 +21,6 @@ from graftwork.models.precision import common_dtype
 from graftwork.models.random_weights import draw
 from graftwork.models.shapes import Shape
 from graftwork.models.tokenizer import load_tokenizer
-from graftwork.optim import AdamW
 from graftwork.peft import artifact
 from graftwork.peft.host import Host
 
@@ -31,7 +30,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
-class GPT(Generating):
+class GPT(Fitting):
     """A GPT-style model (GPT-2/3, LLaMA, Nemotron, SmolLM2, ...) over megatron-core's GPTModel.
 
     Args:
@@ -56,12 +55,9 @@ class GPT(Generating):
             raise ConfigError(f"recompute is {recompute!r}; {suggest(str(recompute), RECOMPUTE)}")
         self.shape, self.checkpoint, self.dtype_name = shape, checkpoint, dtype
         self.recompute, self.seed = recompute, seed
-        self.optim: Any = None
         self.module: nn.Module | None = None
         self._tokenizer: Any = None
         self._answer_rows: Tensor | None = None
-        self._validation: list[Tensor] = []
-        self.strict_loading = False  # checkpoints hold only what trains
 
     # ---- building ------------------------------------------------------------------------------------------------
 
@@ -208,67 +204,12 @@ class GPT(Generating):
             return None
         return hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])[self._answer_rows].unsqueeze(1)
 
-    # ---- Lightning, on one device without our strategy -----------------------------------------------------------
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the batch's mean answer-token loss (one device; MegatronStrategy drives its own steps)."""
-        loss_sum, count = self._loss(batch)
-        if not count:
-            raise TrainingError(f"Batch {batch_idx} has no answer token; every row was cut off before its answer.")
-        loss = loss_sum / count
-        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=int(count))
-        return loss
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Add the batch to the exact validation loss: sum of token losses / number of tokens."""
-        loss_sum, count = self._loss(batch)
-        self._validation.append(torch.stack([loss_sum.detach().double(), count.double()]))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val_loss`` over the whole validation set."""
-        if self._validation:
-            loss_sum, count = torch.stack(self._validation).sum(0)
-            self._validation = []
-            self.log("val_loss", (loss_sum / count).float(), prog_bar=True)
-
-    def configure_optimizers(self) -> Any:
-        """Return ``self.optim`` (default ``AdamW()``) built over what trains, scheduled per step."""
-        steps = self.trainer.estimated_stepping_batches
-        optimizer, schedule = (self.optim or AdamW()).build(self, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_fit_start(self) -> None:
-        """Refuse what would train silently wrong."""
-        strategy = self.trainer.strategy
-        if self.trainer.world_size > 1 and not getattr(strategy, "drives_backward", False):
-            raise ParallelismError(
-                f"{type(strategy).__name__} does not know megatron-core's parallel layout; "
-                "use graftwork.training.MegatronStrategy for several devices."
-            )
-        if self._stack is not None and self._stack.merged:
-            raise TrainingError("Adapters are merged into the base; call model.unmerge_adapters() before training.")
-
-    def optimizer_zero_grad(self, *arguments: Any, **options: Any) -> None:
-        """Zero gradients, unless the strategy drives the backward pass: Lightning asks for this after it."""
-        if not getattr(self.trainer.strategy, "drives_backward", False):
-            super().optimizer_zero_grad(*arguments, **options)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what trains in Lightning's checkpoint: the adapters, or all weights in full fine-tuning."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint.get("state_dict", {}).items() if k in trained}
-
     # ---- results -------------------------------------------------------------------------------------------------
 
     def export_hf(self, path: str | Path) -> Path:
         """Write the base weights (merged adapters included) as a Hugging Face directory, from every rank together."""
         export_weights(self.chunks, self.shape, path, source=self.checkpoint_dir)
         return Path(path)
-
-    def _loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        output, loss_func = self.forward_step(iter([batch]), self.chunks[0])
-        loss_sum, count, _ = loss_func(output)
-        return loss_sum, count
 
 
 def prepare(batch: dict[str, Any]) -> dict[str, Any]:

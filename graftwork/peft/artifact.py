@@ -149,6 +149,12 @@ def transforms(config: Mapping[str, Any], path: str | Path) -> list[PEFT]:
     return found
 
 
+def prompt_formats(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return, by name, how the named adapters of an artifact were trained to be asked, where that is known."""
+    entries = {a["hyperparameters"]["name"]: a.get("prompt") for a in config["adapters"]}
+    return {name: dict(entries[name]) for name in names if entries.get(name)}
+
+
 def _write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     _check_place(path)
     for key, tensor in tensors.items():
@@ -176,7 +182,11 @@ def _check_place(path: Path) -> None:
 
 def _config(stack: Stack, names: Sequence[str], base: Base, step: int | None, recipe: str | None) -> dict[str, Any]:
     adapters = [
-        {"method": type(stack.transforms[n]).__name__, "hyperparameters": stack.transforms[n].hyperparameters()}
+        {
+            "method": type(stack.transforms[n]).__name__,
+            "hyperparameters": stack.transforms[n].hyperparameters(),
+            "prompt": dict(stack.prompt_formats.get(n, {})),
+        }
         for n in names
     ]
     return {

@@ -1,6 +1,6 @@
 """The model card beside an adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ tags: [peft, {methods}]
 
 {rows}
 
-{count:,} values ({size:.1f} MB), trained for {step} steps. Load it on the same base:
+{prompt}{count:,} values ({size:.1f} MB), trained for {step} steps. Load it on the same base:
 
 ```python
 from graftwork import models
@@ -37,7 +37,14 @@ def model_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         base=config["base"]["name"],
         methods=", ".join(sorted({a["method"].lower() for a in config["adapters"]})),
         rows="\n".join(rows),
+        prompt=_asked(config["adapters"]),
         count=sum(t.numel() for t in tensors.values()),
         size=sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6,
         step=config["step"] if config["step"] is not None else "an unknown number of",
     )
+
+
+def _asked(adapters: Sequence[Mapping[str, Any]]) -> str:
+    """Return the sentence that tells how the adapters were trained to be asked, or nothing where it is unknown."""
+    templates = dict.fromkeys(a["prompt"]["prompt_template"] for a in adapters if "prompt_template" in a["prompt"])
+    return f"Trained on the prompt {', '.join(map(repr, templates))}. " if templates else ""

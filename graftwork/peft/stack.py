@@ -1,13 +1,14 @@
 """The adapters of one model: attached in list order, named, switched, merged and deleted."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from graftwork.compat.collective import agree
-from graftwork.errors import GraftworkError, MatchError, suggest
+from graftwork.errors import ConfigError, GraftworkError, MatchError, suggest
 from graftwork.peft.adapted import graft, parameter_device, ungraft
 from graftwork.peft.adapter import Adapter, Birth
 from graftwork.peft.host import Host
@@ -32,8 +33,10 @@ class Stack:
         self._host = host
         self.transforms: dict[str, PEFT] = {}
         self.grafted: dict[str, list[Grafted]] = {}
+        self.prompt_formats: dict[str, Mapping[str, Any]] = {}
         self.layout = PromptLayout()
         self._merged: set[str] = set()
+        self._training: set[str] = set()
         self._off = 0
         self._base_flags: list[tuple[nn.Parameter, bool]] = []
 
@@ -105,7 +108,7 @@ class Stack:
         """Make the model its base inside the block, merged weights included; on exit every adapter is as it was."""
         layout, states = self.layout, [(a, a.enabled) for a in self.adapters()]
         with original_weights(self._host.chunks if not self._off else []):
-            self.layout, self._off = PromptLayout(), self._off + 1
+            self.layout, self._off = PromptLayout(off=True), self._off + 1
             for adapter, _ in states:
                 adapter.enabled = False
             try:
@@ -158,6 +161,27 @@ class Stack:
                 raise MatchError(f"The model has no adapter {name!r}; {suggest(name, self.transforms)}")
         return list(self.transforms if names is None else dict.fromkeys(names))
 
+    def prompt_format(self, given: Collection[str] = ()) -> dict[str, Any]:
+        """Return how the attached adapters were trained to be asked (templates, BOS, EOS), without the keys ``given``.
+
+        Raises ConfigError when two of them were trained with different values.
+        """
+        found: dict[str, Any] = {}
+        source: dict[str, str] = {}
+        for name, known in self.prompt_formats.items():
+            for key in known.keys() - set(given):
+                if found.setdefault(key, known[key]) != known[key]:
+                    raise ConfigError(
+                        f"adapters {source[key]!r} and {name!r} were trained with different values of {key}: "
+                        f"{found[key]!r} and {known[key]!r}; say which one to use."
+                    )
+                source.setdefault(key, name)
+        return found
+
+    def remember_prompt_format(self, prompt: Mapping[str, Any]) -> None:
+        """Note, for every adapter that trains, how the training rows are put to the model."""
+        self.prompt_formats |= {name: dict(prompt) for name in self._training}
+
     def _graft(self, transform: PEFT, built: list[Grafted], trainable: bool) -> None:
         if not self.transforms:
             self._base_flags = [(p, p.requires_grad) for chunk in self._host.chunks for p in chunk.parameters()]
@@ -174,11 +198,14 @@ class Stack:
         for item in self.grafted.pop(name):
             ungraft(self._host.chunks[item.site.chunk], item.site.path, name)
         del self.transforms[name]
+        self.prompt_formats.pop(name, None)
+        self._training.discard(name)
         self.layout = PromptLayout(tuple(s for s in self.layout.slots if s.name != name))
 
     def _set_trainable(self, name: str, trainable: bool) -> None:
         for adapter in self.adapters(name):
             adapter.requires_grad_(trainable)
+        (self._training.add if trainable else self._training.discard)(name)  # also where a rank holds none of it
 
     def _check_on(self) -> None:
         if self._off:

@@ -1,6 +1,7 @@
 """Tasks small enough to launch for real: importable by a child process, no torch."""
 
 import os
+import time
 from pathlib import Path
 from typing import Optional
 
@@ -11,11 +12,20 @@ def write_ranks(directory: str, fail: Optional[str] = None) -> str:
     """Write one file per rank holding its OMP_NUM_THREADS; then fail as a user (``data``) or as a bug (``bug``)."""
     rank = os.environ.get("RANK", "0")
     Path(directory, f"rank{rank}").write_text(os.environ["OMP_NUM_THREADS"])
+    if fail:
+        meet(Path(directory), int(os.environ.get("WORLD_SIZE", "1")))
     if fail == "data":
         raise DataError("train.jsonl, line 3: field 'output' is missing; valid: input, output.")
     if fail == "bug":
         raise ZeroDivisionError("a bug")
     return rank
+
+
+def meet(directory: Path, ranks: int, patience: float = 60.0) -> None:
+    """Wait until every rank has written its file: torchrun ends the others as soon as one fails."""
+    deadline = time.monotonic() + patience
+    while len(list(directory.glob("rank*"))) < ranks and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def ask(trainer: int) -> None:
