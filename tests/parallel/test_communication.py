@@ -1,5 +1,7 @@
 """What one training step sends equals a formula: nothing for what is frozen, low-rank tensors only for LoRA."""
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +11,22 @@ from graftwork.optim import AdamW
 from tests.helpers.distributed import run_ranks
 from tests.helpers.standin import trainer_for
 from tests.parallel.layouts import LAYOUTS, Cell
-from tests.parallel.models import model_of
+from tests.parallel.models import MIXTURE, model_of
 from tests.parallel.rows import LENGTH, MICRO, ROWS, Rows
 from tests.parallel.traffic import SpyOnStep, Traffic
 
-H, LAYERS, RANK = 48, 4, 4
+H, KEYS, LAYERS, RANK = 48, 24, 4, 4
 MICROBATCHES = ROWS // MICRO
 ACTIVATION, LOW = LENGTH * MICRO * H, LENGTH * MICRO * RANK
 """Elements of one microbatch's activation [s, b, h], and of LoRA's [s, b, r]."""
 SITES = 4 * LAYERS
-Counted = tuple[Traffic, int, int]
+Counted = tuple[Traffic, int, Counter[str]]
 
 
 def listen(rank: int, world: int, sizes: dict[str, Any], root: Path) -> dict[str, Counted]:
     """Return, for full fine-tuning and LoRA: traffic of the third step, its answer tokens, trainable elements."""
-    return {subject: _listen(rank, world, sizes, Cell("llama", subject), root) for subject in ("full", "lora")}
+    base = "mixture" if "expert_model_parallel_size" in sizes else "llama"
+    return {subject: _listen(rank, world, sizes, Cell(base, subject), root) for subject in ("full", "lora")}
 
 
 def _listen(rank: int, world: int, sizes: dict[str, Any], cell: Cell, root: Path) -> Counted:
@@ -31,7 +34,15 @@ def _listen(rank: int, world: int, sizes: dict[str, Any], cell: Cell, root: Path
     model.optim = AdamW(lr=1e-3, schedule="constant")
     trainer = trainer_for(sizes, world, rank, callbacks=[spy], limit_val_batches=0, gradient_clip_val=1.0)
     trainer.fit(model, datamodule=Rows())
-    return spy.spy.traffic, spy.tokens, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return spy.spy.traffic, spy.tokens, trainable_of(model.named_parameters())
+
+
+def trainable_of(named: Iterable[tuple[str, Any]]) -> Counter[str]:
+    """Count this rank's trainable elements: those of its own experts, and all others."""
+    counts: Counter[str] = Counter()
+    for name, parameter in named:
+        counts["expert" if ".experts." in name else "dense"] += parameter.numel() if parameter.requires_grad else 0
+    return counts
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +83,8 @@ def test_data_parallel_sends_each_trainable_element_once(heard: Any) -> None:
     """One bucket of exactly the trainable gradients, the answer tokens and the loss; the norm is known already."""
     for rank in heard("dp2"):
         for traffic, _, trainable in rank.values():
-            assert traffic == added({"all_reduce": (1, trainable)}, numbers(2))
-        assert rank["lora"][2] < rank["full"][2] / 3
+            assert traffic == added({"all_reduce": (1, trainable["dense"])}, numbers(2))
+        assert rank["lora"][2]["dense"] < rank["full"][2]["dense"] / 3
 
 
 @pytest.mark.processes
@@ -126,6 +137,36 @@ def test_pipeline_parallel_sends_activations_the_loss_and_the_norm(heard: Any) -
     for rank in heard("pp2"):
         for traffic, _, _ in rank.values():
             assert traffic == added({"send": times(MICROBATCHES, ACTIVATION), "broadcast": (1, 1)}, numbers(1))
+
+
+@pytest.mark.processes
+def test_context_parallel_gathers_keys_and_values(heard: Any) -> None:
+    """Keys and values of a layer forward, the sums of their gradients backward; the trainable gradients, the loss."""
+    for rank in heard("cp2"):
+        for traffic, _, trainable in rank.values():
+            sites = times(2 * LAYERS * MICROBATCHES, LENGTH * MICRO * KEYS)
+            sums = added({"all_reduce": sites}, {"all_reduce": (1, trainable["dense"])}, numbers(1))
+            assert traffic == added({"all_gather": sites}, sums)
+
+
+@pytest.mark.processes
+def test_expert_parallel_sends_tokens_to_their_experts_and_back(heard: Any) -> None:
+    """Each chosen (token, expert) travels there with its weight and back, forward and backward; adapters add nothing.
+
+    Of the gradients those of shared parameters travel; an expert's is on one rank. Numbers: tokens, loss, norm.
+    """
+    layers, h, experts = MIXTURE.num_layers, MIXTURE.hidden_size, 4
+    microbatches = MICROBATCHES // 2  # the two ranks share the rows
+    chosen = layers * ROWS * LENGTH * 2  # of both ranks together; a rank's share depends on the router
+    ranks = heard("ep2")
+    for subject in ("full", "lora"):
+        sent = [rank[subject][0].pop("all_to_all") for rank in ranks]
+        assert {calls for calls, _ in sent} == {6 * layers * microbatches}
+        assert sum(elements for _, elements in sent) == chosen * 2 * (h + 1 + h)
+        for traffic, _, trainable in (rank[subject] for rank in ranks):
+            counts = {"all_gather": times(layers * microbatches, 2 * experts)}  # how many tokens each expert gets
+            assert traffic == added(counts, {"all_reduce": (1, trainable["dense"])}, numbers(3))
+            assert trainable["expert"] > 0
 
 
 def test_one_process_sends_nothing(checkpoints: Path) -> None:
