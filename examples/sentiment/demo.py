@@ -72,7 +72,7 @@ def train(data: Path, out: Path, steps: int) -> None:
         f"data.train={data / 'train.jsonl'}",
         f"data.validation={data / 'validation.jsonl'}",
         f"data.prompt_template={TEMPLATE}",
-        "data.seq_length=128",
+        *("data.packing=True", "data.seq_length=128", "data.micro_batch_size=2", "data.global_batch_size=2"),
         "resume=False",
         "--yes",
     ]  # fmt: skip

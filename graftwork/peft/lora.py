@@ -65,7 +65,7 @@ class LoRALinear(Adapter):
             x = self._drop(x, cut=info.kind == "row")
         low = F.linear(x, self.lora_A.to(x.dtype))
         low = out_of_row(low, info) if info.kind == "row" else into_column(low, info)
-        out = F.linear(low, self.lora_B.to(x.dtype)) * plan.scale
+        out = F.linear(low * plan.scale, self.lora_B.to(x.dtype))  # r values a token to scale, not the whole output
         if plan.dropout and plan.dropout_position == "post":
             out = self._drop(out, cut=info.kind == "column")
         return out
