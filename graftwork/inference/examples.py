@@ -90,7 +90,7 @@ class Examples:
 def _encoder(prompt_template: str | None, answer_template: str | None) -> Callable[[GPT], RowEncoder]:
     """Return what makes the encoder of a model, from the templates given and else from its adapters' own."""
     options = {"prompt_template": prompt_template, "answer_template": answer_template}
-    given = {name: text for name, text in options.items() if text is not None}
+    given: dict[str, Any] = {name: text for name, text in options.items() if text is not None}
     check_templates(given.get("prompt_template", "{input}"), given.get("answer_template", " {output}"))
 
     def encoder(model: GPT) -> RowEncoder:

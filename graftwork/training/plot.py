@@ -5,9 +5,12 @@ from collections.abc import Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 Points = Sequence[tuple[int, float]]
+
+WIDE = 20.0
+"""Losses that span more than this factor are drawn on a logarithmic scale: the end would else be a flat line."""
 
 
 def loss_curve(train: Points, validation: Points, title: str) -> bytes:
@@ -28,6 +31,11 @@ def loss_curve(train: Points, validation: Points, title: str) -> bytes:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per answer token (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if spans_widely([loss for _, loss in (*train, *validation)]):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if train or validation:
@@ -35,6 +43,11 @@ def loss_curve(train: Points, validation: Points, title: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def spans_widely(losses: Sequence[float]) -> bool:
+    """Tell whether positive losses differ by more than ``WIDE``."""
+    return bool(losses) and min(losses) > 0 and max(losses) > WIDE * min(losses)
 
 
 def smoothed(values: Sequence[float], share: float = 0.08) -> list[float]:

@@ -13,7 +13,7 @@ from graftwork.peft import LoRA
 from graftwork.training import finetune
 from graftwork.training.callbacks.progress import Progress, clock
 from graftwork.training.callbacks.throughput import Throughput, real_tokens
-from graftwork.training.plot import loss_curve, smoothed
+from graftwork.training.plot import loss_curve, smoothed, spans_widely
 from tests.helpers import tiny_run
 
 
@@ -79,3 +79,8 @@ def test_picture_is_a_png_for_any_number_of_points(points: int) -> None:
     train = [(i + 1, 2.0 / (i + 1)) for i in range(points)]
     picture = image.imread(io.BytesIO(loss_curve(train, train[::50], "run: LoRA")))
     assert picture.shape == (540, 960, 4)
+
+
+def test_only_losses_that_span_widely_get_a_logarithmic_scale() -> None:
+    assert spans_widely([8.0, 0.3]) and not spans_widely([8.0, 0.5])
+    assert not spans_widely([]) and not spans_widely([1.0, 0.0])  # zero has no place on such a scale
