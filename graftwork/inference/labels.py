@@ -1,9 +1,11 @@
 """Scores of several answers to one prompt: the prompt is read once, the answers go on from its keys and values."""
 
 from collections.abc import Iterator
-from itertools import groupby
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from graftwork.data.sequence import Sequence
 from graftwork.inference.scoring import Score, over_data_ranks
@@ -13,6 +15,9 @@ from graftwork.models.scoring import check_tokens, evaluating
 
 MOST_ROWS = 64
 """Rows times answers that are held in one cache."""
+
+WIDEST_GAP = 16
+"""A prompt at most this much longer than its batch's shortest reads on token by token beside the others' answers."""
 
 Question = tuple[list[int], list[list[int]]]
 
@@ -32,7 +37,7 @@ def questions(rows: list[list[Sequence]]) -> list[Question] | None:
 def score_answers(model: GPT, asked: list[Question], batch_tokens: int = 2048) -> list[list[Score]]:
     """Return the score of every answer of every row, equal to that of the whole sequences; the model is in one piece.
 
-    Prompts of one length are read together, at most ``batch_tokens`` tokens.
+    Prompts of similar length are read together, at most ``batch_tokens`` tokens.
     """
     with evaluating(model):
         check_tokens(model, [prompt + max(answers, key=len) for prompt, answers in asked])
@@ -43,45 +48,83 @@ def score_answers(model: GPT, asked: list[Question], batch_tokens: int = 2048) -
     return [found[number] for number in range(len(asked))]
 
 
+@dataclass
+class _Answer:
+    """An answer's tokens and what the model thought of those it has seen."""
+
+    tokens: list[int]
+    losses: list[float] = field(default_factory=list)
+    exact: bool = True
+
+    @property
+    def score(self) -> Score:
+        return Score(sum(self.losses), len(self.losses), likelihood=-sum(self.losses), exact=self.exact)
+
+
+@dataclass(frozen=True)
+class _Path:
+    """One row of the cache: a prompt on the way to its answers, or a prompt and one of them."""
+
+    prompt: list[int]
+    answers: list[_Answer]
+
+    def upto(self, position: int) -> list[int]:
+        """Return the first ``position`` tokens."""
+        answer = self.answers[0].tokens if position > len(self.prompt) else []
+        return [*self.prompt, *answer][:position]
+
+    def next(self, position: int) -> list[tuple[_Answer, int]]:
+        """Return the answers that have a token after ``position`` tokens, each with it; none inside the prompt."""
+        step = position - len(self.prompt)
+        return [(answer, answer.tokens[step]) for answer in self.answers] if step >= 0 else []
+
+    def onward(self, position: int) -> list["_Path"]:
+        """Return the rows that read on after ``position`` tokens: this prompt, or one for each unfinished answer."""
+        if position < len(self.prompt):
+            return [self]
+        unfinished = [a for a in self.answers if len(self.prompt) + len(a.tokens) > position + 1]
+        return [_Path(self.prompt, [answer]) for answer in unfinished]
+
+
 def _batches(asked: list[Question], budget: int) -> Iterator[list[int]]:
-    """Yield row numbers of equal prompt length, the longest first."""
-
-    def length(number: int) -> int:
-        return len(asked[number][0])
-
-    for width, group in groupby(sorted(range(len(asked)), key=lambda n: -length(n)), key=length):
-        numbers = list(group)
-        size = max(1, min(budget // width, MOST_ROWS // max(len(asked[n][1]) for n in numbers)))
-        yield from (numbers[i : i + size] for i in range(0, len(numbers), size))
+    """Yield row numbers of similar prompt length, the shortest first."""
+    most = MOST_ROWS // max(len(answers) for _, answers in asked)
+    batch: list[int] = []
+    for number in sorted(range(len(asked)), key=lambda n: len(asked[n][0])):
+        width = len(asked[number][0])
+        full = len(batch) >= most or (len(batch) + 1) * width > budget
+        if batch and (full or width - len(asked[batch[0]][0]) > WIDEST_GAP):
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
 
 
 def _score_batch(model: GPT, asked: list[Question]) -> list[list[Score]]:
-    """Read the prompts, then every answer token by token; an answer leaves once its last token is scored."""
-    going = [(row, k) for row, (_, answers) in enumerate(asked) for k in range(len(answers))]
-    losses: dict[tuple[int, int], list[float]] = {pair: [] for pair in going}
-    exact = dict.fromkeys(going, True)
-    with KVCache(model, len(asked), max(len(p) + max(map(len, answers)) for p, answers in asked)) as cache:
-        logits = cache.read([prompt for prompt, _ in asked])
-        places = [row for row, _ in going]
-        for step in range(max(len(answer) for _, answers in asked for answer in answers)):
-            told = torch.log_softmax(logits, -1).double().cpu()
-            first = logits.argmax(-1).tolist()
-            for place, (row, k) in zip(places, going, strict=True):
-                token = asked[row][1][k][step]
-                losses[row, k].append(-float(told[place, token]))
-                exact[row, k] &= first[place] == token
-            kept = [i for i, (row, k) in enumerate(going) if len(asked[row][1][k]) > step + 1]
-            if not kept:
-                break
-            cache.keep([places[i] for i in kept])
-            going = [going[i] for i in kept]
-            places = list(range(len(going)))
-            logits = cache.read([asked[row][0] + asked[row][1][k][: step + 1] for row, k in going])
-    return [
-        [_answer_score(losses[row, k], exact[row, k]) for k in range(len(answers))]
-        for row, (_, answers) in enumerate(asked)
-    ]
+    """Advance all rows one position at a time: prompts read on and branch into answers, finished answers leave."""
+    found = [[_Answer(tokens) for tokens in answers] for _, answers in asked]
+    paths = [_Path(prompt, answers) for (prompt, _), answers in zip(asked, found, strict=True)]
+    position = min(len(prompt) for prompt, _ in asked)
+    with KVCache(model, len(paths), max(len(p) + max(map(len, answers)) for p, answers in asked)) as cache:
+        while paths:
+            logits = cache.read([path.upto(position) for path in paths])
+            _count(logits, [(place, *pair) for place, path in enumerate(paths) for pair in path.next(position)])
+            onward = [(place, path) for place, old in enumerate(paths) for path in old.onward(position)]
+            places, paths = [place for place, _ in onward], [path for _, path in onward]
+            if paths and places != list(range(len(logits))):
+                cache.keep(places)
+            position += 1
+    return [[answer.score for answer in answers] for answers in found]
 
 
-def _answer_score(losses: list[float], exact: bool) -> Score:
-    return Score(loss=sum(losses), tokens=len(losses), likelihood=-sum(losses), exact=exact)
+def _count(logits: Tensor, picks: list[tuple[int, _Answer, int]]) -> None:
+    """Note what the logits [b, v] say of each picked (row, answer, its next token)."""
+    if not picks:
+        return
+    rows = logits[torch.tensor([place for place, _, _ in picks], device=logits.device)]
+    targets = torch.tensor([token for _, _, token in picks], device=logits.device)
+    losses, right = F.cross_entropy(rows, targets, reduction="none"), rows.argmax(-1) == targets
+    for (_, answer, _), loss, hit in zip(picks, losses.tolist(), right.tolist(), strict=True):
+        answer.losses.append(loss)
+        answer.exact &= hit
