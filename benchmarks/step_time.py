@@ -43,6 +43,7 @@ def main() -> None:
         results = run(size, options, Path(folder))
     record = not options.quick and options.output is None and options.cases is None
     output = RESULTS / "cpu.json" if record else Path(options.output or "bench.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=2) + "\n")
     if record:
         table.write(results)
@@ -68,7 +69,7 @@ def run(size: Size, options: argparse.Namespace, folder: Path) -> dict[str, Any]
     """Measure everything and return plain data."""
     facts = measure.machine()
     checkpoint = make_checkpoint(size, folder / "base")
-    cases = [case for case in CASES if options.cases is None or case.name in options.cases]
+    cases, left_out = chosen_cases(options.cases, facts["bf16_in_hardware"])
     memory = {
         case.name: {side: measure.peak_memory(side, case.name, checkpoint, options.quick) for side in ("ours", "peer")}
         for case in cases
@@ -77,11 +78,20 @@ def run(size: Size, options: argparse.Namespace, folder: Path) -> dict[str, Any]
         "machine": facts,
         "model": size.model,
         "repetitions": options.repetitions,
+        "left_out": [case.title for case in left_out],
         "steps": [row for case in cases for row in steps(case, size, checkpoint, options)],
         "files": files(checkpoint, size, options.repetitions, folder),
         "trainer": trainer(checkpoint, size, options),
         "memory": memory,
     }
+
+
+def chosen_cases(names: list[str] | None, bf16_in_hardware: bool) -> tuple[list[Case], list[Case]]:
+    """Return (what is measured, what is left out): unasked no bf16 where it is emulated, a hundred times slower."""
+    if names is not None:
+        return [case for case in CASES if case.name in names], []
+    emulated = [case for case in CASES if case.dtype == "bf16" and not bf16_in_hardware]
+    return [case for case in CASES if case not in emulated], emulated
 
 
 def steps(case: Case, size: Size, checkpoint: Path, options: argparse.Namespace) -> list[dict[str, Any]]:

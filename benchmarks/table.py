@@ -16,7 +16,8 @@ def write(results: dict[str, Any], page: Path = PAGE) -> None:
 
 def markdown(results: dict[str, Any]) -> str:
     """Return the machine and all tables."""
-    return "\n\n".join([_machine(results["machine"]), _steps(results), _times(results), _overhead(results)])
+    parts = [_machine(results["machine"]), _steps(results), _left_out(results), _times(results), _overhead(results)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _machine(facts: dict[str, Any]) -> str:
@@ -42,6 +43,11 @@ def _steps(results: dict[str, Any]) -> str:
             f"| {memory['ours']['peak_mb']:,.0f} / {memory['peer']['peak_mb']:,.0f} MB |"
         )
     return "\n".join(lines)
+
+
+def _left_out(results: dict[str, Any]) -> str:
+    titles = "; ".join(results["left_out"])
+    return f"Not measured, since this processor only emulates bf16: {titles}." if titles else ""
 
 
 def _times(results: dict[str, Any]) -> str:
