@@ -1,6 +1,6 @@
 """The quick start on LightningModules as one script: train two adapters together, load them again, predict.
 
-python examples/quickstart.py                                        # SmolLM2 135M on a few reviews, two minutes
+python examples/quickstart.py                                        # SmolLM2 135M on a few reviews, three minutes
 python examples/quickstart.py --train mine.jsonl --steps 100         # your rows: {"input": ..., "output": ...}
 """
 
@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from graftwork import models
 from graftwork.data import SFTDataModule
 from graftwork.errors import GraftworkError
+from graftwork.optim import AdamW
 from graftwork.peft import CanonicalAdapter, PTuning
 from graftwork.training.callbacks import AdapterCheckpoint
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2_135m", help="what models.load takes")
     parser.add_argument("--train", type=Path, help="JSONL, CSV or Parquet; default: a few made-up reviews")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     options = parser.parse_args()
 
@@ -63,6 +64,7 @@ def main() -> None:
 
     model = models.load(options.base, trainer=trainer, dtype="auto")
     model.add_adapter([PTuning(virtual_tokens=10), CanonicalAdapter(dim=32)])  # remove for full fine-tuning
+    model.optim = AdamW(warmup_steps=10)  # without a warm-up P-tuning's first steps can lose the prompt altogether
     trainer.fit(model, datamodule=data)
 
     model = models.load(options.base, trainer=trainer, dtype="auto")
