@@ -193,7 +193,7 @@ def test_one_rank_that_cannot_read_stops_all_and_none_hangs(root: Path) -> None:
         shutil.copytree(root / "saved" / ("llama-one" if name == "damaged" else "llama-tp2"), root / name)
     damaged = root / "damaged" / TENSORS
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    first, second = run_ranks(refuse, 2, root, timeout=60)
+    first, second = run_ranks(refuse, 2, root)
     assert len(first) == 6 and first[0] == second[0] and first[1] == second[1]
     assert first[3:5] == first[:2] == second[3:5]
     assert "There is no adapter directory" in first[0] and "checksum does not match" in first[1]

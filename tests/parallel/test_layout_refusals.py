@@ -122,6 +122,6 @@ def _sentence(call: Callable[[], Any]) -> str:
 
 @pytest.mark.processes
 def test_ranks_of_different_dtypes_are_all_refused() -> None:
-    first, second = run_ranks(other_dtype, 2, timeout=60)
+    first, second = run_ranks(other_dtype, 2)
     assert first == second and first.startswith(ConfigError.__name__)
     assert "dtype" in first and "rank 0: float32" in first and "rank 1: bfloat16" in first
