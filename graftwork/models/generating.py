@@ -31,9 +31,10 @@ class Generating(Adaptable):
     def on_predict_start(self) -> None:
         """Warn when the data put their rows to the model in another way than its adapters were trained with."""
         theirs = getattr(self.trainer.datamodule, "prompt_format", {})  # type: ignore[attr-defined]
-        for key, trained in self.prompt_format().items() if theirs else ():
-            if theirs.get(key, trained) != trained:
-                log.warning("%s is %r, but the adapters were trained with %r.", key, theirs[key], trained)
+        for name, trained in self._stack.prompt_formats.items() if self._stack else ():
+            for key in sorted(theirs.keys() & trained.keys()):
+                if theirs[key] != trained[key]:
+                    log.warning("%s is %r, but adapter %r was trained with %r.", key, theirs[key], name, trained[key])
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> list[dict[str, Any]]:
         """Answer a predict batch: per prompt ``input``, ``output`` and, where it is known, ``expected``."""

@@ -115,7 +115,11 @@ def test_prediction_with_other_templates_warns(run, checkpoint, file, caplog):
         trainer.predict(model, datamodule=data_module(file))
         assert not warnings(caplog)
         trainer.predict(model, datamodule=data_module(file, prompt_template="{input}"))
-    assert warnings(caplog) == [f"prompt_template is '{{input}}', but the adapters were trained with {TEMPLATE!r}."]
+        model.add_adapter(LoRA(name="second", dim=2))  # trained otherwise: the data's template is the one that counts
+        model.stack.prompt_formats["second"] = FORMAT | {"prompt_template": "{input}"}
+        trainer.predict(model, datamodule=data_module(file, prompt_template="{input}"))
+    told = f"prompt_template is '{{input}}', but adapter 'lora' was trained with {TEMPLATE!r}."
+    assert warnings(caplog) == [told, told]
 
 
 def test_a_format_of_a_newer_version_is_refused(run, checkpoint, file):
