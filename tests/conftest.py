@@ -17,7 +17,7 @@ os.environ["NEMORUN_HOME"] = tempfile.mkdtemp(prefix="graftwork-nemorun-")
 @pytest.fixture(autouse=True, scope="module")
 def fresh_state() -> Iterator[None]:
     """Files run in any order and on several workers: none inherits another's parallel state or random numbers."""
-    if parallel := sys.modules.get("graftwork.compat.parallel"):
+    if parallel := sys.modules.get("graftwork.parallel.state"):
         parallel.destroy()
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)

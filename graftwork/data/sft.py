@@ -15,9 +15,10 @@ from graftwork.data.packing import best_fit_decreasing, efficiency
 from graftwork.data.rows import LearnedRows, asked_rows, learned_rows, share
 from graftwork.data.sampler import RowStream, in_order
 from graftwork.data.schema import Place
-from graftwork.data.surroundings import Surroundings, Topology, check_batches, check_packed_length
+from graftwork.data.surroundings import Surroundings, Topology
 from graftwork.data.template import check_templates
 from graftwork.errors import ConfigError, DataError, suggest
+from graftwork.layout import check_deal, check_packed_length
 from graftwork.virtual_tokens import PromptLayout
 
 log = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ class SFTDataModule(pl.LightningDataModule):
 
     def _builder(self, split: str) -> StepBuilder:
         place = self._around().topology
-        check_batches(self.global_batch_size, self.micro_batch_size, place.world_size)
+        check_deal(self.global_batch_size, self.micro_batch_size, place.world_size)
         rows = self._learned(split)
         bins = self._bins(split, rows, place.multiple) if self.packing else None
         collate = Collator(self.encoder.text.pad, self.micro_batch_size, self.packing)
@@ -245,7 +246,7 @@ class SFTDataModule(pl.LightningDataModule):
         for name, least in (("seq_length", 2), ("micro_batch_size", 1), ("global_batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
-        check_batches(self.global_batch_size, self.micro_batch_size, 1)
+        check_deal(self.global_batch_size, self.micro_batch_size, 1)
         if too_long not in TOO_LONG:
             raise ConfigError(f"too_long={too_long!r} is unknown; {suggest(too_long, TOO_LONG)}")
         if not 0 <= self.validation_fraction < 1:

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple, Optional
 
 from graftwork.data.tokenizer import load_tokenizer
-from graftwork.errors import ConfigError, ParallelismError
+from graftwork.errors import ConfigError
 from graftwork.virtual_tokens import PromptLayout
 
 
@@ -64,21 +64,3 @@ class Surroundings:
     def _module(self) -> Any:
         # Trainer.lightning_module lives on the strategy and is None until a loop starts.
         return getattr(self.trainer, "lightning_module", None)
-
-
-def check_batches(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
-    """Raise ParallelismError unless the global batch falls into whole microbatches on every rank."""
-    if global_batch_size % (micro_batch_size * world_size):
-        raise ParallelismError(
-            f"global_batch_size={global_batch_size} cannot be dealt to {world_size} data-parallel ranks in "
-            f"microbatches of {micro_batch_size}; it must be a multiple of {micro_batch_size * world_size}."
-        )
-
-
-def check_packed_length(seq_length: int, multiple: int) -> None:
-    """Raise ParallelismError unless packed rows can be cut over the ranks of a sequence."""
-    if seq_length % multiple:
-        raise ParallelismError(
-            f"packed rows of seq_length={seq_length} cannot be cut for sequence or context parallelism; "
-            f"seq_length must be a multiple of {multiple}."
-        )

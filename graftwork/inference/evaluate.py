@@ -12,7 +12,7 @@ from graftwork.inference.metrics import Metrics, answer_metrics, label_metrics
 from graftwork.inference.output import write_text
 from graftwork.inference.scoring import Score, score
 from graftwork.models import GPT, load
-from graftwork.models.scoring import one_piece
+from graftwork.models.generation.scoring import one_piece
 
 SHARED_FROM = 4
 """From so many labels on, reading each prompt once pays; with two, fewer but larger batches take the same time."""

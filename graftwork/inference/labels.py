@@ -10,8 +10,8 @@ from torch import Tensor
 from graftwork.data.sequence import Sequence
 from graftwork.inference.scoring import Score, over_data_ranks
 from graftwork.models import GPT
-from graftwork.models.kv_cache import KVCache
-from graftwork.models.scoring import check_tokens, evaluating
+from graftwork.models.generation.kv_cache import KVCache
+from graftwork.models.generation.scoring import check_tokens, evaluating
 
 MOST_ROWS = 64
 """Rows times answers that are held in one cache."""

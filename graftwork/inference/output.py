@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from graftwork.atomic import atomic_write_text
-from graftwork.compat.collective import barrier
+from graftwork.parallel.collective import barrier
 
 
 def write_text(path: str, text: str) -> None:

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftwork.compat import parallel
-from graftwork.compat.collective import all_gather_objects
+from graftwork import parallel
 from graftwork.data.sequence import Sequence
 from graftwork.models import GPT
+from graftwork.models.generation.scoring import check_tokens, device_of, evaluating, right_padded, target_logits
 from graftwork.models.loss import IGNORED
-from graftwork.models.scoring import check_tokens, device_of, evaluating, right_padded, target_logits
+from graftwork.parallel.collective import all_gather_objects
 
 Value = TypeVar("Value")
 

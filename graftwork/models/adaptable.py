@@ -8,10 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from graftwork.compat.collective import agree
 from graftwork.errors import ArtifactError, ConfigError, GraftworkError, MatchError, suggest
-from graftwork.peft import PEFT, artifact, report
-from graftwork.peft.fill import fill
+from graftwork.parallel.collective import agree
+from graftwork.peft import PEFT, report
+from graftwork.peft.artifact import directory as artifact
+from graftwork.peft.artifact.fill import fill
 from graftwork.peft.host import Host
 from graftwork.peft.stack import Stack
 from graftwork.virtual_tokens import PromptLayout

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftwork.compat.parallel import cp_rank, cp_size
-from graftwork.compat.segments import local_positions
+from graftwork.core.segments import local_positions
 from graftwork.errors import ParallelismError
+from graftwork.parallel.state import cp_rank, cp_size
 
 BY_POSITION = ("tokens", "labels", "position_ids")
 

@@ -4,10 +4,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.errors import ParallelismError
-from graftwork.models import decoding
 from graftwork.models.adaptable import Adaptable
+from graftwork.models.generation import decoding
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Generating(Adaptable):
         raise TypeError(f"{type(self).__name__} must have a tokenizer.")
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **options: Any) -> list[list[int]]:
-        """Return the tokens that follow each prompt of ids; options as in ``graftwork.models.decoding.generate``."""
+        """Return the tokens that follow each prompt of ids; options as in ``generation.decoding.generate``."""
         return decoding.generate(self, prompts, max_new_tokens, **options)  # type: ignore[arg-type]
 
     def on_predict_start(self) -> None:

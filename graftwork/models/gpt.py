@@ -8,20 +8,20 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
-from graftwork.compat import parallel
-from graftwork.compat.gpt import build_gpt
+from graftwork import parallel
+from graftwork.core.gpt import build_gpt
 from graftwork.errors import ConfigError, suggest
 from graftwork.models.batch import RightPadded, context_slice, flatten_packed
 from graftwork.models.fitting import Fitting
-from graftwork.models.hf import export_weights, fingerprint, load_weights
-from graftwork.models.hub import resolve
-from graftwork.models.logits import all_logits
+from graftwork.models.generation.logits import all_logits
 from graftwork.models.loss import answer_rows, token_losses
 from graftwork.models.precision import common_dtype
-from graftwork.models.random_weights import draw
 from graftwork.models.shapes import Shape
 from graftwork.models.tokenizer import load_tokenizer
-from graftwork.peft import artifact
+from graftwork.models.weights import export_weights, fingerprint, load_weights
+from graftwork.models.weights.drawn import draw
+from graftwork.models.weights.hub import resolve
+from graftwork.peft.artifact import directory as artifact
 from graftwork.peft.host import Host
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -104,7 +104,7 @@ class GPT(Fitting):
         if self.checkpoint_dir is not None:
             load_weights(chunks, self.shape, self.checkpoint_dir)
         else:
-            draw(chunks, self.seed, self.shape.vocab_size)
+            draw(chunks, config, self.seed)
         self.module = nn.ModuleList(chunks) if virtual else chunks[0]
         self.module.train(self.training)
         self._carry_out_queue()
@@ -125,18 +125,12 @@ class GPT(Fitting):
         )
 
     def _parallel_fields(self) -> dict[str, Any]:
-        layout = getattr(getattr(self._trainer, "strategy", None), "layout", None)
         dtype = common_dtype(self.dtype_name, self.checkpoint_dir)
         return {
-            "tensor_model_parallel_size": parallel.tp_size(),
-            "pipeline_model_parallel_size": parallel.pp_size(),
-            "virtual_pipeline_model_parallel_size": parallel.vp_size(),
-            "context_parallel_size": parallel.cp_size(),
-            "expert_model_parallel_size": parallel.ep_size(),
+            **parallel.current_layout().transformer_fields(),
             "params_dtype": dtype,
             "pipeline_dtype": dtype,
             "perform_initialization": self.checkpoint is None,  # else every value comes from the checkpoint
-            **(layout.transformer_fields() if layout else {}),
             **(RECOMPUTE[self.recompute] if self.recompute else {}),
         }
 

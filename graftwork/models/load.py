@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwork.models.gpt import GPT
-from graftwork.models.hf import read_config, shape_from_hf
-from graftwork.models.hub import resolve
+from graftwork.models.weights import read_config, shape_from_hf
+from graftwork.models.weights.hub import resolve
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

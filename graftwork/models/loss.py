@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from graftwork.compat.parallel import tp_rank, tp_size
+from graftwork.parallel.state import tp_rank, tp_size
 
 IGNORED = -100
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from graftwork.compat.collective import agree, all_gather_objects
 from graftwork.errors import ConfigError, GraftworkError, suggest
+from graftwork.parallel.collective import agree, all_gather_objects
 
 DTYPES = {
     "fp32": torch.float32,

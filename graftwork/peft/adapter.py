@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftwork.compat.checkpoint import sharded_tensor
-from graftwork.compat.parallel import Sharding, tp_rank, tp_size
+from graftwork.parallel.sharded_tensor import sharded_tensor
+from graftwork.parallel.sharding import Sharding
+from graftwork.parallel.state import tp_rank, tp_size
 
 Initializer = Callable[[Tensor, torch.Generator], None]
 """Fills a full, un-sharded fp32 CPU tensor in place from a generator."""

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from graftwork.compat.parallel import Sharding, tp_rank, tp_size
+from graftwork.parallel.sharding import Sharding
+from graftwork.parallel.state import tp_rank, tp_size
 from graftwork.peft.adapter import Adapter, Birth, Initializer
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from graftwork.peft.match import Site, modules_of, select, union
+from graftwork.peft.sites import Site, modules_of, select, union
 from graftwork.virtual_tokens import PromptLayout
 
 

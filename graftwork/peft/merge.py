@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.errors import MatchError
-from graftwork.peft.adapted import AdaptedModule, adapted_modules
 from graftwork.peft.adapter import Adapter
-from graftwork.peft.match import Site
+from graftwork.peft.sites import Site
+from graftwork.peft.wrapper import AdaptedModule, adapted_modules
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from math import prod
 
-from graftwork.compat.collective import all_gather_objects
-from graftwork.compat.parallel import ep_group, pp_group
+from graftwork.parallel.collective import all_gather_objects
+from graftwork.parallel.state import ep_group, pp_group
 from graftwork.peft.adapter import sharding_of
 from graftwork.peft.stack import Stack
 

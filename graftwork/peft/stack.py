@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from graftwork.compat.collective import agree
 from graftwork.errors import ConfigError, GraftworkError, MatchError, suggest
-from graftwork.peft.adapted import graft, parameter_device, ungraft
+from graftwork.parallel.collective import agree
 from graftwork.peft.adapter import Adapter, Birth
 from graftwork.peft.host import Host
-from graftwork.peft.match import Site
 from graftwork.peft.merge import Candidate, fold, install, original_weights, unmerge
-from graftwork.peft.transform import PEFT
+from graftwork.peft.method import PEFT
+from graftwork.peft.sites import Site
+from graftwork.peft.wrapper import graft, parameter_device, ungraft
 from graftwork.virtual_tokens import PromptLayout
 
 

@@ -68,5 +68,8 @@ def fields(config: fdl.Buildable) -> list[tuple[str, Any]]:
 
 
 def callable_name(target: Any) -> str:
-    """Return ``module.name`` of a class or function."""
-    return f"{target.__module__}.{target.__qualname__}"
+    """Return ``module.name`` of a class or function; a method goes by its room, ``graftwork.peft``, and its file.
+
+    Recipe texts are compared and hashed: they must not change because a file has moved into an inner room.
+    """
+    return f"{target.__module__}.{target.__qualname__}".replace("graftwork.peft.methods.", "graftwork.peft.")

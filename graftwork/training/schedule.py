@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import graftwork.compat  # noqa: F401  (accommodations must precede any megatron import)
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.errors import ParallelismError
 
 IGNORED = -100

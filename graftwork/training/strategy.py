@@ -12,17 +12,17 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from graftwork.compat import parallel
-from graftwork.compat.collective import all_gather_objects
+from graftwork import parallel
 from graftwork.errors import CheckpointError, ConfigError, ParallelismError
-from graftwork.training import checkpoint as training_state
-from graftwork.training import random_state
-from graftwork.training.gradients import Gradients
-from graftwork.training.layout import Layout
-from graftwork.training.precision import ModelParallelPrecision
+from graftwork.layout import Layout
+from graftwork.parallel.collective import all_gather_objects
+from graftwork.training.optimizer.clipping import ModelParallelPrecision
+from graftwork.training.optimizer.gradients import Gradients
+from graftwork.training.optimizer.shards import chunks_of
 from graftwork.training.run_directory import discard
 from graftwork.training.schedule import StepLoss, run_schedule
-from graftwork.training.shards import chunks_of
+from graftwork.training.state import checkpoint as training_state
+from graftwork.training.state import random_state
 
 
 class MegatronStrategy(DDPStrategy):
@@ -90,18 +90,10 @@ class MegatronStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         """Check the layout, then make the process groups; called before data and model are set up."""
         self._check()
-        sizes = self.layout
         if self.num_nodes * self.num_processes == 1:  # a world of one needs no network port
             parallel.ensure_initialized(self.seed)
         super().setup_environment()
-        parallel.initialize(
-            tensor=sizes.tensor_model_parallel_size,
-            pipeline=sizes.pipeline_model_parallel_size,
-            virtual_pipeline=sizes.virtual_pipeline_model_parallel_size,
-            context=sizes.context_parallel_size,
-            expert=sizes.expert_model_parallel_size,
-            seed=self.seed,
-        )
+        parallel.initialize(self.layout, self.seed)
         self._check_resume()
 
     def setup(self, trainer: Trainer) -> None:
@@ -147,7 +139,7 @@ class MegatronStrategy(DDPStrategy):
         """Only call the hooks: the schedule has run the backward already."""
         return self.precision_plugin.post_backward(closure_loss, self._module)
 
-    # ---- training state: a directory, see graftwork.training.checkpoint ------------------------------------------
+    # ---- training state: a directory, see training.state.checkpoint ----------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Nothing here: trained weights are saved as shards."""

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.optim import adapter_of
-from graftwork.training.gradients import is_expert
+from graftwork.training.optimizer.gradients import is_expert
 
 
 def summary(

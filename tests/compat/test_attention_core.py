@@ -9,9 +9,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from graftwork.compat import parallel
-from graftwork.compat.attention import SDPACoreAttention
-from graftwork.compat.segments import batches, local_positions, segments
+from graftwork import parallel
+from graftwork.core.attention import SDPACoreAttention
+from graftwork.core.segments import batches, local_positions, segments
 from graftwork.errors import ConfigError, ParallelismError
 from tests.helpers import tiny_gpt
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from tests.helpers import tiny_gpt
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import layout_of
 
 
 def metadata() -> dict[str, object]:
@@ -17,7 +18,7 @@ def metadata() -> dict[str, object]:
 
 
 def save(rank: int, world: int, directory: str) -> float:
-    parallel.initialize(tensor=world)
+    parallel.initialize(layout_of(tensor=world))
     module = tiny_gpt.build(tiny_gpt.config(tensor_model_parallel_size=world))
     start = time.monotonic()
     dist_checkpointing.save(module.sharded_state_dict(metadata=metadata()), directory)

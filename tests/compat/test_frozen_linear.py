@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import graftwork.compat  # noqa: F401
-from graftwork.compat import parallel
+from graftwork import parallel
 
 STRIDES = {
     "contiguous": lambda g: g,

@@ -14,8 +14,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from packaging.version import Version
 from torch import Tensor, nn
 
-from graftwork.compat import parallel, transformer_engine
-from graftwork.compat.specs import gpt_block_spec
+from graftwork import parallel
+from graftwork.compat import transformer_engine
+from graftwork.core.specs import gpt_block_spec
 from graftwork.errors import ConfigError
 from tests.helpers import tiny_gpt
 

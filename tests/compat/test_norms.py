@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graftwork.compat import parallel
-from graftwork.compat.layers import LayerNormColumnParallelLinear, TorchNorm, normalized_input
+from graftwork import parallel
+from graftwork.core.layers import LayerNormColumnParallelLinear, TorchNorm, normalized_input
 from tests.helpers import tiny_gpt
 
 

@@ -9,11 +9,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from graftwork.compat import parallel
-from graftwork.compat.context_parallel import local_rows
-from graftwork.compat.segments import segments
+from graftwork import parallel
+from graftwork.core.context_parallel import local_rows
+from graftwork.core.segments import segments
 from tests.helpers import tiny_gpt
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import layout_of
 
 MICROBATCHES, ROWS = 4, 2
 MOE = {
@@ -93,7 +94,7 @@ def gradients(
     packed: bool = False,
 ) -> tuple[float, dict[str, Tensor]]:
     """Return the summed loss (of every row this rank saw the loss of) and the full gradients this rank knows."""
-    parallel.initialize(**sizes)
+    parallel.initialize(layout_of(**sizes))
     cfg = _config(sizes, config or {})
     chunks = range(sizes["virtual_pipeline"]) if "virtual_pipeline" in sizes else [None]
     modules = [tiny_gpt.build(cfg, vp_stage=chunk, tied=tied) for chunk in chunks]

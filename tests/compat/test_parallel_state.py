@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.errors import ParallelismError
 from tests.helpers.distributed import RankFailed, run_ranks
+from tests.helpers.layouts import layout_of
 
 
 @pytest.fixture(autouse=True)
@@ -71,19 +72,19 @@ def test_initialize_keeps_groups_of_the_same_sizes_and_seeds_again() -> None:
     [
         ({"tensor": 2}, "multiple of 2"),
         ({"context": 3}, "multiple of 3"),
-        ({"expert": 2}, "expert=2"),
+        ({"expert": 2}, "expert_model_parallel_size=2"),
         ({"virtual_pipeline": 2}, "virtual"),
         ({"pipeline": 0}, "at least 1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ParallelismError, match=message):
-        parallel.initialize(**sizes)
+        parallel.initialize(layout_of(**sizes))
     assert not parallel.is_initialized()
 
 
 def layout(rank: int, world: int, sizes: dict[str, int]) -> dict[str, Any]:
-    parallel.initialize(**sizes)
+    parallel.initialize(layout_of(**sizes))
     first = {
         "tensor": parallel.tp_rank(),
         "pipeline": parallel.pp_rank(),
@@ -114,7 +115,7 @@ def test_four_ranks_as_context_and_data() -> None:
 
 
 def virtual_stages(rank: int, world: int) -> list[tuple[bool, bool]]:
-    parallel.initialize(pipeline=2, virtual_pipeline=2)
+    parallel.initialize(layout_of(pipeline=2, virtual_pipeline=2))
     return [(parallel.is_first_stage(chunk), parallel.is_last_stage(chunk)) for chunk in range(2)]
 
 

@@ -8,10 +8,11 @@ from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.compat.rng import CPURNGStatesTracker
 from tests.helpers import tiny_gpt
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import layout_of
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,7 @@ def test_data_ranks_differ_only_on_request() -> None:
 
 
 def draws(rank: int, world: int, sizes: dict[str, int]) -> dict[str, Tensor]:
-    parallel.initialize(**sizes, seed=7)
+    parallel.initialize(layout_of(**sizes), seed=7)
     default = torch.rand(3)
     with tracker().fork():
         forked = torch.rand(3)
@@ -104,7 +105,7 @@ def test_which_ranks_share_which_state(sizes: dict[str, int], equal: dict[str, b
 
 
 def replicated(rank: int, world: int, sequence_parallel: bool) -> dict[str, Tensor]:
-    parallel.initialize(tensor=2)
+    parallel.initialize(layout_of(tensor=2))
     dropout: dict[str, Any] = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
     cfg = tiny_gpt.config(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel, **dropout)
     module = tiny_gpt.build(cfg)

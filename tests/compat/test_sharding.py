@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from graftwork.compat.parallel import Sharding
 from graftwork.errors import ParallelismError
+from graftwork.parallel.sharding import Sharding
 
 CASES = [
     Sharding((6, 4)),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from graftwork.compat import parallel
-from graftwork.compat.gpt import build_gpt
+from graftwork import parallel
+from graftwork.core.gpt import build_gpt
 from tests.compat.test_parallel_parity import MOE
 from tests.helpers import tiny_gpt
 

@@ -43,7 +43,7 @@ import torch, torch.amp, torch.distributed
 SPACES = (torch, torch.cuda, torch.amp, torch.Tensor, torch.nn.Module, torch.random, torch.distributed)
 before = [dict(vars(space)) for space in SPACES]
 import graftwork.compat
-import graftwork.compat.gpt
+import graftwork.core.gpt
 for space, names in zip(SPACES, before):
     now = vars(space)
     changed = [name for name, value in names.items() if now.get(name) is not value]

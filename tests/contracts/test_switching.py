@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from graftwork.compat import parallel
-from graftwork.compat.parallel import Sharding
+from graftwork import parallel
 from graftwork.errors import MatchError
 from graftwork.models import GPT
-from graftwork.peft.adapted import AdaptedModule, graft
+from graftwork.parallel.sharding import Sharding
 from graftwork.peft.adapter import Adapter, Birth, normal
+from graftwork.peft.wrapper import AdaptedModule, graft
 from graftwork.virtual_tokens import PromptLayout
 from tests.contracts.methods import STACKS, adapter_parameters, every_family, every_stack, make, prompted, shake, tokens
 

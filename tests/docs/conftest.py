@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.compat import parallel
-from graftwork.models.hub import REGISTERED
+from graftwork import parallel
+from graftwork.models.weights.hub import REGISTERED
 from tests.helpers.tiny_hf import make_tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 

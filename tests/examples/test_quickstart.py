@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from tests.helpers.tiny_hf import make_tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 

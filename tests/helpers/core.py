@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftwork.compat import parallel
-from graftwork.compat.gpt import build_gpt
-from graftwork.models.hf import load_weights, read_config, shape_from_hf
+from graftwork import parallel
+from graftwork.core.gpt import build_gpt
 from graftwork.models.shapes import Shape
+from graftwork.models.weights import load_weights, read_config, shape_from_hf
 
 
 def build(shape: Shape, dtype: torch.dtype = torch.float32, vp: int | None = None, **config: Any) -> torch.nn.Module:

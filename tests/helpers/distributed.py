@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 # The fork server imports these once and every rank is a cheap fork of it; none of them may start a thread.
-PRELOADED = ["graftwork.compat.gpt", "graftwork.compat.parallel", "lightning.pytorch", "graftwork.models"]
+PRELOADED = ["graftwork.core.gpt", "graftwork.parallel.state", "lightning.pytorch", "graftwork.models"]
 
 
 class RankFailed(AssertionError):

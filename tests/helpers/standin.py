@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from graftwork.compat import parallel
-from graftwork.compat.context_parallel import local_rows
+from graftwork import parallel
+from graftwork.core.context_parallel import local_rows
 from graftwork.optim import AdamW
 from graftwork.training.strategy import MegatronStrategy
 from tests.helpers import tiny_gpt

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 from safetensors.torch import load_file
 
-from graftwork.models.hf import read_config
+from graftwork.models.weights import read_config
 
 TOKENS = ["<unk>", "<s>", "</s>", *"abcdeĠ0123", "ab", "abc", "00"]
 MERGES = ["a b", "ab c", "0 0"]

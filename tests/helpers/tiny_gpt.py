@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from graftwork.compat import parallel
-from graftwork.compat.gpt import build_gpt
-from graftwork.compat.sharding import Sharding
+from graftwork import parallel
+from graftwork.core.gpt import build_gpt
+from graftwork.parallel.sharding import Sharding
 
 VOCABULARY = 96
 LENGTH = 32

@@ -8,7 +8,7 @@ from typing import Optional
 import pytest
 import torch
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.data import SFTDataModule
 from graftwork.data.sequence import Sequence
 from graftwork.errors import ArtifactError, CheckpointError, ConfigError, DataError
@@ -19,6 +19,7 @@ from graftwork.inference.scoring import _batches, score
 from graftwork.models import load
 from graftwork.peft import IA3, LoRA, PTuning
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import layout_of
 from tests.helpers.tiny_hf import oracle
 from tests.inference.conftest import LABELS, TEMPLATE, TEXTS
 
@@ -270,7 +271,7 @@ def test_verbs_take_plain_arguments_only():
 
 
 def _evaluated(rank: int, world: int, directory: str, file: str, sizes: dict[str, int]):
-    parallel.initialize(**sizes)
+    parallel.initialize(layout_of(**sizes))
     model = load(directory, dtype="fp32")
     model.add_adapter(PTuning(virtual_tokens=4, embedding_dim=8, bottleneck_dim=8))
     figures = evaluate_model(model, file, prompt_template=TEMPLATE, batch_tokens=60)

@@ -1,22 +1,23 @@
 """Generation equals transformers' own, with and without a cache, and treats rows as if each were alone."""
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.errors import ConfigError
-from graftwork.models import GPT, kv_cache, load
-from graftwork.models.decoding import _groups
-from graftwork.models.hf import read_config, shape_from_hf
-from graftwork.models.sampling import Sampler
+from graftwork.models import GPT, load
+from graftwork.models.generation import kv_cache
+from graftwork.models.generation.decoding import _groups
+from graftwork.models.generation.sampling import Sampler
 from graftwork.models.shapes import Shape
+from graftwork.models.weights import read_config, shape_from_hf
 from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning
-from graftwork.training.layout import Layout
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import layout_of
 from tests.helpers.tiny_hf import ODD_VOCABULARY, make_tiny, oracle
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -262,13 +263,9 @@ def test_trainer_predict_on_a_plain_trainer(tmp_path):
 
 
 def _answers_in_layout(rank: int, world: int, directory: str, sizes: dict[str, int], scattered: bool):
-    parallel.initialize(**sizes)
+    parallel.initialize(replace(layout_of(**sizes), sequence_parallel=scattered))
     model = GPT(shape_from_hf(read_config(Path(directory))), directory, dtype="fp32")
-    if scattered:
-        layout = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
-        model._trainer = SimpleNamespace(strategy=SimpleNamespace(layout=layout))
     model.configure_model()
-    model._trainer = None
     assert model.config.sequence_parallel == scattered
     attach(model)
     virtual = model.prompt_layout.ids("ptuning")

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graftwork.errors import CheckpointError
-from graftwork.models.hf import export_weights, fingerprint
+from graftwork.models.weights import export_weights, fingerprint
 from tests.helpers.core import loaded
 from tests.helpers.tiny_hf import make_tiny
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from graftwork.errors import CheckpointError
-from graftwork.models import gguf as conversion
-from graftwork.models.hf import read_config, shape_from_hf
 from graftwork.models.tokenizer import load_tokenizer
+from graftwork.models.weights import gguf as conversion
+from graftwork.models.weights import read_config, shape_from_hf
 from tests.helpers.tiny_gguf import write_gguf
 from tests.helpers.tiny_hf import make_tiny, oracle
 

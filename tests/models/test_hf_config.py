@@ -7,7 +7,7 @@ import pytest
 
 from graftwork.errors import CheckpointError, ConfigError
 from graftwork.models import shapes
-from graftwork.models.hf import hf_config, read_config, shape_from_hf
+from graftwork.models.weights import hf_config, read_config, shape_from_hf
 from tests.helpers.tiny_hf import FAMILIES, tiny_model
 
 LLAMA = {

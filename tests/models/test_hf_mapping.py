@@ -8,14 +8,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from graftwork.compat.sharding import Sharding
 from graftwork.errors import ConfigError, MatchError
 from graftwork.models import shapes
-from graftwork.models.hf import mapping_for, read_config, shape_from_hf
-from graftwork.models.hf.load import base_parameters, open_checkpoint, read
-from graftwork.models.hf.ops import QKV, Copy, Fused, Gated, Op, Transposed
-from graftwork.models.hf.views import Source
-from graftwork.models.hf.writer import Entry, write_sharded
+from graftwork.models.weights import mapping_for, read_config, shape_from_hf
+from graftwork.models.weights.load import base_parameters, open_checkpoint, read
+from graftwork.models.weights.ops import QKV, Copy, Fused, Gated, Op, Transposed
+from graftwork.models.weights.views import Source
+from graftwork.models.weights.writer import Entry, write_sharded
+from graftwork.parallel.sharding import Sharding
 from tests.helpers.core import build
 from tests.helpers.tiny_hf import FAMILIES, make_tiny
 

@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.errors import CheckpointError
-from graftwork.models.hf import export_weights, load_weights, mapping_for, read_config, shape_from_hf
-from graftwork.models.hf.load import base_parameters
+from graftwork.models.weights import export_weights, load_weights, mapping_for, read_config, shape_from_hf
+from graftwork.models.weights.load import base_parameters
 from tests.helpers.core import build, loaded, logits
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import layout_of
 from tests.helpers.tiny_hf import ODD_VOCABULARY, make_tiny
 
 FAMILIES = ["llama", "llama_tied", "gpt2", "nemotron", "qwen3"]
@@ -40,7 +41,7 @@ def full_logits(module: torch.nn.Module, hidden: int) -> torch.Tensor | None:
 
 
 def load_and_export(rank: int, world: int, tensor: int, pipeline: int, sources: list[Path], target: Path) -> list:
-    parallel.initialize(tensor=tensor, pipeline=pipeline)
+    parallel.initialize(layout_of(tensor=tensor, pipeline=pipeline))
     results = []
     for source in sources:
         module, shape = loaded(source)
@@ -70,7 +71,7 @@ def test_layouts_agree_with_one_process(tensor: int, pipeline: int, tmp_path: Pa
 
 
 def load_and_export_virtual_stages(rank: int, world: int, source: Path, target: Path) -> list[str]:
-    parallel.initialize(pipeline=2, virtual_pipeline=2)
+    parallel.initialize(layout_of(pipeline=2, virtual_pipeline=2))
     shape = shape_from_hf(read_config(source))
     stages = [build(shape, vp=vp) for vp in (0, 1)]
     load_weights(stages, shape, source)
@@ -89,7 +90,7 @@ def test_virtual_stages_hold_their_own_layers(tmp_path: Path) -> None:
 
 
 def export_to_a_bad_place(rank: int, world: int, source: Path, target: Path) -> str:
-    parallel.initialize(tensor=2)
+    parallel.initialize(layout_of(tensor=2))
     module, shape = loaded(source, torch.bfloat16)
     with pytest.raises(CheckpointError) as caught:
         export_weights(module, shape, target)

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graftwork.errors import CheckpointError
-from graftwork.models.hf import export_weights, load_weights, read_config, shape_from_hf
-from graftwork.models.hf.files import INDEX
 from graftwork.models.shapes import Shape
+from graftwork.models.weights import export_weights, load_weights, read_config, shape_from_hf
+from graftwork.models.weights.files import INDEX
 from tests.helpers.core import build, loaded, logits
 from tests.helpers.tiny_hf import FAMILIES, ODD_VOCABULARY, make_tiny, oracle
 
@@ -207,7 +207,7 @@ def test_full_disk_leaves_no_export(tmp_path: Path, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("graftwork.models.hf.writer._write_file", full)
+    monkeypatch.setattr("graftwork.models.weights.writer._write_file", full)
     with pytest.raises(CheckpointError, match="the disk is full"):
         export_weights(module, shape, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from graftwork.cache import cache_directory, locked, sha256
 from graftwork.errors import CheckpointError
-from graftwork.models import hub
-from graftwork.models.cache import cache_directory, locked, sha256
-from graftwork.models.hub import PackagedGGUF, resolve
 from graftwork.models.tokenizer import load_tokenizer
+from graftwork.models.weights import hub
+from graftwork.models.weights.hub import PackagedGGUF, resolve
 from tests.helpers.tiny_gguf import write_gguf
 from tests.helpers.tiny_hf import make_tiny
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftwork.compat import parallel
-from graftwork.compat.gpt import build_gpt
+from graftwork import parallel
+from graftwork.core.gpt import build_gpt
 from graftwork.models import GPT
 from tests.contracts.methods import shape
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import layout_of
 from tests.helpers.tiny_gpt import cut, global_name
 
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
@@ -32,7 +33,7 @@ def parts(rank: int, world_size: int) -> list[dict[str, tuple[Any, Tensor]]]:
     """Return, per layout: global name -> (how it is cut, this rank's part)."""
     found = []
     for family, sizes, layout in LAYOUTS:
-        parallel.initialize(**layout)
+        parallel.initialize(layout_of(**layout))
         (chunk,) = built(family, sizes).chunks
         named = {global_name(chunk, n): (cut(chunk, n, p), p.detach().clone()) for n, p in chunk.named_parameters()}
         found.append(named)

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 
 from graftwork.models import shapes
-from graftwork.models.hf import read_config, shape_from_hf
-from graftwork.models.hub import REGISTERED, resolve
 from graftwork.models.tokenizer import load_tokenizer
+from graftwork.models.weights import read_config, shape_from_hf
+from graftwork.models.weights.hub import REGISTERED, resolve
 from tests.helpers.core import loaded, logits
 from tests.helpers.tiny_hf import oracle
 

@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from graftwork.compat import parallel
-from graftwork.compat.sharding import Sharding
+from graftwork import parallel
 from graftwork.models import GPT
-from graftwork.peft import gather
-from graftwork.training import gradients, schedule
+from graftwork.parallel.sharding import Sharding
+from graftwork.peft.artifact import gather
+from graftwork.training import schedule
+from graftwork.training.optimizer import gradients
 
 
 def drop_the_sequence_sum() -> None:

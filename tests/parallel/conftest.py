@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from tests.helpers.distributed import run_ranks
 from tests.parallel.cells import Outcome, run_cell, run_cells
 from tests.parallel.compare import Figures

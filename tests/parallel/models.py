@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftwork.compat import parallel
-from graftwork.compat.sharding import Sharding
+from graftwork import parallel
 from graftwork.models import GPT
-from graftwork.models.hf import read_config, shape_from_hf
 from graftwork.models.shapes import Shape
+from graftwork.models.weights import read_config, shape_from_hf
+from graftwork.parallel.sharding import Sharding
 from tests.contracts.methods import STACKS
 from tests.helpers.tiny_gpt import global_name
 from tests.helpers.tiny_hf import make_tiny

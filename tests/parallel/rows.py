@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from tests.parallel.models import prompt_of
 
 LENGTH, ROWS, MICRO, STEPS = 16, 8, 2, 3

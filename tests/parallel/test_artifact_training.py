@@ -10,13 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from graftwork.compat import parallel
-from graftwork.compat.collective import barrier
+from graftwork import parallel
 from graftwork.errors import ArtifactError
 from graftwork.models import GPT
 from graftwork.optim import AdamW
-from graftwork.peft import fill
+from graftwork.parallel.collective import barrier
+from graftwork.peft.artifact import fill
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import layout_of
 from tests.helpers.standin import trainer_for
 from tests.parallel.cells import LEARNING, Probe
 from tests.parallel.compare import TOLERANCE, elementwise, tensorwise
@@ -175,7 +176,7 @@ def refuse(rank: int, world: int, root: Path) -> list[str]:
         for name in ("missing", "damaged", "another"):
             model = model_of(Cell("llama", "base"), root)
             if built:
-                parallel.initialize(tensor=2)
+                parallel.initialize(layout_of(tensor=2))
                 model.configure_model()
             before = list(dict(model.named_parameters()))
             try:

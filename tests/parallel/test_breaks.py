@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.errors import ArtifactError
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import layout_of
 from tests.parallel.breaks import BREAKS
 from tests.parallel.cells import Outcome, run_cells
 from tests.parallel.compare import TOLERANCE, assert_faithful, differences
@@ -45,7 +46,7 @@ def test_the_matrix_notices_a_mistake(
 
 def save_with(rank: int, world: int, breakage: str, root: Path, path: Path) -> None:
     """Save a fresh adapter over two tensor-parallel ranks."""
-    parallel.initialize(tensor=2)
+    parallel.initialize(layout_of(tensor=2))
     BREAKS[breakage]()
     model = model_of(Cell("llama", "lora"), root)
     model.configure_model()

@@ -170,7 +170,7 @@ def test_expert_parallel_sends_tokens_to_their_experts_and_back(heard: Any) -> N
 
 
 def test_one_process_sends_nothing(checkpoints: Path) -> None:
-    from graftwork.compat import parallel
+    from graftwork import parallel
 
     assert all(traffic == {} for traffic, _, _ in listen(0, 1, {}, checkpoints).values())
     parallel.destroy()

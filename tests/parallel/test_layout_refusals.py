@@ -9,9 +9,9 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from graftwork.compat import parallel
-from graftwork.compat.gpt import refuse_silent_garbage
+from graftwork import parallel
 from graftwork.errors import ConfigError, GraftworkError, ParallelismError
+from graftwork.layout import refuse_silent_garbage
 from graftwork.models import GPT, precision
 from tests.contracts.methods import shape
 from tests.helpers import tiny_gpt

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.models import GPT
 from tests.parallel.cells import CLIP, LEARNING, Outcome
 from tests.parallel.compare import assert_faithful, differences

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.data.sft import SFTDataModule
 from graftwork.models import GPT
-from graftwork.models.hf import read_config, shape_from_hf
+from graftwork.models.weights import read_config, shape_from_hf
 from graftwork.peft import LoRA
 from tests.helpers.distributed import run_ranks
 from tests.helpers.standin import trainer_for

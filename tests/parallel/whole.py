@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from tests.helpers.tiny_gpt import cut, global_name
 
 EMBEDDING = "embedding.word_embeddings.weight"

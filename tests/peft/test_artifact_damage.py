@@ -17,7 +17,8 @@ from torch import Tensor
 
 from graftwork.errors import ArtifactError, CheckpointError, GraftworkError
 from graftwork.models import GPT
-from graftwork.peft import CanonicalAdapter, LoRA, artifact
+from graftwork.peft import CanonicalAdapter, LoRA
+from graftwork.peft.artifact import directory as artifact
 from tests.contracts.methods import STACKS, make, prompted, shake, tokens
 from tests.helpers.tiny_hf import tiny_model
 

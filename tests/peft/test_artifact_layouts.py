@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.errors import ArtifactError, ConfigError, GraftworkError
 from graftwork.models import GPT
-from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning, artifact
+from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning
 from graftwork.peft.adapter import Adapter, Birth
+from graftwork.peft.artifact import directory as artifact
 from graftwork.peft.host import Host
-from graftwork.peft.match import Site
+from graftwork.peft.sites import Site
 from graftwork.training import Layout
 from tests.contracts.methods import STACKS, prompted, shake, tokens
 from tests.helpers.distributed import run_ranks
@@ -42,21 +42,14 @@ def base_for(layout: str) -> str:
 
 def enter(layout: Layout) -> None:
     """Make the process groups of a layout."""
-    parallel.initialize(
-        tensor=layout.tensor_model_parallel_size,
-        pipeline=layout.pipeline_model_parallel_size,
-        virtual_pipeline=layout.virtual_pipeline_model_parallel_size,
-        context=layout.context_parallel_size,
-        expert=layout.expert_model_parallel_size,
-    )
+    parallel.initialize(layout)
 
 
 def bare(base: str, root: Path, layout: Layout | None = None) -> GPT:
     """Return the base model, built in a layout as a trainer with that strategy would build it."""
     model = model_of(Cell(base, "full"), root)
-    model._trainer = SimpleNamespace(strategy=SimpleNamespace(layout=layout or Layout()))
+    parallel.initialize(layout or Layout())
     model.configure_model()
-    model._trainer = None
     return model
 
 

@@ -7,11 +7,12 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.models import GPT
 from graftwork.peft import IA3, CanonicalAdapter, LoRA
 from tests.contracts.methods import STACKS, adapter_parameters, make, shake, shape
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import layout_of
 
 
 def adapted() -> GPT:
@@ -32,7 +33,7 @@ def adapter_state(model: GPT) -> dict:
 
 def save(rank: int, world: int, sizes: dict[str, int], source: Path, target: Path) -> None:
     """Load an artifact in this layout and save the sharded state of its adapters."""
-    parallel.initialize(**sizes)
+    parallel.initialize(layout_of(**sizes))
     model = adapted()
     model.load_adapters(source, check_base=False)
     dist_checkpointing.save(adapter_state(model), str(target))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftwork.compat.layers import normalized_input
+from graftwork.core.layers import normalized_input
 from graftwork.models import GPT
 from graftwork.peft import IA3, PEFT, CanonicalAdapter, LoRA
 from tests.contracts.methods import make, shake, tokens

@@ -10,11 +10,11 @@ import torch
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
 from graftwork.errors import ConfigError
+from graftwork.layout import Layout
 from graftwork.models import GPT
 from graftwork.peft import LoRA, PTuning
 from graftwork.recipes import RECIPES, diff, show
 from graftwork.recipes.show import lines, with_text
-from graftwork.training.layout import Layout
 from tests.helpers.golden import DIRECTORY, golden, text
 
 NAMES = list(RECIPES)
@@ -147,7 +147,7 @@ def test_show_names_callables_and_defaults_and_diff_only_changes() -> None:
     after.trainer.max_steps, after.peft[0].dim = 60, 8
     after.optim.beta2 = 0.999  # the default, said explicitly
     assert lines(before)["recipe"] == "graftwork.training.finetune.finetune"
-    assert lines(before)["peft[0]"] == "graftwork.peft.lora.LoRA" and lines(before)["peft[0].alpha"] == "32"
+    assert lines(before)["peft[0]"] == "graftwork.peft.methods.lora.LoRA" and lines(before)["peft[0].alpha"] == "32"
     assert diff(before, after).splitlines() == [
         "- trainer.max_steps = 200",
         "+ trainer.max_steps = 60",

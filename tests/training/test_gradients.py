@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from graftwork.compat import parallel
+from graftwork import parallel
 from graftwork.optim import AdamW, gradient_of
-from graftwork.training import gradients
-from graftwork.training.gradients import Gradients, all_reduce
+from graftwork.training.optimizer import gradients
+from graftwork.training.optimizer.gradients import Gradients, all_reduce
 from tests.helpers import tiny_gpt
 from tests.helpers.standin import Rows, StandIn, trainer_for
 

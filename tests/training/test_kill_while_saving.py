@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from graftwork.compat import parallel
-from graftwork.training import checkpoint
-from graftwork.training.layout import Layout
+from graftwork import parallel
+from graftwork.layout import Layout
 from graftwork.training.run_directory import latest, prune, state_path, states
+from graftwork.training.state import checkpoint
 
 KILLS = 20
 
@@ -72,7 +72,7 @@ def loaded_step(path: Path) -> int:
 @pytest.mark.processes
 def test_every_visible_state_is_whole_after_random_kills(tmp_path: Path) -> None:
     context, moments, before, unfinished = get_context("forkserver"), random.Random(0), 0, 0
-    context.set_forkserver_preload(["graftwork.training.checkpoint"])
+    context.set_forkserver_preload(["graftwork.training.state.checkpoint"])
     for _ in range(KILLS):
         process = context.Process(target=save_forever, args=(str(tmp_path),))
         process.start()

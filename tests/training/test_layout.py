@@ -3,8 +3,8 @@
 import pytest
 
 from graftwork.errors import ConfigError, ParallelismError
+from graftwork.layout import Layout
 from graftwork.models.shapes import Shape
-from graftwork.training.layout import Layout
 from tests.helpers.standin import Rows, StandIn, trainer_for
 
 SHAPE = Shape(

@@ -10,13 +10,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from graftwork.compat import parallel
-from graftwork.compat.collective import barrier
-from graftwork.compat.names import global_name
+from graftwork import parallel
+from graftwork.parallel.collective import barrier
+from graftwork.parallel.names import global_name
 from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning
 from graftwork.training import finetune
 from graftwork.training.callbacks import Interrupted, Report
-from graftwork.training.shards import chunks_of
+from graftwork.training.optimizer.shards import chunks_of
 from tests.helpers import tiny_run
 from tests.helpers.distributed import run_ranks
 

@@ -11,16 +11,17 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
-from graftwork.compat import parallel
-from graftwork.compat.collective import barrier
+from graftwork import parallel
 from graftwork.errors import CheckpointError
+from graftwork.layout import Layout
 from graftwork.models import GPT
 from graftwork.optim import AdamW
+from graftwork.parallel.collective import barrier
 from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning
-from graftwork.training import checkpoint
-from graftwork.training.layout import Layout
+from graftwork.training.state import checkpoint
 from tests.contracts.methods import shape
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import layout_of
 
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
 TIED = {"family": "llama_tied", "num_layers": 4}
@@ -76,7 +77,7 @@ def walk(rank: int, world_size: int, root: Path) -> None:
     """Carry every state through its layouts, writing it down again in each."""
     for name, layouts in WALKS.items():
         for index, sizes in enumerate(layouts):
-            parallel.initialize(**sizes)
+            parallel.initialize(layout_of(**sizes))
             model, optimizer = made(name, seed=77 + index)
             load(model, optimizer, root / name / str(index))
             save(model, optimizer, root / name / str(index + 1))
@@ -130,7 +131,7 @@ def test_every_tensor_keeps_its_bits_in_every_layout(name: str, walked: Path) ->
 
 def refusals(rank: int, world_size: int, root: Path) -> dict[str, str]:
     """Break reading and writing on one rank at a time; return the error that this rank got."""
-    parallel.initialize(tensor=2)
+    parallel.initialize(layout_of(tensor=2))
     model, optimizer = made("adapters", seed=5)
     save(model, optimizer, root / "good")
     found = {}

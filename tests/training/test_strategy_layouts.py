@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from graftwork.compat import parallel
-from graftwork.training import gradients
-from graftwork.training.shards import chunks_of
+from graftwork import parallel
+from graftwork.training.optimizer import gradients
+from graftwork.training.optimizer.shards import chunks_of
 from tests.helpers import tiny_gpt
 from tests.helpers.distributed import run_ranks
 from tests.helpers.standin import Curve, Rows, StandIn, trainer_for

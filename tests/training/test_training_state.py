@@ -10,13 +10,14 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from graftwork.compat import sharded_files
 from graftwork.errors import CheckpointError, ConfigError, DataError
+from graftwork.parallel import sharded_files
 from graftwork.peft import IA3, LoRA
-from graftwork.training import checkpoint, finetune
+from graftwork.training import finetune
 from graftwork.training.callbacks import Interrupted, Report, TrainingState
+from graftwork.training.optimizer.shards import OPTIMIZER
 from graftwork.training.run_directory import latest, locked, prune, state_path, states
-from graftwork.training.shards import OPTIMIZER
+from graftwork.training.state import checkpoint
 from tests.helpers import tiny_run
 
 
@@ -72,7 +73,7 @@ def test_without_the_random_state_the_comparison_would_fail(tiny_data: Path, tmp
     """Deliberate break: dropout makes the losses depend on the generators."""
     wanted = run(tiny_data, tmp_path / "whole")
     run(tiny_data, tmp_path / "cut", stop=3)
-    monkeypatch.setattr("graftwork.training.checkpoint.read_random_state", lambda *_: None)
+    monkeypatch.setattr("graftwork.training.state.checkpoint.read_random_state", lambda *_: None)
     assert run(tiny_data, tmp_path / "cut")["train"] != wanted["train"]
 
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import graftwork.compat  # noqa: F401  (accommodations must precede any megatron import)
-from graftwork.errors import ConfigError, ParallelismError, suggest
+from graftwork.errors import ConfigError, suggest
+from graftwork.layout import Layout
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -31,8 +32,10 @@ def transformer_config(shape: "Shape", **parallel: Any) -> "TransformerConfig":
     for name in parallel:
         if name not in valid:
             raise ConfigError(f"TransformerConfig has no field {name!r}; {suggest(name, valid)}")
-    _check_parallel(shape, parallel)
-    given = {**_model_fields(shape), **_moe_fields(shape), **_run_fields(parallel), **parallel}
+    layout = Layout.among(parallel)
+    layout.check_transformer(shape)
+    given = {**_model_fields(shape), **_moe_fields(shape), **layout.transformer_fields(), **_run_fields(parallel)}
+    given |= parallel
     if "cuda_graph_scope" in valid:
         given.setdefault("cuda_graph_scope", [])  # its default in 0.16 is deprecated and warns
     return TransformerConfig(**given)
@@ -57,49 +60,20 @@ def _activation(name: str) -> Any:
 def _moe_fields(shape: "Shape") -> dict[str, Any]:
     if shape.num_moe_experts is None:
         return {}
-    # Expert tensor parallelism stays 1: gloo cannot gather its uneven sizes.
     return {
         "num_moe_experts": shape.num_moe_experts,
         "moe_router_topk": shape.moe_router_topk or 2,
         "moe_ffn_hidden_size": shape.moe_ffn_hidden_size or shape.ffn_hidden_size,
         "moe_token_dispatcher_type": "alltoall",
-        "expert_tensor_parallel_size": 1,
     }
 
 
 def _run_fields(parallel: dict[str, Any]) -> dict[str, Any]:
     dtype = parallel.get("params_dtype", torch.float32)
-    # Batched point-to-point delivers garbage without an error between two interleaved stages.
-    interleaved = parallel.get("virtual_pipeline_model_parallel_size") is not None
     return {
-        "overlap_p2p_comm": interleaved,
-        "batch_p2p_comm": not interleaved,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "use_cpu_initialization": not torch.cuda.is_available(),
         "calculate_per_token_loss": True,
     }
-
-
-def _check_parallel(shape: "Shape", parallel: dict[str, Any]) -> None:
-    tensor = parallel.get("tensor_model_parallel_size", 1)
-    valid = valid_tensor_parallel(shape)
-    if tensor not in valid:
-        raise ParallelismError(f"tensor_model_parallel_size={tensor} does not fit this model; valid: {valid}.")
-    stages = parallel.get("pipeline_model_parallel_size", 1)
-    stages *= parallel.get("virtual_pipeline_model_parallel_size") or 1
-    if shape.num_layers % stages:
-        fitting = _divisors(shape.num_layers)
-        raise ParallelismError(
-            f"{stages} pipeline stages do not divide the {shape.num_layers} layers; valid: {fitting}."
-        )
-
-
-def valid_tensor_parallel(shape: "Shape") -> list[int]:
-    """Tensor-parallel sizes that divide the attention heads, the query groups and the MLP width."""
-    return [n for n in _divisors(shape.groups) if shape.num_attention_heads % n == 0 and shape.ffn_hidden_size % n == 0]
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

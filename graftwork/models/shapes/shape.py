@@ -107,6 +107,7 @@ class Shape:
         """Keyword arguments of ``compat.gpt.build_gpt`` that describe the model outside its transformer layers."""
         return {
             "vocab_size": self.padded_vocab_size(tensor_parallel),
+            "real_vocab_size": self.vocab_size,
             "max_sequence_length": self.max_position_embeddings,
             "position_embedding_type": "rope" if self.position_embedding == "rope" else "learned_absolute",
             "rotary_base": self.rotary_base,

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-from graftwork.compat import parallel
-from graftwork.compat.collective import agree, all_gather_objects
+from graftwork import parallel
 from graftwork.errors import TrainingError
 from graftwork.optim import adapter_of, gradient_of
+from graftwork.parallel.collective import agree, all_gather_objects
 from graftwork.training.checksums import changed, checksums
-from graftwork.training.gradients import is_expert
+from graftwork.training.optimizer.gradients import is_expert
 
 Named = Iterator[tuple[str, nn.Parameter]]
 

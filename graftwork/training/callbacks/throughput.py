@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from graftwork.compat import parallel
+from graftwork import parallel
 
 
 class Throughput(Callback):

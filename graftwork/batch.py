@@ -1,0 +1,100 @@
+"""The typed batch: rows of tokens with their targets, from the data to megatron-core's schedule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from graftwork.errors import ParallelismError
+
+IGNORED = -100
+"""Label of a position without a target (torch's and transformers' ``ignore_index``)."""
+
+
+@dataclass
+class Batch:
+    """The rows of one step (or microbatch) of a data-parallel rank.
+
+    tokens, labels, position_ids: int64 [b, s]; ``labels[i, t]`` is the token after ``tokens[i, t]``, or IGNORED.
+    cu_seqlens: int32, only in a *packed* batch, whose rows hold several samples each: the boundaries of the samples in
+    every row [b, k] (repeated at the end where a row has fewer), or [k] once the rows lie ``in_one_line``.
+    rows: int64 [b, k], numbers of the dataset rows in each row, -1 for none. micro_batch_size: rows that go through the
+    model together; None: all of them.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor | None = None
+    rows: Tensor | None = None
+    micro_batch_size: int | None = None
+
+    @classmethod
+    def of(cls, tokens: Tensor, labels: Tensor | None = None) -> "Batch":
+        """Make a batch of right-padded ids [b, s] whose positions count from 0; no labels: no position has a target."""
+        wanted = torch.full_like(tokens, IGNORED) if labels is None else labels
+        return cls(tokens, wanted, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several samples that must not see each other."""
+        return self.cu_seqlens is not None
+
+    @property
+    def sequence_shape(self) -> tuple[int, int]:
+        """(rows, tokens a row) of what reaches megatron-core: packed rows go through in one line."""
+        rows, length = self.tokens.shape
+        return (1, rows * length) if self.packed else (rows, length)
+
+    def microbatches(self) -> "list[Batch]":
+        """Cut the rows into parts of ``micro_batch_size``; raises ParallelismError when a part would not be whole."""
+        rows = self.tokens.shape[0]
+        size = self.micro_batch_size or rows
+        if rows % size:
+            raise ParallelismError(
+                f"a step of {rows} rows on a data-parallel rank cannot be cut into microbatches of "
+                f"micro_batch_size={size}: make global_batch_size a multiple of micro_batch_size x data-parallel ranks."
+            )
+        return [self._rows(slice(i, i + size)) for i in range(0, rows, size)]
+
+    def count_targets(self) -> Tensor:
+        """Return the number of positions that have a target, int64."""
+        return (self.labels != IGNORED).sum()
+
+    def in_one_line(self) -> "Batch":
+        """Lay the packed rows [b, s] in one line [1, b * s] with one list of boundaries [k]."""
+        assert self.cu_seqlens is not None, "only packed rows can lie in one line"
+        rows, length = self.tokens.shape
+        starts = torch.arange(rows, device=self.cu_seqlens.device).unsqueeze(1) * length
+        bounds = torch.unique((self.cu_seqlens + starts).reshape(-1)).to(torch.int32)
+        line = (t.reshape(1, -1) for t in (self.tokens, self.labels, self.position_ids))
+        return Batch(*line, cu_seqlens=bounds, rows=self.rows, micro_batch_size=self.micro_batch_size)
+
+    def at_positions(self, keep: Tensor) -> "Batch":
+        """Return only the positions ``keep`` (indices along s) of every row."""
+        tokens, labels, positions = (t.index_select(1, keep) for t in (self.tokens, self.labels, self.position_ids))
+        return replace(self, tokens=tokens, labels=labels, position_ids=positions)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on ``device``."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    def _rows(self, chosen: slice) -> "Batch":
+        cut = {name: value[chosen] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **cut)
+
+
+@dataclass
+class Questions:
+    """Prompts to answer: token ids, the question in words, the right answer where it is known, the dataset row."""
+
+    prompts: Sequence[Sequence[int]]
+    inputs: Sequence[str]
+    outputs: Sequence[str | None]
+    rows: Sequence[int] = ()
+
+    def to(self, device: torch.device | str) -> "Questions":
+        """Return the questions themselves: they hold no tensor."""
+        return self

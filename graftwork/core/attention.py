@@ -1,0 +1,176 @@
+"""Scaled-dot-product core attention for megatron-core: GQA, masks, packed rows, context parallelism, key/value cache.
+
+megatron-core's local attention refuses attention bias, packed sequences and context parallelism, and builds the whole
+[s, s] score matrix.
+"""
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from graftwork.core.context_parallel import gather_rows
+from graftwork.core.segments import Batch, Segment, batches, row_positions, segments
+from graftwork.errors import ConfigError
+
+CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class SDPACoreAttention(MegatronModule):
+    """``core_attention`` of a megatron-core attention, on ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Boolean masks are True where attention is forbidden and broadcast to [b, 1, sq, sk]; unlike megatron-core's, a mask
+    given to a causal attention is honoured together with causality. A query row that may see nothing gives zeros.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        if getattr(config, "window_size", None) is not None:
+            raise ConfigError("sliding-window attention (window_size) is not available without transformer-engine.")
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        if config.apply_query_key_layer_scaling:
+            self.scale /= max(1, layer_number)
+        self.cp_group: ProcessGroup | None = getattr(pg_collection, "cp", None)
+        if self.cp_group is None and config.context_parallel_size > 1:
+            self.cp_group = parallel_state.get_context_parallel_group()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [sq, b, heads, d], key and value [sk, b, groups, d] -> [sq, b, heads * d]; packed: b is 1 or absent."""
+        # In decode megatron-core passes no_mask to a causal layer; aligning to the end gives one query the same.
+        causal = self.attn_mask_type in CAUSAL or attn_mask_type in CAUSAL
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params, causal)
+        rows = None
+        if self._cp_size > 1:
+            whole = [Segment(0, key.shape[0] * self._cp_size)]
+            rows = row_positions(whole, self._cp_rank, self._cp_size)
+            key, value = (self._gather(t, whole) for t in (key, value))
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        allowed = _allowed(q, k, attention_mask, causal, rows)
+        out = self._attend(q, k, v, allowed, attention_bias, causal)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    @property
+    def _cp_size(self) -> int:
+        return 1 if self.cp_group is None else self.cp_group.size()
+
+    @property
+    def _cp_rank(self) -> int:
+        return 0 if self.cp_group is None else self.cp_group.rank()
+
+    def _gather(self, local: Tensor, row: list[Segment]) -> Tensor:
+        return local if self.cp_group is None else gather_rows(local, row, self.cp_group)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams, causal: bool) -> Tensor:
+        """Attend inside each segment only: [tokens, (1,) heads, d] -> [tokens, (1,) heads * d]."""
+        row = segments(params.cu_seqlens_q, params.cu_seqlens_q_padded)
+        q, k, v = (t.reshape(t.shape[0], *t.shape[-2:]) for t in (query, key, value))
+        if self._cp_size > 1:
+            k, v = (self._gather(t, row) for t in (k, v))
+        rows, values = [], []
+        for batch in batches(row, self._cp_rank, self._cp_size):
+            rows.append(batch.queries[batch.real])
+            values.append(self._attend_batch(q, k, v, batch, causal)[batch.real])
+        found = torch.cat(values)
+        out = found.new_zeros(q.shape[0], *found.shape[1:]).index_copy(0, torch.cat(rows).to(q.device), found)
+        return out.reshape(*query.shape[:-2], -1)
+
+    def _attend_batch(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, causal: bool) -> Tensor:
+        """Return [n, mq, heads, d] for one group of segments."""
+        qb, kb, vb = (t[i].transpose(1, 2) for t, i in ((q, batch.queries), (k, batch.keys), (v, batch.keys)))
+        allowed = None
+        if self._cp_size > 1 or not causal:
+            positions = torch.arange(kb.shape[2])
+            allowed = (positions < batch.lengths[:, None])[:, None, None, :]
+            if causal:
+                allowed = allowed & (positions <= batch.query_positions[..., None])[:, None]
+            allowed = allowed.to(q.device)
+        return self._attend(qb, kb, vb, allowed, None, causal).transpose(1, 2)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, bias: Tensor | None, causal: bool
+    ) -> Tensor:
+        """[b, heads, sq, d] with ``allowed`` True where attention may look; None: everything, or causal and square."""
+        blind = None
+        if allowed is not None:
+            blind = ~allowed.any(-1, keepdim=True)
+            allowed = allowed | blind
+        if bias is not None:
+            allowed = _biased(bias.to(q.dtype), allowed, q, k, causal)
+        with self._dropout_state():
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=allowed,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=causal and allowed is None and q.shape[2] > 1,
+                scale=self.scale,
+                enable_gqa=k.shape[1] != q.shape[1],
+            )
+        return out if blind is None else out.masked_fill(blind, 0.0)
+
+    def _dropout_state(self) -> contextlib.AbstractContextManager[Any]:
+        """Heads are split over tensor-parallel ranks, so each rank draws its own mask (also true under its fork)."""
+        if self.training and self.dropout > 0 and not self.config.sequence_parallel:
+            return tensor_parallel.get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()
+
+
+def _allowed(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, rows: Tensor | None) -> Tensor | None:
+    """Return where attention may look, [b, 1, sq, sk] broadcastable, or None for plain causal or no restriction.
+
+    ``rows`` are the whole-row positions of the local queries under context parallelism; else the queries are the last
+    ``sq`` positions of the keys.
+    """
+    sq, sk = q.shape[2], k.shape[2]
+    plain = mask is None and rows is None and sq in (1, sk)
+    if plain or (mask is None and not causal):
+        return None
+    where = torch.arange(sk - sq, sk, device=q.device) if rows is None else rows.to(q.device)
+    allowed = None
+    if mask is not None:
+        allowed = ~(mask if mask.shape[-2] in (1, sq) else mask.index_select(-2, where))
+    if causal:
+        triangle = torch.arange(sk, device=q.device) <= where[:, None]
+        allowed = triangle[None, None] if allowed is None else allowed & triangle
+    return allowed
+
+
+def _biased(bias: Tensor, allowed: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """Return the additive mask: ``bias`` where attention may look, the dtype's minimum elsewhere."""
+    if allowed is None and causal:
+        sq, sk = q.shape[2], k.shape[2]
+        allowed = torch.ones(sq, sk, dtype=torch.bool, device=q.device).tril(sk - sq)
+    return bias if allowed is None else bias.masked_fill(~allowed, torch.finfo(bias.dtype).min)

@@ -1,0 +1,89 @@
+"""The one seam to megatron-core's GPTModel."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from graftwork.compat import cpu
+from graftwork.core.records import note_base
+from graftwork.core.specs import gpt_block_spec
+from graftwork.layout import refuse_silent_garbage
+
+
+def build_gpt(
+    config: TransformerConfig,
+    *,
+    vocab_size: int,
+    real_vocab_size: int | None = None,
+    max_sequence_length: int,
+    position_embedding_type: str,
+    rotary_base: float = 10000,
+    rotary_percent: float = 1.0,
+    rope_scaling_factor: float | None = None,
+    share_embeddings_and_output_weights: bool,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """Build this pipeline stage's GPTModel; ``vocab_size`` is already padded, logits stay cut over tensor ranks.
+
+    real_vocab_size is the vocabulary without padding (None: there is none).
+
+    position_embedding_type is "rope" or "learned_absolute"; rope_scaling_factor is Llama 3's, None for none. Raises
+    ParallelismError for a configuration that would train on garbage without an error.
+    """
+    refuse_silent_garbage(config)
+    with cpu.tensors_stay_on_cpu(), _without_deprecation_log():
+        model = GPTModel(
+            config,
+            gpt_block_spec(config, vp_stage=vp_stage),
+            vocab_size=vocab_size,
+            max_sequence_length=max_sequence_length,
+            position_embedding_type=position_embedding_type,
+            rotary_base=rotary_base,
+            rotary_percent=rotary_percent,
+            rope_scaling=rope_scaling_factor is not None,
+            rope_scaling_factor=8.0 if rope_scaling_factor is None else rope_scaling_factor,
+            share_embeddings_and_output_weights=share_embeddings_and_output_weights,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+    mark_cut_weights(model)
+    note_base(model, config, vocab_size if real_vocab_size is None else real_vocab_size)
+    return model
+
+
+def mark_cut_weights(model: nn.Module) -> None:
+    """Set megatron-core's tensor-parallel attributes on every cut weight: it does so only where it draws values too."""
+    dimensions = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for layer in model.modules():
+        weight = getattr(layer, "weight", None)
+        dimension = next((d for kind, d in dimensions.items() if isinstance(layer, kind)), None)
+        if weight is not None and dimension is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dimension, 1)
+
+
+@contextlib.contextmanager
+def _without_deprecation_log() -> Iterator[None]:
+    """Silence one message of megatron-core 0.19 ("GPTModel IS DEPRECATED"), which a user can do nothing about."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "DEPRECATED" not in record.getMessage()
+
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

@@ -1,0 +1,119 @@
+"""Token-by-token generation: prompts of different lengths together, finished ones leave."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from graftwork.errors import ConfigError
+from graftwork.models.generation.kv_cache import KVCache
+from graftwork.models.generation.sampling import Sampler
+from graftwork.models.generation.scoring import check_tokens, evaluating, last_logits, one_piece
+
+if TYPE_CHECKING:
+    from graftwork.models.gpt import GPT
+
+
+def generate(
+    model: "GPT",
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop_ids: list[int] | None = None,
+    use_cache: bool = True,
+    batch_size: int = 16,
+) -> list[list[int]]:
+    """Return the tokens that follow each prompt of token ids (virtual ids included), up to and with a stop token.
+
+    Temperature 0 is greedy; otherwise ``seed`` makes the draws repeatable. ``stop_ids`` None is the tokenizer's end of
+    sequence, [] never stops. All ranks call it with the same prompts (of their data-parallel group) and get the same
+    answers. The cache is exact; pipeline, context and sequence parallelism always go without. Raises ConfigError for
+    an unknown token id or a prompt that leaves too little of the model's context.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}, but it must be at least 1.")
+    sampler = Sampler(temperature, top_p, seed)
+    with evaluating(model):
+        check_tokens(model, prompts, max_new_tokens)
+        stops = {model.tokenizer.eos_token_id} if stop_ids is None else set(stop_ids)
+        cached = use_cache and one_piece(model)
+        answers: dict[int, list[int]] = {}
+        for numbers in _groups(prompts, batch_size, max_new_tokens if cached else 0):
+            rows = [_Row(number, prompts[number], max_new_tokens, stops) for number in numbers]
+            with _reader(model, rows, cached) as reader:
+                _decode(rows, reader, sampler)
+            answers.update((row.number, row.answer) for row in rows)
+    return [answers[number] for number in range(len(prompts))]
+
+
+class _Row:
+    """One prompt and what follows it so far."""
+
+    def __init__(self, number: int, prompt: Sequence[int], room: int, stops: set[int]) -> None:
+        self.number, self.tokens, self.stops = number, list(prompt), stops
+        self.start, self.limit = len(prompt), len(prompt) + room
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[self.start :]
+
+    @property
+    def finished(self) -> bool:
+        return len(self.tokens) == self.limit or (len(self.tokens) > self.start and self.tokens[-1] in self.stops)
+
+
+class _WholeRows(AbstractContextManager["_WholeRows"]):
+    """Reads every row from its beginning each time: slow, and right in any parallel layout."""
+
+    def __init__(self, model: "GPT") -> None:
+        self.model = model
+
+    def __exit__(self, *_: Any) -> None:
+        return None
+
+    def read(self, rows: list[list[int]]) -> Tensor:
+        return last_logits(self.model, rows)
+
+    def keep(self, rows: list[int]) -> None:
+        """Nothing is held."""
+
+
+def _reader(model: "GPT", rows: list[_Row], cached: bool) -> KVCache | _WholeRows:
+    return KVCache(model, len(rows), max(row.limit for row in rows)) if cached else _WholeRows(model)
+
+
+def _groups(prompts: Sequence[Sequence[int]], size: int, gap: int) -> Iterator[list[int]]:
+    """Yield prompt numbers, shortest first, at most ``size`` together and no two neighbours further apart than ``gap``.
+
+    What is longer than a group's shortest prompt is read token by token beside the others' answers; over a gap longer
+    than an answer, starting anew takes fewer steps.
+    """
+    group: list[int] = []
+    for number in sorted(range(len(prompts)), key=lambda n: len(prompts[n])):
+        if group and (len(group) == size or len(prompts[number]) - len(prompts[group[-1]]) > gap):
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
+
+
+def _decode(rows: list[_Row], reader: KVCache | _WholeRows, sampler: Sampler) -> None:
+    """Advance all rows one position at a time: a row still inside its prompt reads on, the others get a new token."""
+    width = min(row.start for row in rows)
+    while rows:
+        logits = reader.read([row.tokens[:width] for row in rows])
+        asking = [i for i, row in enumerate(rows) if len(row.tokens) == width]
+        if asking:
+            chosen = sampler.choose(logits[asking], [rows[i].number for i in asking])
+            for i, token in zip(asking, chosen):
+                rows[i].tokens.append(token)
+        going = [i for i, row in enumerate(rows) if not row.finished]
+        if going and len(going) < len(rows):
+            reader.keep(going)
+        rows = [rows[i] for i in going]
+        width += 1

@@ -1,0 +1,1 @@
+"""Hugging Face families, one file each: the architectures it answers to, how its config reads, its mapping."""

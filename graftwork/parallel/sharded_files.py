@@ -1,0 +1,183 @@
+"""megatron-core's dist_checkpointing as three calls in which all ranks succeed or all raise the same error.
+
+megatron-core writes some files on the first rank only and lets only that rank know when it could not; the others would
+wait for it for ever.
+"""
+
+import logging
+import pickle
+import queue
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import graftwork.compat  # noqa: F401  (accommodations must precede any megatron import)
+
+# isort: split
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+from torch.distributed.checkpoint.api import CheckpointException
+
+from graftwork.errors import CheckpointError, GraftworkError
+from graftwork.parallel.collective import agree, barrier
+
+T = TypeVar("T")
+Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
+State = dict[str, Entry]
+"""This rank's parts of full tensors, by any name that is this rank's own; ``Entry.key`` names the full tensor."""
+
+_UNREADABLE = (
+    CheckpointException,
+    CheckpointingException,
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+    pickle.UnpicklingError,
+)
+"""What megatron-core and torch raise for damaged files, also for pickles cut short or of another version."""
+
+
+class DamagedError(CheckpointError):
+    """Files that cannot be written or read; the message is the cause alone."""
+
+
+def save(state: State, directory: Path) -> None:
+    """Write ``state`` into an empty ``directory`` that all ranks see; of equal parts only one is written."""
+    _together(lambda: _check_parts(state))
+    # The default is a multiprocessing manager, which imports the user's script again and costs seconds.
+    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()  # type: ignore[attr-defined]
+    strategy = _Strategy()
+    error: CheckpointError | None = None
+    try:
+        with _quiet():
+            dist_checkpointing.save(dict(state), str(directory), strategy, validate_access_integrity=False)
+    except GraftworkError:
+        raise  # every rank has it
+    except (OSError, RuntimeError) as problem:  # the first rank, before or after the strategy's own part
+        if strategy.written:
+            barrier()  # where megatron-core holds the other ranks
+        error = DamagedError(str(problem))
+    agree(error)
+
+
+def load(state: State, directory: Path) -> dict[str, Any]:
+    """Return tensors in place of the entries of ``state``, whose own tensors may be overwritten with them."""
+
+    def read() -> dict[str, Any]:
+        with _quiet():
+            return dist_checkpointing.load(dict(state), str(directory), validate_access_integrity=False)
+
+    return _together(read)
+
+
+def shapes_in(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every full tensor in ``directory``."""
+
+    def read() -> dict[str, tuple[int, ...]]:
+        with _quiet():
+            dist_checkpointing.load_common_state_dict(str(directory))  # ``load`` must not fail there on one rank alone
+            found = dist_checkpointing.load_tensors_metadata(str(directory))
+        return {key: tuple(tensor.global_shape) for key, tensor in found.items()}
+
+    return _together(read)
+
+
+def parts_of(entry: Entry) -> list[ShardedTensor]:
+    """Return the tensors that ``entry`` is written as: several for a gated fc1."""
+    built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+    return built if isinstance(built, list) else list(built.values()) if isinstance(built, dict) else [built]
+
+
+class _Strategy(TorchDistSaveShardedStrategy):
+    """megatron-core's writer with an agreement of all ranks where it has none."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1, thread_count=1)
+        self.written = False
+        self._problem: CheckpointError | None = None
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        agree(None)  # meets the first rank's error when it could not write what precedes the tensors
+        with _quiet() as told:
+            try:
+                super().save(sharded_state_dict, checkpoint_dir)
+            except CheckpointException as problem:
+                self._problem = DamagedError(_reason(problem))
+        # What a writer has met, only its own rank's log tells in every version.
+        agree(DamagedError(told[0]) if told and self._problem else None)
+        agree(self._problem)
+        self.written = True
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, *rest: Any) -> Any:
+        finish = writer.finish
+
+        def finish_or_tell(metadata: Any, results: Any) -> None:
+            try:
+                finish(metadata, results)
+            except OSError as problem:
+                self._problem = DamagedError(str(problem))
+
+        writer.finish = finish_or_tell
+        return super()._get_save_and_finalize_callbacks(writer, *rest)
+
+
+def _check_parts(state: State) -> None:
+    """Raise when the parts of all ranks do not make up every full tensor exactly once."""
+    parts = {f"{name}.{i}": part for name, entry in state.items() for i, part in enumerate(parts_of(entry))}
+    validate_sharding_integrity(determine_global_metadata(parts)[1])
+
+
+def _together(action: Callable[[], T]) -> T:
+    error: CheckpointError | None = None
+    result: Any = None
+    try:
+        result = action()
+    except _UNREADABLE as problem:
+        error = DamagedError(_reason(problem))
+    agree(error)
+    return result
+
+
+def _reason(problem: BaseException) -> str:
+    """Return the cause of torch's collective exception in place of its table of tracebacks."""
+    failures = getattr(problem, "failures", None)
+    cause = next(iter(failures.values()))[0] if failures else problem
+    return f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """Keep megatron-core's remarks about its own deprecated calls off the terminal; yield the errors it reports."""
+    logger = logging.getLogger("megatron.core.dist_checkpointing")
+    handler = _Errors(logging.ERROR)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield handler.messages
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate = propagate
+
+
+class _Errors(logging.Handler):
+    """Collects messages."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())

@@ -1,0 +1,92 @@
+"""A PEFT transform: one method as a Lightning callback that wraps modules of a model."""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any, ClassVar, Optional
+
+import lightning.pytorch as pl
+from torch import nn
+
+from graftwork.errors import ConfigError, suggest
+from graftwork.peft.adapter import Adapter, Birth
+from graftwork.peft.host import Host
+from graftwork.peft.sites import Site
+from graftwork.virtual_tokens import PromptSlot
+
+
+class PEFT(pl.Callback):
+    """Base of all methods: hyper-parameters, which sites, and which adapter goes there.
+
+    A subclass says where (``find``) and what (``build``); wrapping, freezing, naming, saving and loading are the
+    same for all. As a callback it attaches itself to the model before the model is built.
+    """
+
+    default_lr: ClassVar[float] = 1e-4
+
+    def __init__(self, name: str, layers: Optional[list[int]] = None) -> None:
+        if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
+            raise ConfigError(f"An adapter's name may hold letters, digits, '-' and '_'; got {name!r}.")
+        if hasattr(nn.ModuleDict(), name):
+            raise ConfigError(f"An adapter cannot be named {name!r}, an attribute of torch's modules; choose another.")
+        self.name = name
+        self.layers = layers
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback in Lightning's checkpoints: method and name."""
+        return f"{type(self).__name__}[{self.name}]"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Attach this transform to the model that Lightning is about to configure (idempotent by name)."""
+        pl_module.add_adapter(self)  # type: ignore[operator]
+
+    def find(self, host: Host) -> list[Site]:
+        """Return the sites of this method; raises MatchError when a target matches nothing."""
+        raise TypeError(f"{type(self).__name__} must say which sites it wraps.")
+
+    def build(self, site: Site, birth: Birth, host: Host) -> Adapter:
+        """Return the adapter module for one site."""
+        raise TypeError(f"{type(self).__name__} must say what it builds.")
+
+    def prompt_slots(self, offset: int) -> list[PromptSlot]:
+        """Return the virtual tokens this transform owns, from ``offset``; most methods own none."""
+        return []
+
+    def lr_scale(self, parameter_name: str) -> float:
+        """Return the factor on the learning rate of one of this transform's parameters."""
+        return 1.0
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the constructor's arguments by name: plain data that rebuild this transform."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {n: getattr(self, n) for n in names}
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__} {self.name!r}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.hyperparameters().items())})"
+
+    def positive(self, field: str, value: Any) -> Any:
+        """Return ``value`` or raise ConfigError when it is not a number above zero."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ConfigError(f"{self}: {field} must be above 0, got {value!r}.")
+        return value
+
+    def count(self, field: str, value: Any) -> int:
+        """Return ``value`` or raise ConfigError when it is not a whole number above zero."""
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{self}: {field} must be a whole number above 0, got {value!r}.")
+        return value
+
+    def probability(self, field: str, value: float) -> float:
+        """Return ``value`` or raise ConfigError when it is not in [0, 1)."""
+        if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+            raise ConfigError(f"{self}: {field} must be in [0, 1), got {value!r}.")
+        return value
+
+    def one_of(self, field: str, value: str, valid: Iterable[str]) -> str:
+        """Return ``value`` or raise ConfigError that names the valid ones."""
+        if value not in valid:
+            raise ConfigError(f"{self}: {field} is {value!r}; {suggest(str(value), valid)}")
+        return value
