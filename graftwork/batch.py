@@ -1,6 +1,6 @@
 """The typed batch: rows of tokens with their targets, from the data to megatron-core's schedule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,8 +68,8 @@ class Batch:
         rows, length = self.tokens.shape
         starts = torch.arange(rows, device=self.cu_seqlens.device).unsqueeze(1) * length
         bounds = torch.unique((self.cu_seqlens + starts).reshape(-1)).to(torch.int32)
-        line = (t.reshape(1, -1) for t in (self.tokens, self.labels, self.position_ids))
-        return Batch(*line, cu_seqlens=bounds, rows=self.rows, micro_batch_size=self.micro_batch_size)
+        tokens, labels, positions = (t.reshape(1, -1) for t in (self.tokens, self.labels, self.position_ids))
+        return replace(self, tokens=tokens, labels=labels, position_ids=positions, cu_seqlens=bounds)
 
     def at_positions(self, keep: Tensor) -> "Batch":
         """Return only the positions ``keep`` (indices along s) of every row."""
@@ -78,12 +78,20 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on ``device``."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        return self._each(lambda tensor: tensor.to(device))
 
     def _rows(self, chosen: slice) -> "Batch":
-        cut = {name: value[chosen] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **cut)
+        return self._each(lambda tensor: tensor[chosen])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(
+            self,
+            tokens=change(self.tokens),
+            labels=change(self.labels),
+            position_ids=change(self.position_ids),
+            cu_seqlens=None if self.cu_seqlens is None else change(self.cu_seqlens),
+            rows=None if self.rows is None else change(self.rows),
+        )
 
 
 @dataclass
