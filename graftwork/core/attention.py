@@ -6,7 +6,6 @@ megatron-core's local attention refuses attention bias, packed sequences and con
 
 import contextlib
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,15 +40,15 @@ class SDPACoreAttention(MegatronModule):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        pg_collection: Any = None,
-        **_: Any,
+        pg_collection: object = None,
+        **_: object,
     ) -> None:
         super().__init__(config=config)
         if getattr(config, "window_size", None) is not None:
             raise ConfigError("sliding-window attention (window_size) is not available without transformer-engine.")
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.scale = 1.0 / math.sqrt(config.kv_channels or 1) if softmax_scale is None else softmax_scale
         if config.apply_query_key_layer_scaling:
             self.scale /= max(1, layer_number)
         self.cp_group: ProcessGroup | None = getattr(pg_collection, "cp", None)
@@ -141,10 +140,11 @@ class SDPACoreAttention(MegatronModule):
             )
         return out if blind is None else out.masked_fill(blind, 0.0)
 
-    def _dropout_state(self) -> contextlib.AbstractContextManager[Any]:
+    def _dropout_state(self) -> contextlib.AbstractContextManager[None]:
         """Heads are split over tensor-parallel ranks, so each rank draws its own mask (also true under its fork)."""
         if self.training and self.dropout > 0 and not self.config.sequence_parallel:
-            return tensor_parallel.get_cuda_rng_tracker().fork()
+            forked: contextlib.AbstractContextManager[None] = tensor_parallel.get_cuda_rng_tracker().fork()
+            return forked
         return contextlib.nullcontext()
 
 

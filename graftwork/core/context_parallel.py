@@ -1,5 +1,7 @@
 """Context parallelism by gathering keys and values: exact for every mask, and gloo can do it."""
 
+from typing import Protocol
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -8,18 +10,22 @@ from torch.distributed import ProcessGroup
 from graftwork.core.segments import Segment, row_positions
 
 
+class _Context(Protocol):
+    group: ProcessGroup
+
+
 class _Gather(torch.autograd.Function):
     """All-gather along a new first dimension; the backward sums the gradients that every rank has for our part."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: _Context, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
         dist.all_gather(parts, x.contiguous(), group=group)
         return torch.stack(parts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
         return grad[ctx.group.rank()], None
@@ -28,7 +34,8 @@ class _Gather(torch.autograd.Function):
 def gather_rows(local: Tensor, row: list[Segment], group: ProcessGroup) -> Tensor:
     """Return the whole [tokens, ...] row from every rank's zig-zag part [tokens / size, ...], in natural order."""
     order = torch.cat([row_positions(row, rank, group.size()) for rank in range(group.size())])
-    return _Gather.apply(local, group).flatten(0, 1)[order.argsort().to(local.device)]
+    parts: Tensor = _Gather.apply(local, group)
+    return parts.flatten(0, 1)[order.argsort().to(local.device)]
 
 
 def local_rows(whole: Tensor, dim: int, rank: int, size: int, row: list[Segment] | None = None) -> Tensor:

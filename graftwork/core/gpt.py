@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Literal
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
@@ -26,7 +27,7 @@ def build_gpt(
     vocab_size: int,
     real_vocab_size: int | None = None,
     max_sequence_length: int,
-    position_embedding_type: str,
+    position_embedding_type: Literal["rope", "learned_absolute"],
     rotary_base: float = 10000,
     rotary_percent: float = 1.0,
     rope_scaling_factor: float | None = None,
@@ -37,20 +38,18 @@ def build_gpt(
 ) -> GPTModel:
     """Build this pipeline stage's GPTModel; ``vocab_size`` is already padded, logits stay cut over tensor ranks.
 
-    real_vocab_size is the vocabulary without padding (None: there is none).
-
-    position_embedding_type is "rope" or "learned_absolute"; rope_scaling_factor is Llama 3's, None for none. Raises
-    ParallelismError for a configuration that would train on garbage without an error.
+    real_vocab_size is the vocabulary without padding (None: there is none); rope_scaling_factor is Llama 3's, None for
+    none. Raises ParallelismError for a configuration that would train on garbage without an error.
     """
     refuse_silent_garbage(config)
     with cpu.tensors_stay_on_cpu(), _without_deprecation_log():
         model = GPTModel(
             config,
-            gpt_block_spec(config, vp_stage=vp_stage),
+            gpt_block_spec(config, vp_stage=vp_stage),  # type: ignore[arg-type]  # one spec for each layer
             vocab_size=vocab_size,
             max_sequence_length=max_sequence_length,
             position_embedding_type=position_embedding_type,
-            rotary_base=rotary_base,
+            rotary_base=rotary_base,  # type: ignore[arg-type]  # annotated int, but any base is right
             rotary_percent=rotary_percent,
             rope_scaling=rope_scaling_factor is not None,
             rope_scaling_factor=8.0 if rope_scaling_factor is None else rope_scaling_factor,

@@ -65,7 +65,7 @@ def _device(config: TransformerConfig) -> torch.device | None:
 class TorchNorm(nn.Module):
     """LayerNorm or RMSNorm with zero-centered gamma and sequence parallelism, unlike megatron-core's torch norm."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.eps = eps
         self.normalization = config.normalization
@@ -99,6 +99,8 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         else:
             self.layer_norm_bias = _beta(config, input_size, _device(config))
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """[s, b, input_size] -> ([s, b, output_size / tp], bias or None); under sequence parallelism s is local."""
-        return super().forward(normalized_input(self, x), *args, **kwargs)
+        return super().forward(normalized_input(self, input_), weight, runtime_gather_output)

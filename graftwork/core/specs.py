@@ -1,4 +1,7 @@
-"""The layer specification of a decoder: transformer-engine's with CUDA, ours elsewhere, with equal parameter names."""
+"""The layer specification of a decoder: transformer-engine's with CUDA, ours elsewhere, with equal parameter names.
+
+megatron-core annotates its submodules more narrowly than it fills them itself: those arguments are left unchecked.
+"""
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
@@ -56,7 +59,8 @@ def gpt_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Tr
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [experts if has_experts else dense for has_experts in _expert_layers(config)[first : first + count]]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_engine_norm() if engine else TorchNorm)
+    norm = _engine_norm() if engine else TorchNorm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)  # type: ignore[arg-type]
 
 
 def _expert_layers(config: TransformerConfig) -> list[bool]:
@@ -84,12 +88,12 @@ def _local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSp
         self_attention=ModuleSpec(
             module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
         ),
-        self_attn_bda=get_bias_dropout_add,
+        self_attn_bda=get_bias_dropout_add,  # type: ignore[arg-type]
         pre_mlp_layernorm=TorchNorm if num_experts else IdentityOp,
         mlp=get_mlp_module_spec_for_backend(
             backend=FusedNormProvider(), num_experts=num_experts, moe_grouped_gemm=False
         ),
-        mlp_bda=get_bias_dropout_add,
+        mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
     )
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 

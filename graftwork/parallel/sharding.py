@@ -1,12 +1,22 @@
 """How one full tensor is cut over the tensor-parallel ranks: shapes, slices, and the way back."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from graftwork.errors import ParallelismError
+
+
+class Source(Protocol):
+    """A tensor that is read by slices, such as safetensors' ``get_slice`` returns: only the indexed part is touched."""
+
+    def get_shape(self) -> list[int]:
+        """Shape of the whole tensor."""
+        ...
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Sharding:
             return full.clone()
         return self._pad(torch.cat([full[self._index(s)] for s in self.slices(rank, size)], self.dim), size)
 
-    def read(self, source: Any, rank: int, size: int) -> Tensor:
+    def read(self, source: Source, rank: int, size: int) -> Tensor:
         """Return the local part from a safetensors slice (``file.get_slice(name)``), reading nothing else."""
         self._check(tuple(source.get_shape()))
         if self.dim is None:

@@ -117,7 +117,7 @@ def tp_size() -> int:
 
 def tp_group() -> ProcessGroup:
     """Ranks that hold the other cuts of this rank's tensors."""
-    return mpu.get_tensor_model_parallel_group()
+    return _group(mpu.get_tensor_model_parallel_group())
 
 
 def pp_rank() -> int:
@@ -132,7 +132,7 @@ def pp_size() -> int:
 
 def pp_group() -> ProcessGroup:
     """Ranks that hold the other stages of this rank's pipeline."""
-    return mpu.get_pipeline_model_parallel_group()
+    return _group(mpu.get_pipeline_model_parallel_group())
 
 
 def vp_size() -> int | None:
@@ -152,7 +152,7 @@ def cp_size() -> int:
 
 def cp_group() -> ProcessGroup:
     """Ranks that hold the other parts of this rank's sequences."""
-    return mpu.get_context_parallel_group()
+    return _group(mpu.get_context_parallel_group())
 
 
 def dp_rank(with_context_parallel: bool = False) -> int:
@@ -167,7 +167,7 @@ def dp_size(with_context_parallel: bool = False) -> int:
 
 def dp_group(with_context_parallel: bool = False) -> ProcessGroup:
     """Ranks that hold the same non-expert parameters and other rows (or other parts of rows, with the flag)."""
-    return mpu.get_data_parallel_group(with_context_parallel=with_context_parallel)
+    return _group(mpu.get_data_parallel_group(with_context_parallel=with_context_parallel))
 
 
 def ep_rank() -> int:
@@ -182,22 +182,22 @@ def ep_size() -> int:
 
 def ep_group() -> ProcessGroup:
     """Ranks that hold the other experts of this rank's layers."""
-    return mpu.get_expert_model_parallel_group()
+    return _group(mpu.get_expert_model_parallel_group())
 
 
 def expert_dp_group() -> ProcessGroup:
     """Ranks that hold the same experts."""
-    return mpu.get_expert_data_parallel_group()
+    return _group(mpu.get_expert_data_parallel_group())
 
 
 def embedding_group() -> ProcessGroup:
     """The first and last pipeline stage, which both hold tied embeddings."""
-    return mpu.get_embedding_group()
+    return _group(mpu.get_embedding_group())
 
 
 def model_parallel_group(expert: bool = False) -> ProcessGroup:
     """Ranks that together hold one model (tensor x pipeline); with ``expert`` one set of experts."""
-    return mpu.get_expert_tensor_model_pipeline_parallel_group() if expert else mpu.get_model_parallel_group()
+    return _group(mpu.get_expert_tensor_model_pipeline_parallel_group() if expert else mpu.get_model_parallel_group())
 
 
 def is_first_stage(vp: int | None = None) -> bool:
@@ -209,3 +209,9 @@ def is_last_stage(vp: int | None = None) -> bool:
     """Return whether this pipeline rank's chunk ``vp`` holds the output layer."""
     size = vp_size()
     return pp_rank() == pp_size() - 1 and (vp is None or size is None or vp == size - 1)
+
+
+def _group(found: object) -> ProcessGroup:
+    """Give megatron-core's un-annotated group its type."""
+    assert isinstance(found, ProcessGroup)
+    return found
