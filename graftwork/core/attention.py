@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from graftwork.core.context_parallel import gather_rows
-from graftwork.core.segments import Batch, Segment, batches, row_positions, segments
+from graftwork.core.segments import Group, Segment, batches, row_positions, segments
 from graftwork.errors import ConfigError
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -92,28 +92,34 @@ class SDPACoreAttention(MegatronModule):
         return local if self.cp_group is None else gather_rows(local, row, self.cp_group)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams, causal: bool) -> Tensor:
-        """Attend inside each segment only: [tokens, (1,) heads, d] -> [tokens, (1,) heads * d]."""
+        """Attend inside each segment only: [tokens, (1,) heads, d] -> [tokens, (1,) heads * d].
+
+        A mask over the whole line would cost the square of its length. Instead segments of similar length are gathered
+        from the line into a rectangle (``batches``), attend there as ordinary rows, and their real rows are put back;
+        what belongs to no segment stays zero. Under context parallelism a rank holds some queries of every segment and
+        fetches the keys and values of all of them.
+        """
         row = segments(params.cu_seqlens_q, params.cu_seqlens_q_padded)
         q, k, v = (t.reshape(t.shape[0], *t.shape[-2:]) for t in (query, key, value))
         if self._cp_size > 1:
             k, v = (self._gather(t, row) for t in (k, v))
         rows, values = [], []
-        for batch in batches(row, self._cp_rank, self._cp_size):
-            rows.append(batch.queries[batch.real])
-            values.append(self._attend_batch(q, k, v, batch, causal)[batch.real])
+        for group in batches(row, self._cp_rank, self._cp_size):
+            rows.append(group.queries[group.real])
+            values.append(self._attend_group(q, k, v, group, causal)[group.real])
         found = torch.cat(values)
         out = found.new_zeros(q.shape[0], *found.shape[1:]).index_copy(0, torch.cat(rows).to(q.device), found)
         return out.reshape(*query.shape[:-2], -1)
 
-    def _attend_batch(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, causal: bool) -> Tensor:
+    def _attend_group(self, q: Tensor, k: Tensor, v: Tensor, group: Group, causal: bool) -> Tensor:
         """Return [n, mq, heads, d] for one group of segments."""
-        qb, kb, vb = (t[i].transpose(1, 2) for t, i in ((q, batch.queries), (k, batch.keys), (v, batch.keys)))
+        qb, kb, vb = (t[i].transpose(1, 2) for t, i in ((q, group.queries), (k, group.keys), (v, group.keys)))
         allowed = None
         if self._cp_size > 1 or not causal:
             positions = torch.arange(kb.shape[2])
-            allowed = (positions < batch.lengths[:, None])[:, None, None, :]
+            allowed = (positions < group.lengths[:, None])[:, None, None, :]
             if causal:
-                allowed = allowed & (positions <= batch.query_positions[..., None])[:, None]
+                allowed = allowed & (positions <= group.query_positions[..., None])[:, None]
             allowed = allowed.to(q.device)
         return self._attend(qb, kb, vb, allowed, None, causal).transpose(1, 2)
 

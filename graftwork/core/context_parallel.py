@@ -7,7 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from graftwork.core.segments import Segment, row_positions
+from graftwork.batch import Batch
+from graftwork.core.segments import Segment, local_positions, row_positions
+from graftwork.errors import ParallelismError
+from graftwork.parallel.state import cp_rank, cp_size
 
 
 class _Context(Protocol):
@@ -38,9 +41,10 @@ def gather_rows(local: Tensor, row: list[Segment], group: ProcessGroup) -> Tenso
     return parts.flatten(0, 1)[order.argsort().to(local.device)]
 
 
-def local_rows(whole: Tensor, dim: int, rank: int, size: int, row: list[Segment] | None = None) -> Tensor:
-    """Return this rank's zig-zag part of ``whole`` along ``dim``; ``row`` lists the segments of a packed row."""
-    if size == 1:
-        return whole
-    row = row or [Segment(0, whole.shape[dim])]
-    return whole.index_select(dim, row_positions(row, rank, size).to(whole.device))
+def slice_batch(batch: Batch) -> Batch:
+    """Return the zig-zag part of every row that this context-parallel rank holds; raises ParallelismError when packed."""
+    if cp_size() == 1:
+        return batch
+    if batch.packed:
+        raise ParallelismError("packing with context_parallel_size > 1 is not supported; set data.packing=False.")
+    return batch.at_positions(local_positions(batch.tokens.shape[1], cp_rank(), cp_size()).to(batch.tokens.device))

@@ -23,7 +23,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Group:
     """Segments of similar length as padded matrices; ``n`` segments, ``mq`` query rows, ``mk`` key rows.
 
     queries [n, mq] and keys [n, mk] index rows of the local query tensor and of the whole key tensor;
@@ -64,7 +64,7 @@ def row_positions(row: list[Segment], rank: int, size: int) -> Tensor:
     return torch.cat([s.start + local_positions(s.length, rank, size) for s in row])
 
 
-def batches(row: list[Segment], rank: int = 0, size: int = 1) -> list[Batch]:
+def batches(row: list[Segment], rank: int = 0, size: int = 1) -> list[Group]:
     """Group segments by length (within a factor of two), so that padding costs at most 4 x the sum of length^2."""
     groups: dict[int, list[tuple[int, Segment]]] = {}
     local = 0
@@ -74,7 +74,7 @@ def batches(row: list[Segment], rank: int = 0, size: int = 1) -> list[Batch]:
     return [_batch(group, rank, size) for group in groups.values()]
 
 
-def _batch(group: list[tuple[int, Segment]], rank: int, size: int) -> Batch:
+def _batch(group: list[tuple[int, Segment]], rank: int, size: int) -> Group:
     firsts = torch.tensor([first for first, _ in group])[:, None]
     starts = torch.tensor([s.start for _, s in group])[:, None]
     lengths = torch.tensor([s.length for _, s in group])
@@ -84,4 +84,4 @@ def _batch(group: list[tuple[int, Segment]], rank: int, size: int) -> Batch:
     rows = torch.arange(query_positions.shape[1])[None].expand(len(group), -1)
     real = rows < (lengths // size)[:, None]
     keys = starts + torch.minimum(torch.arange(longest)[None], lengths[:, None] - 1)
-    return Batch(firsts + torch.where(real, rows, 0), keys, query_positions, lengths, real)
+    return Group(firsts + torch.where(real, rows, 0), keys, query_positions, lengths, real)

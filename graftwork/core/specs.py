@@ -32,15 +32,19 @@ class FusedNormProvider(LocalSpecProvider):
     """megatron-core's local modules, but with the norm inside the linear that follows it."""
 
     def fuse_layernorm_and_linear(self) -> bool:
+        """Say that the norm stands inside the linear."""
         return True
 
     def column_parallel_layer_norm_linear(self) -> type:
+        """Return the fused norm and linear."""
         return LayerNormColumnParallelLinear
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_: bool) -> type:
+        """Return the norm that stands alone."""
         return TorchNorm
 
     def core_attention(self) -> type:
+        """Return the attention between query, key and value projections and the output projection."""
         return SDPACoreAttention
 
 
