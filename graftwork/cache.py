@@ -1,13 +1,14 @@
-"""The user's cache: converted checkpoints and fingerprints, one writer at a time."""
+"""The user's cache: where it is, one writer at a time, and what tells a changed file. What is kept there, no."""
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from graftwork.errors import CheckpointError
+from filelock import FileLock
+
+from graftwork.errors import CheckpointError, GraftworkError
 
 
 def cache_directory() -> Path:
@@ -18,20 +19,29 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graftwork"
 
 
+def unwritable(directory: Path, error: OSError) -> GraftworkError:
+    """Return the CheckpointError of a cache ``directory`` that cannot be written."""
+    return CheckpointError(
+        f"the cache {str(directory)!r} cannot be written ({error.strerror}); set GRAFTWORK_CACHE to another place."
+    )
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of ``path``; other processes of this user wait, a killed holder frees it."""
+def locked(path: Path, refusal: Callable[[Path, OSError], GraftworkError] = unwritable) -> Iterator[None]:
+    """Hold the lock of ``path``; other threads and processes of this user wait, a killed holder frees it.
+
+    Raises what ``refusal(directory, error)`` returns when the directory of ``path`` cannot be written.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.with_name(f".{path.name}.lock").open("w")
+        lock.acquire()
     except OSError as error:
-        place = str(path.parent)
-        raise CheckpointError(
-            f"the cache {place!r} cannot be written ({error.strerror}); set GRAFTWORK_CACHE to another place."
-        ) from error
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        raise refusal(path.parent, error) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def file_stamp(*files: Path) -> str:

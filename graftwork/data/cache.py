@@ -2,23 +2,42 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Optional, TypedDict
 
 import pyarrow
-from filelock import FileLock
 
 from graftwork.atomic import atomic_directory
+from graftwork.cache import cache_directory, locked
 from graftwork.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 VERSION = 1
 """Part of every key; raise it when the same rows would be tokenised differently."""
 
-Batches = Iterator[dict[str, list[Any]]]
-Report = dict[str, Any]
+Columns = Mapping[str, Sequence[object]]
+"""A stretch of rows by column name, as long in every column."""
+
+
+class Report(TypedDict, total=False):
+    """What became of the rows of a file: how many were kept, cut or dropped, their tokens, and how they pack."""
+
+    file: str
+    rows: int
+    truncated: int
+    dropped: int
+    tokens: int
+    answer_tokens: int
+    longest: int
+    packed_rows: int
+    packing_efficiency: float
+
+
+Produce = Callable[[Report], Iterator[Columns]]
+"""Yields the rows of a table and fills in its report."""
 
 
 def cache_key(**parts: object) -> str:
@@ -28,14 +47,11 @@ def cache_key(**parts: object) -> str:
 
 
 def cache_root(directory: Optional[str] = None) -> Path:
-    """``directory``, else ``$GRAFTWORK_CACHE``, else ``~/.cache/graftwork``."""
-    chosen = directory or os.environ.get("GRAFTWORK_CACHE") or "~/.cache/graftwork"
-    return Path(chosen).expanduser() / "tokens"
+    """Where token tables are kept: in ``directory``, else in the user's cache."""
+    return (Path(directory).expanduser() if directory else cache_directory()) / "tokens"
 
 
-def cached_table(
-    root: Path, key: str, schema: pyarrow.Schema, produce: Callable[[Report], Batches]
-) -> tuple[Any, Report]:
+def cached_table(root: Path, key: str, schema: pyarrow.Schema, produce: Produce) -> tuple["Dataset", Report]:
     """Return the memory-mapped ``datasets.Dataset`` and the report under ``key``; produce them when missing.
 
     Processes that want the same key wait for the first one; an interrupted one leaves nothing. Raises DataError
@@ -44,7 +60,7 @@ def cached_table(
     from datasets import Dataset
 
     target = root / key
-    with _locked(root, key):
+    with locked(target, _unwritable):
         if not target.exists():
             _write(target, schema, produce)
     try:
@@ -53,20 +69,14 @@ def cached_table(
         raise DataError(f"the token cache entry {str(target)!r} is damaged ({error}); delete it.") from error
 
 
-def _locked(root: Path, key: str) -> AbstractContextManager:
-    """Hold the key's lock until the caller leaves its ``with``."""
-    lock = FileLock(root / f"{key}.lock")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        return lock.acquire()
-    except OSError as error:
-        raise DataError(f"the token cache {str(root)!r} cannot be written; set cache_dir to another place.") from error
+def _unwritable(root: Path, error: OSError) -> DataError:
+    return DataError(f"the token cache {str(root)!r} cannot be written; set cache_dir to another place.")
 
 
-def _write(target: Path, schema: pyarrow.Schema, produce: Callable[[Report], Batches]) -> None:
+def _write(target: Path, schema: pyarrow.Schema, produce: Produce) -> None:
     report: Report = {}
     with atomic_directory(target) as directory:
         with pyarrow.OSFile(str(directory / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, schema) as out:
-            for batch in produce(report):
-                out.write_batch(pyarrow.RecordBatch.from_pydict(batch, schema=schema))
+            for columns in produce(report):
+                out.write_batch(pyarrow.RecordBatch.from_pydict(columns, schema=schema))
         (directory / "report.json").write_text(json.dumps(report))

@@ -1,15 +1,14 @@
 """Conversations: rendered by the tokenizer's own chat template, learned on the assistant's turns only."""
 
-from typing import Any
-
 from jinja2.exceptions import TemplateError
 
 from graftwork.data.schema import Chat, Place
 from graftwork.data.template import Piece
+from graftwork.data.tokenizer import Tokenizer
 from graftwork.errors import DataError
 
 
-def learned_pieces(tokenizer: Any, chat: Chat, place: Place, add_eos: bool) -> list[Piece]:
+def learned_pieces(tokenizer: Tokenizer, chat: Chat, place: Place, add_eos: bool) -> list[Piece]:
     """Text of the conversation up to the last assistant turn; every assistant turn with its end token is learned.
 
     A turn is found as the text that rendering one message more adds; raises DataError where the template rewrites
@@ -32,7 +31,7 @@ def learned_pieces(tokenizer: Any, chat: Chat, place: Place, add_eos: bool) -> l
     return _close(pieces, tokenizer, add_eos)
 
 
-def prompt_pieces(tokenizer: Any, chat: Chat, place: Place) -> tuple[list[Piece], str | None]:
+def prompt_pieces(tokenizer: Tokenizer, chat: Chat, place: Place) -> tuple[list[Piece], str | None]:
     """Text that asks for the conversation's next answer, and that answer where the last message holds it."""
     last = chat.messages[-1]
     answered = last.role == "assistant"
@@ -46,7 +45,7 @@ def question(chat: Chat) -> str:
     return (said or [chat.messages[-1].content])[-1]
 
 
-def render(tokenizer: Any, chat: Chat, place: Place, count: int, generation: bool) -> str:
+def render(tokenizer: Tokenizer, chat: Chat, place: Place, count: int, generation: bool) -> str:
     """The first ``count`` messages as text, with the header of an answer to come where ``generation``."""
     if tokenizer.chat_template is None:
         raise DataError(
@@ -66,9 +65,10 @@ def _split_end(turn: str, end: str | None) -> tuple[str, str]:
     return (turn, "") if at < 0 else (turn[: at + len(end or "")], turn[at + len(end or "") :])
 
 
-def _close(pieces: list[Piece], tokenizer: Any, add_eos: bool) -> list[Piece]:
+def _close(pieces: list[Piece], tokenizer: Tokenizer, add_eos: bool) -> list[Piece]:
     """End with the answer, and with the end-of-sequence token where the template's own end token is another."""
     kept = pieces[:-1]
-    if add_eos and not kept[-1].text.endswith(tokenizer.eos_token):
-        kept.append(Piece(ids=(tokenizer.eos_token_id,), loss=True))
+    end, end_id = tokenizer.eos_token, tokenizer.eos_token_id
+    if add_eos and end is not None and end_id is not None and not kept[-1].text.endswith(end):
+        kept.append(Piece(ids=(end_id,), loss=True))
     return kept

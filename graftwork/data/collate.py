@@ -2,13 +2,11 @@
 
 import itertools
 import math
-from typing import Any
 
 import torch
 
-from graftwork.data.rows import IGNORED, Sample
-
-Batch = dict[str, Any]
+from graftwork.batch import IGNORED, Batch
+from graftwork.data.rows import Sample
 
 
 class Collator:
@@ -23,38 +21,41 @@ class Collator:
         self.packed = packed
 
     def __call__(self, bins: list[list[Sample]], length: int) -> Batch:
-        """``tokens, labels, position_ids`` int64 [b, length]; ``rows`` int64 [b, k]; packed: ``cu_seqlens`` int32."""
+        """Return the batch of ``len(bins)`` rows of ``length`` tokens, with ``cu_seqlens`` only where packed."""
         shape = (len(bins), length)
-        batch: Batch = {
-            "tokens": torch.full(shape, self.pad, dtype=torch.int64),
-            "labels": torch.full(shape, IGNORED, dtype=torch.int64),
-            "position_ids": torch.zeros(shape, dtype=torch.int64),
-        }
-        edges = [self._lay(batch, i, samples, length) for i, samples in enumerate(bins)]
+        batch = Batch(
+            tokens=torch.full(shape, self.pad, dtype=torch.int64),
+            labels=torch.full(shape, IGNORED, dtype=torch.int64),
+            position_ids=torch.zeros(shape, dtype=torch.int64),
+            rows=_rectangle([[s.row for s in samples] for samples in bins], -1, torch.int64),
+            micro_batch_size=self.micro_batch_size,
+        )
+        edges = [_lay(batch, i, samples) for i, samples in enumerate(bins)]
         if self.packed:
-            batch["cu_seqlens"] = _rectangle(edges, length, torch.int32)
-        batch["rows"] = _rectangle([[s.row for s in samples] for samples in bins], -1, torch.int64)
-        return {**batch, "packed": self.packed, "micro_batch_size": self.micro_batch_size}
-
-    def _lay(self, batch: Batch, row: int, samples: list[Sample], length: int) -> list[int]:
-        """Write one row and return the boundaries of its segments; the padded tail is a segment of its own."""
-        edges = [0]
-        for sample in samples:
-            span = slice(edges[-1], edges[-1] + len(sample.tokens))
-            batch["tokens"][row, span] = torch.from_numpy(sample.tokens)
-            batch["labels"][row, span] = torch.from_numpy(sample.labels)
-            edges.append(span.stop)
-        if edges[-1] < length:
-            edges.append(length)
-        # Positions restart in the tail too: it never reaches beyond the model's position table.
-        for start, stop in itertools.pairwise(edges):
-            batch["position_ids"][row, start:stop] = torch.arange(stop - start)
-        return edges
+            batch.cu_seqlens = _rectangle(edges, length, torch.int32)
+        return batch
 
 
 def round_up(length: int, multiple: int) -> int:
     """The smallest multiple of ``multiple`` that is not below ``length``."""
     return math.ceil(length / multiple) * multiple
+
+
+def _lay(batch: Batch, row: int, samples: list[Sample]) -> list[int]:
+    """Write one row and return the boundaries of its segments; the padded tail is a segment of its own."""
+    length = batch.tokens.shape[1]
+    edges = [0]
+    for sample in samples:
+        span = slice(edges[-1], edges[-1] + len(sample.tokens))
+        batch.tokens[row, span] = torch.from_numpy(sample.tokens)
+        batch.labels[row, span] = torch.from_numpy(sample.labels)
+        edges.append(span.stop)
+    if edges[-1] < length:
+        edges.append(length)
+    # Positions restart in the tail too: it never reaches beyond the model's position table.
+    for start, stop in itertools.pairwise(edges):
+        batch.position_ids[row, start:stop] = torch.arange(stop - start)
+    return edges
 
 
 def _rectangle(lists: list[list[int]], fill: int, dtype: torch.dtype) -> torch.Tensor:

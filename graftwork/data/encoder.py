@@ -1,19 +1,37 @@
 """Rows to token sequences: template or chat, BOS, virtual tokens, EOS, cut to length."""
 
-from typing import Any, Optional
+from typing import Optional, TypedDict
 
 from graftwork.data import chat
 from graftwork.data.schema import Chat, Place, Prompt
 from graftwork.data.sequence import Sequence, TooLong
 from graftwork.data.template import Piece, PromptTemplate, check_task, template_slots
-from graftwork.data.tokenizer import TextEncoder
+from graftwork.data.tokenizer import TextEncoder, Tokenizer
 from graftwork.errors import ConfigError, DataError
 from graftwork.virtual_tokens import PromptLayout
 
 Placed = tuple[Place, Prompt | Chat]
 TOO_LONG = ("error", "drop")
-PROMPT_FORMAT = ("prompt_template", "answer_template", "add_bos", "add_eos")
-"""The options that decide which tokens a row becomes."""
+
+
+class PromptFormat(TypedDict):
+    """The options that decide which tokens a row becomes: what generation must repeat to ask as training did."""
+
+    prompt_template: str
+    answer_template: str
+    add_bos: bool | None
+    add_eos: bool
+
+
+class RowFormat(PromptFormat):
+    """Every option of a RowEncoder: the prompt's format and how rows are cut."""
+
+    seq_length: int
+    too_long: str
+
+
+PROMPT_FORMAT = tuple(PromptFormat.__annotations__)
+"""Names of the options that decide which tokens a row becomes."""
 
 
 class RowEncoder:
@@ -24,7 +42,7 @@ class RowEncoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         layout: PromptLayout | None = None,
         *,
         prompt_template: str = "{input}",
@@ -56,14 +74,13 @@ class RowEncoder:
 
     def answers(self, outputs: list[str]) -> list[list[int]]:
         """Ids each output would have as an answer (EOS included), to compare or to score."""
-        end = [self.text.eos] if self.text.add_eos and self.text.eos is not None else []
-        return [ids + end for ids in self.text.continuing([self.template.answer_text(o) for o in outputs])]
+        return [ids + self.text.end for ids in self.text.continuing([self.template.answer_text(o) for o in outputs])]
 
     def _learned(self, row: Prompt | Chat, place: Place) -> list[Piece]:
         if isinstance(row, Chat):
             return chat.learned_pieces(self.tokenizer, row, place, self.text.add_eos)
         assert row.output is not None, "parse_row(answered=True) lets no row without an answer through"
-        end = [Piece(ids=(self.text.eos,), loss=True)] if self.text.add_eos and self.text.eos is not None else []
+        end = [Piece(ids=tuple(self.text.end), loss=True)] if self.text.end else []
         answer = Piece(self.template.answer_text(row.output), loss=True)
         return [*self.template.prompt_pieces(row, place), answer, *end]
 
@@ -98,11 +115,11 @@ class RowEncoder:
                 f"{place} is a conversation: use placement='prefix' or 'before_bos'."
             )
         # Chat templates write BOS themselves; elsewhere a template may do so too: never twice.
-        written = self.text.add_bos and body.tokens[:1] == [self.text.bos]
+        written = bool(self.text.head) and body.tokens[:1] == self.text.head
         head = Sequence()
         head.extend(self.layout.placed("before_bos", row.task))
-        if written or (self.text.add_bos and not is_chat):
-            head.extend([self.text.bos])  # type: ignore[list-item]
+        if written or not is_chat:
+            head.extend(self.text.head)
         head.extend(self.layout.placed("prefix", row.task))
         head.join(body, skip=int(written))
         return head

@@ -1,19 +1,18 @@
 """Read rows from JSONL, CSV and Parquet files, one at a time, each with its place in the file."""
 
 import csv
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from graftwork.cache import sha256
 from graftwork.data.schema import Place
 from graftwork.errors import DataError, suggest
 
-Rows = Iterator[tuple[Place, Any]]
+Rows = Iterator[tuple[Place, object]]
 
 
 def check_file(path: str) -> None:
@@ -46,8 +45,7 @@ def unit(path: str) -> str:
 def content_hash(path: str) -> str:
     """SHA-256 of the file's bytes, as hex."""
     check_file(path)
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(Path(path))
 
 
 def _read_jsonl(path: str) -> Rows:
@@ -59,7 +57,7 @@ def _read_jsonl(path: str) -> Rows:
                 yield place, _parse_json(line, place)
 
 
-def _parse_json(line: bytes, place: Place) -> Any:
+def _parse_json(line: bytes, place: Place) -> object:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -74,24 +72,23 @@ def _read_csv(path: str, delimiter: str = ",") -> Rows:
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
-            yield from _named_cells(reader, path)
+            header: list[str] = next(reader, [])
+            start = reader.line_num + 1
+            for cells in reader:
+                place = Place(path, unit(path), start)
+                start = reader.line_num + 1  # a quoted cell may span lines: a record's place is its first one
+                if cells:
+                    yield place, _named_cells(cells, header, place)
         except UnicodeDecodeError as error:
             raise DataError(f"{path}, after line {reader.line_num}: not UTF-8 text ({error.reason}).") from None
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}); JSONL has no limits.") from None
 
 
-def _named_cells(reader: Any, path: str) -> Rows:
-    header: list[str] = next(reader, [])
-    start = reader.line_num + 1
-    for cells in reader:
-        place = Place(path, unit(path), start)
-        start = reader.line_num + 1  # a quoted cell may span lines: a record's place is its first one
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            raise DataError(f"{place}: {len(cells)} cells, but the header names {len(header)} ({', '.join(header)}).")
-        yield place, dict(zip(header, cells))
+def _named_cells(cells: list[str], header: list[str], place: Place) -> dict[str, str]:
+    if len(cells) != len(header):
+        raise DataError(f"{place}: {len(cells)} cells, but the header names {len(header)} ({', '.join(header)}).")
+    return dict(zip(header, cells))
 
 
 def _read_tsv(path: str) -> Rows:

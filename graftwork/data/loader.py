@@ -5,15 +5,22 @@ They are no torch ``DataLoader``: Lightning then neither replaces the sampler no
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from graftwork.data.collate import Batch, Collator, round_up
+from graftwork.batch import Batch, Questions
+from graftwork.data.collate import Collator, round_up
 from graftwork.data.rows import LearnedRows
 from graftwork.data.sampler import FILL, RowStream
 from graftwork.data.surroundings import Topology
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Table
+
+Built = TypeVar("Built")
+"""What a loader hands out: a Batch, or Questions."""
 
 
 class StepBuilder:
@@ -80,10 +87,10 @@ class TrainLoader:
             yield batch
 
 
-class ListLoader:
+class ListLoader(Generic[Built]):
     """The same batches on every pass: validation, test and prediction."""
 
-    def __init__(self, build: Callable[[Any], Batch], plans: list[Any], num_workers: int = 0) -> None:
+    def __init__(self, build: Callable[[list[int]], Built], plans: list[list[int]], num_workers: int = 0) -> None:
         self.build = build
         self.plans = plans
         self.num_workers = num_workers
@@ -91,38 +98,39 @@ class ListLoader:
     def __len__(self) -> int:
         return len(self.plans)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Built]:
         return ordered_map(self.build, self.plans, self.num_workers)
 
 
 class QuestionBuilder:
-    """Builds predict batches: lists of ``prompts`` (ids), ``inputs``, ``outputs`` (None where unknown), ``rows``."""
+    """Builds the questions of chosen rows of a table of prompts."""
 
-    def __init__(self, table: Any) -> None:
+    def __init__(self, table: "Table") -> None:
         self.table = table
 
-    def __call__(self, chosen: list[int]) -> Batch:
+    def __call__(self, chosen: list[int]) -> Questions:
         found = self.table[chosen]
-        names = {"prompts": "tokens", "inputs": "input", "outputs": "output", "rows": "row"}
-        return {ours: list(found[column]) for ours, column in names.items()}
+        return Questions(*(list(found[column]) for column in ("tokens", "input", "output", "row")))
 
 
-class _Built(Dataset):
-    def __init__(self, build: Callable[[Any], Batch], plans: list[Any]) -> None:
+class _Built(Dataset[Built]):
+    def __init__(self, build: Callable[[list[int]], Built], plans: list[list[int]]) -> None:
         self.build = build
         self.plans = plans
 
     def __len__(self) -> int:
         return len(self.plans)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Built:
         return self.build(self.plans[index])
 
 
-def ordered_map(build: Callable[[Any], Batch], plans: Iterable[Any], num_workers: int) -> Iterator[Batch]:
+def ordered_map(build: Callable[[list[int]], Built], plans: Iterable[list[int]], num_workers: int) -> Iterator[Built]:
     """``map(build, plans)``, in ``num_workers`` processes where asked."""
     if num_workers == 0:
         return map(build, plans)
     # A generator of its own: torch's loader would draw its workers' seed from the global one and shift the dropout.
     own = torch.Generator().manual_seed(0)
-    return iter(DataLoader(_Built(build, list(plans)), batch_size=None, num_workers=num_workers, generator=own))
+    whole = _Built(build, list(plans))
+    made: Iterator[Built] = iter(DataLoader(whole, batch_size=None, num_workers=num_workers, generator=own))
+    return made

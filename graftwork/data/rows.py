@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy
 import pyarrow
 
-from graftwork.data.cache import Batches, Report, cache_key, cached_table
+from graftwork.batch import IGNORED
+from graftwork.data.cache import Columns, Report, cache_key, cached_table
 from graftwork.data.encoder import RowEncoder
 from graftwork.data.files import content_hash, read_rows
 from graftwork.data.schema import Chat, Place, Prompt, parse_row
@@ -19,7 +20,9 @@ from graftwork.data.sequence import Sequence
 from graftwork.data.tokenizer import fingerprint
 from graftwork.errors import DataError
 
-IGNORED = -100
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 CHUNK = 1000
 
 LEARNED = pyarrow.schema(
@@ -45,7 +48,7 @@ ASKED = pyarrow.schema(
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenised row: ``tokens`` and ``labels`` int64 [n]; ``labels[t]`` is the token after t, or -100."""
+    """One tokenised row: ``tokens`` and ``labels`` int64 [n]; ``labels[t]`` is the token after t, or IGNORED."""
 
     tokens: numpy.ndarray
     labels: numpy.ndarray
@@ -55,7 +58,7 @@ class Sample:
 class LearnedRows:
     """Rows to learn from; ``lengths`` int32 [len(self)] counts tokens, virtual ones included."""
 
-    def __init__(self, table: Any, chosen: numpy.ndarray | None = None) -> None:
+    def __init__(self, table: "Dataset", chosen: numpy.ndarray | None = None) -> None:
         count = table.num_rows
         self.chosen = numpy.arange(count) if chosen is None else chosen
         self.lengths: numpy.ndarray = table.data.column("length").to_numpy()[self.chosen]
@@ -82,7 +85,8 @@ class LearnedRows:
     @property
     def shares(self) -> numpy.ndarray:
         """A number in [0, 1) per row, float64, by the row's content: equal rows fall on one side of any split."""
-        return self._table.data.column("share").to_numpy()[self.chosen]
+        shares: numpy.ndarray = self._table.data.column("share").to_numpy()
+        return shares[self.chosen]
 
     def take(self, chosen: numpy.ndarray) -> "LearnedRows":
         """Only the rows with these numbers."""
@@ -110,7 +114,7 @@ def learned_rows(path: str, encoder: RowEncoder, root: Path) -> tuple[LearnedRow
     return LearnedRows(table), {"file": path, **report}
 
 
-def asked_rows(path: str, encoder: RowEncoder, root: Path) -> Any:
+def asked_rows(path: str, encoder: RowEncoder, root: Path) -> "Dataset":
     """Tokenised prompts of ``path`` as a ``datasets.Dataset`` with tokens, input, output and row."""
     return cached_table(root, _key("ask", path, encoder), ASKED, lambda _: _ask(path, encoder))[0]
 
@@ -137,14 +141,14 @@ def _chunks(path: str, answered: bool) -> Iterator[tuple[list[int], list[tuple[P
         yield [row for row, _ in chunk], placed, [share(raw) for _, (_, raw) in chunk]
 
 
-def share(raw: Any) -> float:
+def share(raw: object) -> float:
     """A number in [0, 1) that depends on the row's content only."""
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _learn(path: str, encoder: RowEncoder, report: Report) -> Batches:
-    report.update(rows=0, truncated=0, dropped=0, tokens=0, answer_tokens=0, longest=0)
+def _learn(path: str, encoder: RowEncoder, report: Report) -> Iterator[Columns]:
+    report.update(Report(rows=0, truncated=0, dropped=0, tokens=0, answer_tokens=0, longest=0))
     for rows, placed, shares in _chunks(path, answered=True):
         found = encoder.learn(placed)
         kept = [i for i, (sequence, _) in enumerate(found) if sequence is not None]
@@ -169,7 +173,7 @@ def _count(report: Report, sequences: list[Sequence], dropped: int, truncated: i
     report["longest"] = max([report["longest"], *(len(s) for s in sequences)])
 
 
-def _ask(path: str, encoder: RowEncoder) -> Batches:
+def _ask(path: str, encoder: RowEncoder) -> Iterator[Columns]:
     for rows, placed, shares in _chunks(path, answered=False):
         found = encoder.ask(placed)
         yield {

@@ -1,7 +1,7 @@
 """Which rows make up which global batch; never a function of the number of data-parallel ranks."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import numpy
 
@@ -35,11 +35,11 @@ class RowStream:
         """The rows of the global batch that begins at sample ``start`` of the stream."""
         return [self._row(sample) for sample in range(start, start + self.global_batch_size)]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, int]:
         """Where the stream stands, and of what."""
         return {"consumed_samples": self.consumed_samples, "size": self.size, "seed": self.seed}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where ``state`` was taken; raises DataError when it was taken on other data or another seed."""
         names = {"size": "number of training rows (packed ones when packing)", "seed": "data seed"}
         for key, name in names.items():

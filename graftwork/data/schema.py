@@ -1,7 +1,8 @@
 """What a row of a data file must look like; errors name the file, the line and the field."""
 
 import difflib
-from typing import Any, Literal, NamedTuple, Optional
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -41,7 +42,7 @@ class Prompt(_Row):
     output: Optional[str] = None
 
     @property
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, object]:
         """What a prompt template may name: ``input`` and every further field of the row."""
         return {**(self.model_extra or {}), "input": self.input}
 
@@ -84,18 +85,18 @@ def parse_row(raw: object, place: Place, *, answered: bool) -> Prompt | Chat:
     """Check one row; ``answered`` asks for an answer to learn from. Raises DataError naming place and field."""
     if not isinstance(raw, dict):
         raise DataError(f"{place}: a row must be an object with named fields, got {_short(raw)}; {VALID_ROWS}.")
-    kind: type[_Row]
+    kind: type[Prompt] | type[Chat]
     if "messages" in raw:
         kind = ChatExample if answered else Chat
     else:
         kind = Example if answered else Prompt
     try:
-        return kind.model_validate(raw)  # type: ignore[return-value]
+        return kind.model_validate(raw)
     except ValidationError as error:
         raise DataError(f"{place}: {_explain(error, raw)}; {VALID_ROWS}.") from None
 
 
-def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
+def _explain(error: ValidationError, raw: Mapping[str, object]) -> str:
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
@@ -106,7 +107,7 @@ def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
     return f"field {name!r}: {said}, got {_short(first['input'])}"
 
 
-def _misspelt(raw: dict[str, Any]) -> str:
+def _misspelt(raw: Mapping[str, object]) -> str:
     """Say which of the row's unknown fields looks like a required one."""
     wanted = [name for name in ("input", "output", "messages") if name not in raw]
     for found in raw:

@@ -1,14 +1,15 @@
 """Supervised fine-tuning data as a LightningDataModule: files in, step batches out."""
 
 import logging
-from typing import Any, Optional
+from typing import Optional
 
 import lightning.pytorch as pl
 import numpy
 
+from graftwork.batch import Batch, Questions
 from graftwork.data.cache import Report, cache_root
 from graftwork.data.collate import Collator
-from graftwork.data.encoder import PROMPT_FORMAT, TOO_LONG, RowEncoder
+from graftwork.data.encoder import TOO_LONG, PromptFormat, RowEncoder, RowFormat
 from graftwork.data.files import check_file, read_rows, unit
 from graftwork.data.loader import ListLoader, QuestionBuilder, StepBuilder, TrainLoader
 from graftwork.data.packing import best_fit_decreasing, efficiency
@@ -17,6 +18,7 @@ from graftwork.data.sampler import RowStream, in_order
 from graftwork.data.schema import Place
 from graftwork.data.surroundings import Surroundings, Topology
 from graftwork.data.template import check_templates
+from graftwork.data.tokenizer import Tokenizer
 from graftwork.errors import ConfigError, DataError, suggest
 from graftwork.layout import check_deal, check_packed_length
 from graftwork.virtual_tokens import PromptLayout
@@ -70,20 +72,20 @@ class SFTDataModule(pl.LightningDataModule):
         self.cache_dir = cache_dir
         self.report: dict[str, Report] = {}
         """Per split: file, rows, truncated, dropped, tokens, answer_tokens, longest, packing figures."""
-        self._format = {
-            "prompt_template": prompt_template, "answer_template": answer_template, "seq_length": seq_length,
-            "add_bos": add_bos, "add_eos": add_eos, "too_long": too_long,
-        }  # fmt: skip
+        self._format = RowFormat(
+            prompt_template=prompt_template, answer_template=answer_template, add_bos=add_bos, add_eos=add_eos,
+            seq_length=seq_length, too_long=too_long,
+        )  # fmt: skip
         self._surroundings = Surroundings(tokenizer)
         self._rows: dict[str, LearnedRows] = {}
         self._stream: RowStream | None = None
-        self._resume: dict[str, Any] = {}
+        self._resume: dict[str, int] = {}
         check_templates(prompt_template, answer_template)
         self._check_settings(too_long)
 
     def attach(
         self,
-        tokenizer: Any = None,
+        tokenizer: Optional[Tokenizer] = None,
         prompt_layout: Optional[PromptLayout] = None,
         rank: int = 0,
         world_size: int = 1,
@@ -109,20 +111,24 @@ class SFTDataModule(pl.LightningDataModule):
         return self.files["validation"] is not None or self.validation_fraction > 0
 
     @property
-    def prompt_format(self) -> dict[str, Any]:
+    def prompt_format(self) -> PromptFormat:
         """How rows become tokens: what generation and evaluation must repeat (it travels with the adapter)."""
-        return {name: self._format[name] for name in PROMPT_FORMAT}
+        ours = self._format
+        return PromptFormat(
+            prompt_template=ours["prompt_template"], answer_template=ours["answer_template"],
+            add_bos=ours["add_bos"], add_eos=ours["add_eos"],
+        )  # fmt: skip
 
     @property
     def encoder(self) -> RowEncoder:
         """Encodes rows as this data module does, for the adapters attached now."""
         around = self._around()
-        return RowEncoder(around.tokenizer, around.layout, **self._format)  # type: ignore[arg-type]
+        return RowEncoder(around.tokenizer, around.layout, **self._format)
 
-    def encoder_for(self, tokenizer: Any, layout: PromptLayout) -> RowEncoder:
+    def encoder_for(self, tokenizer: Tokenizer, layout: PromptLayout) -> RowEncoder:
         """Encodes rows as this data module does, for a model with this tokenizer (its own path wins) and layout."""
         own = self._surroundings.tokenizer if self._surroundings.path is not None else tokenizer
-        return RowEncoder(own, layout, **self._format)  # type: ignore[arg-type]
+        return RowEncoder(own, layout, **self._format)
 
     def train_dataloader(self) -> TrainLoader:
         """Endless shuffled steps; see RowStream."""
@@ -135,21 +141,21 @@ class SFTDataModule(pl.LightningDataModule):
                 self._resume = {}
         return TrainLoader(self._stream, build, self.num_workers)
 
-    def val_dataloader(self) -> ListLoader | list[ListLoader]:
+    def val_dataloader(self) -> ListLoader[Batch] | list[ListLoader[Batch]]:
         """Every validation row once; an empty list where there is no validation set."""
         return self._evaluation("validation") if self.has_validation else []
 
-    def test_dataloader(self) -> ListLoader:
+    def test_dataloader(self) -> ListLoader[Batch]:
         """Every test row once."""
         return self._evaluation("test")
 
-    def predict_dataloader(self) -> ListLoader:
+    def predict_dataloader(self) -> ListLoader[Questions]:
         """Prompts of the predict, test or validation rows: the first of these that there are."""
         if self.files["predict"] is None and self.files["test"] is None and not self.has_validation:
             raise DataError("nothing to predict: give the data module a 'predict', 'test' or 'validation' file.")
         return self.questions(next(s for s in ("predict", "test", "validation") if self.files[s] or s == "validation"))
 
-    def questions(self, split: str) -> ListLoader:
+    def questions(self, split: str) -> ListLoader[Questions]:
         """This rank's prompts of ``split``, ``micro_batch_size`` a batch; right answers where the file has them."""
         path = self._source(split)
         table = asked_rows(path, self.encoder, cache_root(self.cache_dir))
@@ -158,7 +164,7 @@ class SFTDataModule(pl.LightningDataModule):
         size = self.micro_batch_size
         return ListLoader(QuestionBuilder(table), [mine[i : i + size] for i in range(0, len(mine), size)])
 
-    def raw_rows(self, split: str) -> list[tuple[Place, Any]]:
+    def raw_rows(self, split: str) -> list[tuple[Place, object]]:
         """The rows of ``split`` as they stand in the file, each with its place."""
         placed = list(read_rows(self._source(split)))
         return [placed[i] for i in self._share_of(split, numpy.array([share(raw) for _, raw in placed]))]
@@ -169,11 +175,11 @@ class SFTDataModule(pl.LightningDataModule):
         learned = self._rows[split] if split in self._rows else self._learned(split)
         return [str(Place(path, unit(path), learned.number_of(row))) for row in rows if row >= 0]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, int]:
         """Position in the training data."""
         return self._stream.state_dict() if self._stream is not None else self._resume
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on at a saved position, now or once the training data are built."""
         if self._stream is not None:
             self._stream.load_state_dict(state_dict)
@@ -184,7 +190,7 @@ class SFTDataModule(pl.LightningDataModule):
         self._surroundings.trainer = self.trainer
         return self._surroundings
 
-    def _evaluation(self, split: str) -> ListLoader:
+    def _evaluation(self, split: str) -> ListLoader[Batch]:
         build = self._builder(split)
         plans = in_order(len(build), self.global_batch_size, self.micro_batch_size * build.place.world_size)
         return ListLoader(build, plans, self.num_workers)
@@ -201,7 +207,7 @@ class SFTDataModule(pl.LightningDataModule):
         check_packed_length(self.seq_length, multiple)
         bins = best_fit_decreasing(rows.lengths, self.seq_length)
         used = efficiency(rows.lengths, bins, self.seq_length)
-        self.report[split] |= {"packed_rows": len(bins), "packing_efficiency": used}
+        self.report[split].update(Report(packed_rows=len(bins), packing_efficiency=used))
         return bins
 
     def _learned(self, split: str) -> LearnedRows:
@@ -235,7 +241,7 @@ class SFTDataModule(pl.LightningDataModule):
 
     def _tell(self, split: str, report: Report) -> None:
         told = split in self.report
-        self.report[split] = dict(report)
+        self.report[split] = report.copy()
         if not told and (report["truncated"] or report["dropped"]):
             log.warning(
                 "%s: %d rows had their prompt cut on the left and %d were dropped to fit seq_length=%d (%d rows stay).",

@@ -1,10 +1,49 @@
 """What the data need from outside: tokenizer, prompt layout, this process's place among the ranks."""
 
-from typing import Any, NamedTuple, Optional
+from collections.abc import Mapping
+from typing import NamedTuple, Optional, Protocol, runtime_checkable
 
-from graftwork.data.tokenizer import load_tokenizer
+import lightning.pytorch as pl
+
+from graftwork.data.tokenizer import Tokenizer, load_tokenizer
 from graftwork.errors import ConfigError
 from graftwork.virtual_tokens import PromptLayout
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """A model with a tokenizer of its own."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, None where the model has none after all."""
+
+
+@runtime_checkable
+class HasPrompts(Protocol):
+    """A model with virtual tokens."""
+
+    @property
+    def prompt_layout(self) -> PromptLayout:
+        """The virtual tokens of the adapters that are attached now."""
+
+
+@runtime_checkable
+class DealsRows(Protocol):
+    """A strategy of several processes, as Lightning's parallel ones are."""
+
+    @property
+    def distributed_sampler_kwargs(self) -> Mapping[str, int]:
+        """``rank`` among the ``num_replicas`` that read rows of their own."""
+
+
+@runtime_checkable
+class PadsRows(Protocol):
+    """A strategy that cuts sequences over ranks."""
+
+    @property
+    def pad_to_multiple(self) -> int:
+        """What a row's length must be a multiple of."""
 
 
 class Topology(NamedTuple):
@@ -23,44 +62,44 @@ class Surroundings:
 
     def __init__(self, tokenizer: Optional[str]) -> None:
         self.path = tokenizer
-        self.trainer: Any = None
-        self.attached_tokenizer: Any = None
-        self.attached_layout: Optional[PromptLayout] = None
-        self.attached_topology: Optional[Topology] = None
-        self._loaded: Any = None
+        self.trainer: pl.Trainer | None = None
+        self.attached_tokenizer: Tokenizer | None = None
+        self.attached_layout: PromptLayout | None = None
+        self.attached_topology: Topology | None = None
+        self._loaded: Tokenizer | None = None
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The Hugging Face tokenizer; raises ConfigError where there is none."""
         if self.attached_tokenizer is not None:
             return self.attached_tokenizer
         if self.path is not None:
             self._loaded = self._loaded or load_tokenizer(self.path)
             return self._loaded
-        found = getattr(self._module, "tokenizer", None)
-        if found is None:
+        model = self._model
+        if not isinstance(model, HasTokenizer) or model.tokenizer is None:
             raise ConfigError("the data need a tokenizer: set tokenizer='<directory>' or use a model that has one.")
-        return found
+        return model.tokenizer
 
     @property
     def layout(self) -> PromptLayout:
         """The virtual tokens of the adapters that are attached to the model now."""
         if self.attached_layout is not None:
             return self.attached_layout
-        return getattr(self._module, "prompt_layout", None) or PromptLayout()
+        model = self._model
+        return model.prompt_layout if isinstance(model, HasPrompts) else PromptLayout()
 
     @property
     def topology(self) -> Topology:
         """Data-parallel place by the trainer's strategy (a strategy without one runs a single process)."""
         if self.trainer is None:
             return self.attached_topology or Topology()
-        strategy = getattr(self.trainer, "strategy", None)
-        dealt = getattr(strategy, "distributed_sampler_kwargs", None) or {}
-        return Topology(
-            dealt.get("rank", 0), dealt.get("num_replicas", 1), int(getattr(strategy, "pad_to_multiple", 1))
-        )
+        strategy = self.trainer.strategy
+        dealt = strategy.distributed_sampler_kwargs if isinstance(strategy, DealsRows) else {}
+        multiple = strategy.pad_to_multiple if isinstance(strategy, PadsRows) else 1
+        return Topology(dealt.get("rank", 0), dealt.get("num_replicas", 1), multiple)
 
     @property
-    def _module(self) -> Any:
+    def _model(self) -> pl.LightningModule | None:
         # Trainer.lightning_module lives on the strategy and is None until a loop starts.
-        return getattr(self.trainer, "lightning_module", None)
+        return self.trainer.lightning_module if self.trainer is not None else None

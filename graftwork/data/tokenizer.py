@@ -2,26 +2,88 @@
 
 import hashlib
 import json
-from typing import Any, Optional
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Optional, Protocol, overload
 
-from graftwork.errors import ConfigError, DataError
+from graftwork.errors import CheckpointError, ConfigError, DataError
+
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A checkpoint directory with a tokenizer has one of these."""
+
+_UNREADABLE = (OSError, ValueError, ImportError, KeyError)
 
 
-def load_tokenizer(path: str) -> Any:
+class Tokenizer(Protocol):
+    """What is asked of a Hugging Face tokenizer (transformers' ``PreTrainedTokenizerBase``)."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    eos_token: str | None
+    chat_template: str | None
+    is_fast: bool
+    special_tokens_map: Mapping[str, object]
+
+    @overload
+    def __call__(self, text: str, **options: bool) -> Mapping[str, list[int]]: ...
+
+    @overload
+    def __call__(self, text: list[str], **options: bool) -> Mapping[str, list[list[int]]]: ...
+
+    def __len__(self) -> int: ...
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Return the text of ``token_ids``."""
+
+    def batch_decode(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
+        """Return the text of each sequence of ids."""
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the vocabulary's entry of every id."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return every entry of the vocabulary with its id."""
+
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, object]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        """Return the conversation as text."""
+
+    def save_pretrained(self, save_directory: str | Path) -> object:
+        """Write the tokenizer's files."""
+
+
+def load_tokenizer(path: str) -> Tokenizer:
     """Load a Hugging Face tokenizer from a directory or the local cache; raises DataError saying what is missing."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return _read(path)
+    except _UNREADABLE as error:
         raise DataError(
-            f"no tokenizer can be read from {path!r} ({reason}); "
+            f"no tokenizer can be read from {path!r} ({_reason(error)}); "
             "give a directory with tokenizer.json and tokenizer_config.json."
         ) from error
 
 
-def fingerprint(tokenizer: Any) -> str:
+def checkpoint_tokenizer(directory: str | Path) -> Tokenizer:
+    """Return the fast tokenizer of a checkpoint's ``directory``, read from its files only.
+
+    Raises CheckpointError when there are none, or they cannot be read.
+    """
+    folder = Path(directory)
+    if not any((folder / name).is_file() for name in FILES):
+        raise CheckpointError(f"{str(folder)!r} has no tokenizer; one of {', '.join(FILES)} is needed.")
+    try:
+        tokenizer = _read(folder)
+    except _UNREADABLE as error:
+        reason = _reason(error).rstrip(".")
+        raise CheckpointError(f"the tokenizer of {str(folder)!r} cannot be read: {reason}.") from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"the tokenizer of {str(folder)!r} has no fast form; a tokenizer.json is needed.")
+    return tokenizer
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
     """Hash of everything that decides which ids a text gets, the chat template included."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -39,10 +101,10 @@ class TextEncoder:
     ``add_bos=None`` means: as the tokenizer itself does. Raises ConfigError where a wanted token does not exist.
     """
 
-    def __init__(self, tokenizer: Any, add_bos: Optional[bool] = None, add_eos: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, add_bos: Optional[bool] = None, add_eos: bool = True) -> None:
         self.tokenizer = tokenizer
-        self.bos: int | None = tokenizer.bos_token_id
-        self.eos: int | None = tokenizer.eos_token_id
+        self.bos = tokenizer.bos_token_id
+        self.eos = tokenizer.eos_token_id
         own = self.bos is not None and self.bos in tokenizer("a")["input_ids"][:1]
         self.add_bos = own if add_bos is None else add_bos
         self.add_eos = add_eos
@@ -57,6 +119,16 @@ class TextEncoder:
         """Id that fills unused positions; masks go by position, so it may equal EOS."""
         found = (i for i in (self.tokenizer.pad_token_id, self.eos, 0) if i is not None)
         return next(found)
+
+    @property
+    def head(self) -> list[int]:
+        """BOS, where it begins a sequence."""
+        return [self.bos] if self.add_bos and self.bos is not None else []
+
+    @property
+    def end(self) -> list[int]:
+        """EOS, where it ends a sequence."""
+        return [self.eos] if self.add_eos and self.eos is not None else []
 
     def starting(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts that begin a sequence."""
@@ -77,3 +149,14 @@ class TextEncoder:
             return []
         # verbose=False: sequences beyond the model's length are cut here, the tokenizer need not warn.
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _read(path: str | Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

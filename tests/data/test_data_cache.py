@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from graftwork.data import encoder as encoder_room
-from graftwork.data.cache import cache_root
+from graftwork.data.cache import cache_key, cache_root
 from graftwork.data.encoder import RowEncoder
 from graftwork.data.rows import asked_rows, learned_rows
+from graftwork.data.template import parse_template
 from graftwork.errors import DataError
 from graftwork.virtual_tokens import PromptLayout, PromptSlot
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
@@ -126,4 +127,20 @@ def test_no_network_is_needed(write, tokenizer, monkeypatch):
 def test_cache_place(monkeypatch, tmp_path):
     assert cache_root(str(tmp_path / "x")) == tmp_path / "x" / "tokens"
     monkeypatch.delenv("GRAFTWORK_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_root() == type(tmp_path)(os.path.expanduser("~/.cache/graftwork/tokens"))
+
+
+def test_cache_place_follows_xdg(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_root() == tmp_path / "cache" / "tokens"  # GRAFTWORK_CACHE goes first
+    monkeypatch.delenv("GRAFTWORK_CACHE")
+    assert cache_root() == tmp_path / "xdg" / "graftwork" / "tokens"
+    assert cache_root(str(tmp_path / "x")) == tmp_path / "x" / "tokens"
+
+
+def test_keys_of_tables_written_before_stay():
+    parts = {"kind": ".jsonl", "prompt": parse_template("Q: {input}{virtual:2}"), "seq_length": 512}
+    assert (
+        cache_key(**parts, layout=(PromptSlot("p", 0, 2),), bos_eos=[True, False]) == "af61db93756c8992234535480046d3a8"
+    )

@@ -1,13 +1,16 @@
 """A real Lightning Trainer drives the data module: no second sharding, no reshuffling, exact resumption."""
 
 import warnings
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
+from graftwork.batch import Batch, Questions
 from graftwork.data import SFTDataModule
 from graftwork.virtual_tokens import VIRTUAL_BASE, PromptLayout, PromptSlot
 from tests.helpers.reviews import REVIEWS
@@ -24,11 +27,11 @@ class Recorder(pl.LightningModule):
         self.seen: dict[str, list] = {"train": [], "val": [], "test": [], "predict": []}
 
     def _see(self, stage: str, batch) -> torch.Tensor:
-        self.seen[stage].append(batch["rows"].flatten().tolist())
-        return self.weight * batch["tokens"].shape[0]
+        self.seen[stage].append(batch.rows.flatten().tolist())
+        return self.weight * batch.tokens.shape[0]
 
     def training_step(self, batch, index):
-        self.virtual = int((batch["tokens"] >= VIRTUAL_BASE).sum())
+        self.virtual = int((batch.tokens >= VIRTUAL_BASE).sum())
         return self._see("train", batch)
 
     def validation_step(self, batch, index):
@@ -38,8 +41,8 @@ class Recorder(pl.LightningModule):
         self._see("test", batch)
 
     def predict_step(self, batch, index):
-        self.seen["predict"].append(batch["rows"])
-        return [{"input": i, "output": o} for i, o in zip(batch["inputs"], batch["outputs"])]
+        self.seen["predict"].append(batch.rows)
+        return [{"input": i, "output": o} for i, o in zip(batch.inputs, batch.outputs)]
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -142,11 +145,26 @@ def test_lightning_deals_no_second_time(tokenizer, train, trainer, write):
     driver.predict(model, datamodule=data)
     # Not vacuous: a plain loader is dealt a second time here.
     model.seen["val"].clear()
-    plain = [{"rows": torch.tensor([i]), "tokens": torch.zeros(1, 1)} for i in range(4)]
+    plain = [replace(Batch.of(torch.zeros(1, 1, dtype=torch.int64)), rows=torch.tensor([i])) for i in range(4)]
     driver.validate(model, dataloaders=DataLoader(plain, batch_size=None), verbose=False)
     assert model.seen["val"] == [[1], [3]]
     assert model.seen["predict"] == [[1], [3]]
     torch.distributed.destroy_process_group()
+
+
+def test_worker_processes_hand_their_batches_to_the_trainer(tokenizer, train, trainer):
+    model = Recorder(tokenizer)
+    trainer(max_epochs=1).fit(model, datamodule=data_of(train, num_workers=1))
+    assert model.seen["train"] == by_hand(tokenizer, train, 6)
+
+
+def test_lightning_moves_batches_to_the_device():
+    batch = replace(Batch.of(torch.zeros(2, 3, dtype=torch.int64)), rows=torch.zeros(2, 1), micro_batch_size=1)
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert isinstance(moved, Batch) and (moved.packed, moved.micro_batch_size) == (False, 1)
+    assert all(t.is_meta for t in (moved.tokens, moved.labels, moved.position_ids, moved.rows))
+    questions = Questions([[1]], ["a"], [None])
+    assert move_data_to_device(questions, torch.device("meta")) is questions
 
 
 def test_predictions(tokenizer, train, trainer):

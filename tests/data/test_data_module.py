@@ -12,7 +12,7 @@ from tests.helpers.reviews import REVIEWS
 
 
 def rows_of(batches) -> list[list[int]]:
-    return [[r for r in batch["rows"].flatten().tolist() if r >= 0] for batch in batches]
+    return [[r for r in batch.rows.flatten().tolist() if r >= 0] for batch in batches]
 
 
 @pytest.fixture
@@ -30,13 +30,13 @@ def test_padded_steps(tokenizer, train):
     batches = list(loader)
     assert len(batches) == len(loader) == 6
     for batch in batches:
-        lengths = (batch["labels"] != -100).int().argmax(1)  # not all zero: answers are there
-        assert batch["tokens"].shape[0] == 4 and lengths.min() > 0
-        learned = batch["labels"] != -100
+        lengths = (batch.labels != -100).int().argmax(1)  # not all zero: answers are there
+        assert batch.tokens.shape[0] == 4 and lengths.min() > 0
+        learned = batch.labels != -100
         # The target of position t is the token at t + 1.
-        assert torch.equal(batch["labels"][:, :-1][learned[:, :-1]], batch["tokens"][:, 1:][learned[:, :-1]])
+        assert torch.equal(batch.labels[:, :-1][learned[:, :-1]], batch.tokens[:, 1:][learned[:, :-1]])
     first = rows_of(batches)[0][0]
-    answer = tokenizer.decode([t for t in batches[0]["labels"][0].tolist() if t != -100])
+    answer = tokenizer.decode([t for t in batches[0].labels[0].tolist() if t != -100])
     assert answer == f" {REVIEWS[first]['output']}<|im_end|>"
 
 
@@ -49,8 +49,8 @@ def test_the_global_batch_does_not_depend_on_the_ranks(tokenizer, train, packing
     whole, _ = step(0, 1)
     parts = [step(rank, 2)[0] for rank in range(2)]
     for name in ("tokens", "labels", "position_ids"):
-        dealt = torch.stack([part[name] for part in parts], dim=1).flatten(0, 1)
-        assert torch.equal(dealt, whole[name])
+        dealt = torch.stack([getattr(part, name) for part in parts], dim=1).flatten(0, 1)
+        assert torch.equal(dealt, getattr(whole, name))
 
 
 def test_validation_rows_count_once_on_every_number_of_ranks(tokenizer, train):
@@ -62,7 +62,7 @@ def test_validation_rows_count_once_on_every_number_of_ranks(tokenizer, train):
             for rank in range(world)
         ]
         batches = [list(loader) for loader in loaders]
-        assert len({tuple(b["tokens"].shape for b in own) for own in batches}) == 1  # same shapes on every rank
+        assert len({tuple(b.tokens.shape for b in own) for own in batches}) == 1  # same shapes on every rank
         assert sorted(r for own in batches for rows in rows_of(own) for r in rows) == list(range(23))
 
 
@@ -72,13 +72,13 @@ def test_packing_keeps_every_row_apart(tokenizer, train):
     seen = []
     for bin_number in range(len(build)):
         batch = build([bin_number])
-        edges = batch["cu_seqlens"][0].tolist()
-        rows = [r for r in batch["rows"][0].tolist() if r >= 0]
+        edges = batch.cu_seqlens[0].tolist()
+        rows = [r for r in batch.rows[0].tolist() if r >= 0]
         for row, start, stop in zip(rows, edges, edges[1:]):
             (alone,) = build.rows.samples([row])
-            assert batch["tokens"][0, start:stop].tolist() == alone.tokens.tolist()
-            assert batch["labels"][0, start:stop].tolist() == alone.labels.tolist()
-            assert batch["position_ids"][0, start:stop].tolist() == list(range(stop - start))
+            assert batch.tokens[0, start:stop].tolist() == alone.tokens.tolist()
+            assert batch.labels[0, start:stop].tolist() == alone.labels.tolist()
+            assert batch.position_ids[0, start:stop].tolist() == list(range(stop - start))
             assert alone.labels[-1] == -100
         assert edges[-1] == 160
         seen += rows
@@ -91,17 +91,17 @@ def test_virtual_tokens_are_given_and_never_predicted(tokenizer, train):
     layout = PromptLayout((PromptSlot("p", 0, 5, "template"),))
     data = module(tokenizer, train, prompt_template="{input}{virtual:5}", packing=True)
     batch = next(iter(data.attach(tokenizer, prompt_layout=layout).train_dataloader()))
-    virtual = batch["tokens"] >= VIRTUAL_BASE
-    assert virtual.sum() == 5 * (batch["rows"] >= 0).sum()
-    assert not (batch["labels"] >= VIRTUAL_BASE).any()
+    virtual = batch.tokens >= VIRTUAL_BASE
+    assert virtual.sum() == 5 * (batch.rows >= 0).sum()
+    assert not (batch.labels >= VIRTUAL_BASE).any()
     # The last virtual token predicts the answer's first one.
-    last = batch["tokens"] == VIRTUAL_BASE + 4
-    assert (batch["labels"][last] >= 0).all()
+    last = batch.tokens == VIRTUAL_BASE + 4
+    assert (batch.labels[last] >= 0).all()
 
 
 def test_lengths_follow_the_multiple(tokenizer, train):
     data = module(tokenizer, train).attach(tokenizer, pad_to_multiple=16)
-    assert {batch["tokens"].shape[1] % 16 for batch in data.train_dataloader()} == {0}
+    assert {batch.tokens.shape[1] % 16 for batch in data.train_dataloader()} == {0}
     packed = module(tokenizer, train, packing=True, seq_length=60).attach(tokenizer, pad_to_multiple=16)
     with pytest.raises(ParallelismError, match="seq_length must be a multiple of 16"):
         packed.train_dataloader()
@@ -119,7 +119,7 @@ def test_worker_processes_change_nothing(tokenizer, train):
     assert data.state_dict()["consumed_samples"] == 12  # what was handed out, not what workers prepared
     found += list(batches)
     assert torch.rand(1) == drawn  # the global random stream is not touched
-    assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(plain, found, strict=True))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(plain, found, strict=True))
 
 
 def test_validation_share_follows_content(tokenizer, train, write):
@@ -132,7 +132,7 @@ def test_validation_share_follows_content(tokenizer, train, write):
     again = module(tokenizer, write("again.jsonl", [*REVIEWS[::-1], *REVIEWS]), validation_fraction=0.3, seed=9)
     found = {r for rows in rows_of(again.val_dataloader()) for r in rows}
     assert found == {22 - r for r in held} | {23 + r for r in held}
-    asked = [r for batch in again.predict_dataloader() for r in batch["rows"]]
+    asked = [r for batch in again.predict_dataloader() for r in batch.rows]
     assert set(asked) == found
     with pytest.raises(DataError, match="holds out 0 of 1 rows"):
         module(tokenizer, write("one.jsonl", REVIEWS[:1]), validation_fraction=0.01).train_dataloader()
@@ -144,12 +144,12 @@ def test_predict_batches(tokenizer, write):
     )
     data = module(tokenizer, None, predict=path, micro_batch_size=2)
     batches = list(data.predict_dataloader())
-    assert [b["inputs"] for b in batches] == [["a b", "d"], ["f"]]
-    assert [b["outputs"] for b in batches] == [["c", "e"], ["g"]]
-    assert [b["rows"] for b in batches] == [[0, 1], [2]]
-    assert batches[0]["prompts"][0] == tokenizer("a b").input_ids
+    assert [b.inputs for b in batches] == [["a b", "d"], ["f"]]
+    assert [b.outputs for b in batches] == [["c", "e"], ["g"]]
+    assert [b.rows for b in batches] == [[0, 1], [2]]
+    assert batches[0].prompts[0] == tokenizer("a b").input_ids
     second = data.attach(tokenizer, rank=1, world_size=2).predict_dataloader()
-    assert [b["rows"] for b in second] == [[1]]
+    assert [b.rows for b in second] == [[1]]
     with pytest.raises(DataError, match="nothing to predict"):
         module(tokenizer, None).predict_dataloader()
 
@@ -176,12 +176,12 @@ def test_state_before_and_after_the_loader(tokenizer, train):
     data = module(tokenizer, train)
     batches = iter(data.train_dataloader())
     next(batches), next(batches)
-    rest = [b["rows"].tolist() for b in batches]
+    rest = [b.rows.tolist() for b in batches]
     again = module(tokenizer, train)
     again.load_state_dict({**data.state_dict(), "consumed_samples": 8})
-    assert [b["rows"].tolist() for b in again.train_dataloader()][:4] == rest
+    assert [b.rows.tolist() for b in again.train_dataloader()][:4] == rest
     again.load_state_dict({**data.state_dict(), "consumed_samples": 8})  # with the loader there
-    assert [b["rows"].tolist() for b in again.train_dataloader()][:4] == rest
+    assert [b.rows.tolist() for b in again.train_dataloader()][:4] == rest
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from graftwork.data.tokenizer import checkpoint_tokenizer
 from graftwork.errors import CheckpointError
-from graftwork.models.tokenizer import load_tokenizer
 from graftwork.models.weights import gguf as conversion
 from graftwork.models.weights import read_config, shape_from_hf
 from tests.helpers.tiny_gguf import write_gguf
@@ -47,7 +47,7 @@ def test_quantised_tensors_are_dequantised_then_rounded(tmp_path: Path) -> None:
 def test_tokenizer(tmp_path: Path) -> None:
     source = make_tiny("llama", tmp_path / "hf")
     conversion.convert(write_gguf(tmp_path / "x.gguf", source), tmp_path / "out")
-    tokenizer = load_tokenizer(tmp_path / "out")
+    tokenizer = checkpoint_tokenizer(tmp_path / "out")
     names = tokenizer.convert_ids_to_tokens(tokenizer("abc 00</s>").input_ids)
     # smollm cuts digits one by one; the space belongs to what follows it.
     assert names == ["abc", "Ġ", "0", "0", "</s>"]
@@ -59,7 +59,7 @@ def test_tokenizer(tmp_path: Path) -> None:
 def test_llama3_splitter_keeps_numbers_of_three_digits(tmp_path: Path) -> None:
     source = make_tiny("llama", tmp_path / "hf")
     conversion.convert(write_gguf(tmp_path / "x.gguf", source, splitter="llama-bpe"), tmp_path / "out")
-    tokenizer = load_tokenizer(tmp_path / "out")
+    tokenizer = checkpoint_tokenizer(tmp_path / "out")
     assert tokenizer.convert_ids_to_tokens(tokenizer("abc0000").input_ids) == ["abc", "00", "0", "0"]
 
 

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import constants
 
 from graftwork.cache import cache_directory, locked, sha256
+from graftwork.data.tokenizer import checkpoint_tokenizer
 from graftwork.errors import CheckpointError
-from graftwork.models.tokenizer import load_tokenizer
 from graftwork.models.weights import hub
 from graftwork.models.weights.hub import PackagedGGUF, resolve
 from tests.helpers.tiny_gguf import write_gguf
@@ -170,9 +170,9 @@ def test_unwritable_cache_is_one_sentence(tmp_path: Path) -> None:
 
 def test_tokenizer_errors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no tokenizer; one of tokenizer.json"):
-        load_tokenizer(tmp_path)
+        checkpoint_tokenizer(tmp_path)
     make_tiny("llama", tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
-        load_tokenizer(tmp_path)
+        checkpoint_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)

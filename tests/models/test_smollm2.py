@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from graftwork.data.tokenizer import checkpoint_tokenizer
 from graftwork.models import shapes
-from graftwork.models.tokenizer import load_tokenizer
 from graftwork.models.weights import read_config, shape_from_hf
 from graftwork.models.weights.hub import REGISTERED, resolve
 from tests.helpers.core import loaded, logits
@@ -52,7 +52,7 @@ def test_converted_tensors_equal_the_dequantised_ones(directory: Path) -> None:
 
 
 def test_logits_equal_transformers_and_make_sense(directory: Path) -> None:
-    tokenizer = load_tokenizer(directory)
+    tokenizer = checkpoint_tokenizer(directory)
     tokens = tokenizer(TEXT, return_tensors="pt").input_ids[:, :64]
     assert tokens.shape == (1, 64)
     with torch.no_grad():
