@@ -1,4 +1,7 @@
-"""Answers and metrics of a model, with or without adapters."""
+"""Answers and metrics of a model, with or without adapters, on rows, prompts and files.
+
+Here belongs what a user asks of a trained model. No training, no layout: the models' own functions know that.
+"""
 
 import graftwork.compat  # noqa: F401  # before any other megatron import
 from graftwork.inference.compare import compare, side_by_side

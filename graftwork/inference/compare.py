@@ -2,13 +2,13 @@
 
 import io
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from graftwork.inference.metrics import Metrics
+from graftwork.inference.metrics import LabelFigures, Metrics
+from graftwork.models.generation.answers import Answer
 
 WIDTH = 80
 
@@ -22,7 +22,7 @@ def compare(before: Metrics, after: Metrics, names: tuple[str, str] = ("base", "
         ways = len(after["labels"])
         table.add_row(f"accuracy, {ways}-way", *_percents(before["accuracy"], after["accuracy"]))
         for label, figures in after["labels"].items():
-            old = before["labels"].get(label, {}).get("recall")
+            old = _recall(before["labels"].get(label))
             table.add_row(f"  {label!r} ({figures['rows']} rows)", *_percents(old, figures["recall"]))
     return _text([table], width)
 
@@ -37,8 +37,8 @@ def confusion(metrics: Metrics, width: int = WIDTH) -> str:
 
 
 def side_by_side(
-    before: Sequence[dict[str, Any]],
-    after: Sequence[dict[str, Any]],
+    before: Sequence[Answer],
+    after: Sequence[Answer],
     names: tuple[str, str] = ("base", "adapted"),
     width: int = WIDTH,
 ) -> str:
@@ -60,11 +60,16 @@ def _table(title: str | None, columns: list[str], right: Iterable[int] = (), lin
 
 
 def _text(tables: list[Table], width: int) -> str:
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    written = io.StringIO()
+    console = Console(file=written, width=width, color_system=None, highlight=False, markup=False, emoji=False)
     for table in tables:
         console.print(table)
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    lines = written.getvalue().splitlines()
     return "\n".join(line.rstrip() for line in lines).strip("\n") + "\n"
+
+
+def _recall(figures: LabelFigures | None) -> float | None:
+    return None if figures is None else figures["recall"]
 
 
 def _numbers(old: float, new: float) -> tuple[str, str, str]:

@@ -2,16 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional, Unpack
 
 from graftwork.data import SFTDataModule
 from graftwork.errors import ConfigError, DataError
-from graftwork.inference.examples import Examples
+from graftwork.inference.examples import Examples, Templates
 from graftwork.inference.labels import questions, score_answers
 from graftwork.inference.metrics import Metrics, answer_metrics, label_metrics
 from graftwork.inference.output import write_text
 from graftwork.inference.scoring import Score, score
-from graftwork.models import GPT, load
+from graftwork.models import Model, load
 from graftwork.models.generation.scoring import one_piece
 
 SHARED_FROM = 4
@@ -52,13 +52,13 @@ def evaluate(
 
 
 def evaluate_model(
-    model: GPT,
+    model: Model,
     data: SFTDataModule | Examples | str | Path,
     labels: list[str] | None = None,
     split: str | None = None,
     limit: int | None = None,
     batch_tokens: int = 2048,
-    **templates: Any,
+    **templates: Unpack[Templates],
 ) -> Metrics:
     """Return the figures of ``model`` as it is now: adapters on, merged, or off inside ``adapters_disabled()``.
 
@@ -81,7 +81,7 @@ def evaluate_model(
     return metrics | label_metrics(chosen, [expected[i] for i in found], likelihoods)
 
 
-def _scores(model: GPT, examples: Examples, labels: list[str] | None, batch_tokens: int) -> dict[int, list[Score]]:
+def _scores(model: Model, examples: Examples, labels: list[str] | None, batch_tokens: int) -> dict[int, list[Score]]:
     """Return per row number the score of each label (of the right answer alone where there are no labels)."""
     rows = examples.references(model) if labels is None else examples.candidates(model, labels)
     kept = {i: [s for s in row if s is not None] for i, row in enumerate(rows) if None not in row}
@@ -95,7 +95,9 @@ def _scores(model: GPT, examples: Examples, labels: list[str] | None, batch_toke
     return {i: [next(scores) for _ in row] for i, row in kept.items()}
 
 
-def _examples(data: Any, split: str | None, limit: int | None, templates: dict[str, Any]) -> Examples:
+def _examples(
+    data: SFTDataModule | Examples | str | Path, split: str | None, limit: int | None, templates: Templates
+) -> Examples:
     if isinstance(data, Examples):
         return data
     if isinstance(data, SFTDataModule):

@@ -1,8 +1,9 @@
 """Rows with known answers, and how they become token sequences for one model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypedDict
 
 from graftwork.data import PROMPT_FORMAT, RowEncoder, SFTDataModule
 from graftwork.data.files import read_rows
@@ -10,12 +11,19 @@ from graftwork.data.schema import Chat, Place, Prompt, parse_row
 from graftwork.data.sequence import Sequence
 from graftwork.data.template import check_templates
 from graftwork.errors import ConfigError, DataError
-from graftwork.models import GPT
+from graftwork.models import Model
 
 MOST_LABELS = 20
 """More distinct answers than this are not taken for a closed set."""
 
 Placed = tuple[Place, Prompt | Chat]
+
+
+class Templates(TypedDict, total=False):
+    """How rows of a file are put to a model; what is left out is as the model's adapters were trained."""
+
+    prompt_template: str | None
+    answer_template: str | None
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Examples:
     """
 
     rows: list[Placed]
-    encoder: Callable[[GPT], RowEncoder]
+    encoder: Callable[[Model], RowEncoder]
 
     @classmethod
     def from_file(
@@ -56,16 +64,16 @@ class Examples:
         """Take the rows of a data module's ``split``: by default ``test``, or ``validation`` where there is no test."""
         chosen = split or ("test" if data.files["test"] else "validation")
 
-        def encoder(model: GPT) -> RowEncoder:
+        def encoder(model: Model) -> RowEncoder:
             return data.encoder_for(model.tokenizer, model.prompt_layout)
 
         return cls(_parsed(data.raw_rows(chosen), limit, True), encoder)
 
-    def references(self, model: GPT) -> list[list[Sequence | None]]:
+    def references(self, model: Model) -> list[list[Sequence | None]]:
         """Per row, its prompt with the right answer; None where the encoder drops a row as too long."""
         return [[sequence] for sequence, _ in self.encoder(model).learn(self.rows)]
 
-    def candidates(self, model: GPT, labels: list[str]) -> list[list[Sequence | None]]:
+    def candidates(self, model: Model, labels: list[str]) -> list[list[Sequence | None]]:
         """Per row, its prompt with each of ``labels`` as the answer."""
         placed: list[Placed] = [(place, _answering(row, label, place)) for place, row in self.rows for label in labels]
         found = [sequence for sequence, _ in self.encoder(model).learn(placed)]
@@ -87,13 +95,13 @@ class Examples:
         return sorted(outputs) if few and not any(isinstance(row, Chat) for _, row in self.rows) else None
 
 
-def _encoder(prompt_template: str | None, answer_template: str | None) -> Callable[[GPT], RowEncoder]:
+def _encoder(prompt_template: str | None, answer_template: str | None) -> Callable[[Model], RowEncoder]:
     """Return what makes the encoder of a model, from the templates given and else from its adapters' own."""
     options = {"prompt_template": prompt_template, "answer_template": answer_template}
     given: dict[str, Any] = {name: text for name, text in options.items() if text is not None}
     check_templates(given.get("prompt_template", "{input}"), given.get("answer_template", " {output}"))
 
-    def encoder(model: GPT) -> RowEncoder:
+    def encoder(model: Model) -> RowEncoder:
         trained = model.prompt_format(given)
         if unknown := trained.keys() - set(PROMPT_FORMAT):
             raise ConfigError(f"the adapter was trained with {min(unknown)!r}, unknown here; update graftwork.")
@@ -103,10 +111,10 @@ def _encoder(prompt_template: str | None, answer_template: str | None) -> Callab
     return encoder
 
 
-def _parsed(placed: list[tuple[Place, Any]], limit: int | None, answered: bool) -> list[Placed]:
+def _parsed(placed: Iterable[tuple[Place, object]], limit: int | None, answered: bool) -> list[Placed]:
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}, but it must be at least 1 row.")
-    return [(place, parse_row(raw, place, answered=answered)) for place, raw in placed[:limit]]
+    return [(place, parse_row(raw, place, answered=answered)) for place, raw in islice(placed, limit)]
 
 
 def _answering(row: Prompt | Chat, label: str, place: Place) -> Prompt:

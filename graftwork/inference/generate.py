@@ -1,14 +1,15 @@
 """generate: a model's answers to prompts from the command line or from a file."""
 
-from typing import Any, Optional
+from typing import Optional, Unpack
 
+from graftwork.batch import Questions
 from graftwork.data import SFTDataModule
 from graftwork.errors import ConfigError
 from graftwork.inference.examples import Examples
 from graftwork.inference.output import write_jsonl
-from graftwork.models import GPT, load
-
-Answer = dict[str, Any]
+from graftwork.models import Model, load
+from graftwork.models.generation.answers import Answer
+from graftwork.models.generation.decoding import Options
 
 
 def generate(
@@ -48,20 +49,20 @@ def generate(
     return answers
 
 
-def answer(model: GPT, examples: Examples, **options: Any) -> list[Answer]:
+def answer(model: Model, examples: Examples, **options: Unpack[Options]) -> list[Answer]:
     """Return ``input``, ``output`` and, where it is known, ``expected`` of every row; options as in model.generate."""
     model.configure_model()
     asked = examples.encoder(model).ask(examples.rows)
-    batch = {
-        "prompts": [tokens for tokens, _, _ in asked],
-        "inputs": [question for _, question, _ in asked],
-        "outputs": [right for _, _, right in asked],
-    }
-    return model.answer_batch(batch, **options)
+    questions = Questions(
+        prompts=[tokens for tokens, _, _ in asked],
+        inputs=[question for _, question, _ in asked],
+        outputs=[right for _, _, right in asked],
+    )
+    return model.answer_batch(questions, **options)
 
 
 def sample_answers(
-    model: GPT, data: SFTDataModule | Examples, count: int = 5, max_new_tokens: int = 32
+    model: Model, data: SFTDataModule | Examples, count: int = 5, max_new_tokens: int = 32
 ) -> list[Answer]:
     """Answer the first ``count`` rows of a data module (test, else validation) greedily, as the model is now."""
     examples = data if isinstance(data, Examples) else Examples.from_data(data, limit=count)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from graftwork.data.sequence import Sequence
 from graftwork.inference.scoring import Score, over_data_ranks
-from graftwork.models import GPT
 from graftwork.models.generation.kv_cache import KVCache
+from graftwork.models.generation.protocol import CausalModel
 from graftwork.models.generation.scoring import check_tokens, evaluating
 
 MOST_ROWS = 64
@@ -19,28 +19,39 @@ MOST_ROWS = 64
 WIDEST_GAP = 16
 """A prompt at most this much longer than its batch's shortest reads on token by token beside the others' answers."""
 
-Question = tuple[list[int], list[list[int]]]
+
+@dataclass(frozen=True)
+class Question:
+    """Ids of a prompt, and of each answer that may follow it."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the prompt with its longest answer."""
+        return len(self.prompt) + max(map(len, self.answers))
 
 
 def questions(rows: list[list[Sequence]]) -> list[Question] | None:
-    """Return (prompt ids, ids of each answer) per row; None where a row's sequences do not share their prompt."""
+    """Return a question per row; None where a row's sequences do not share their prompt."""
     found = []
     for row in rows:
         start = row[0].answer_start
         prompt = row[0].tokens[:start]
         if any(s.answer_start != start or s.tokens[:start] != prompt or sum(s.loss[:start]) for s in row):
             return None
-        found.append((prompt, [s.tokens[start:] for s in row]))
+        found.append(Question(prompt, [s.tokens[start:] for s in row]))
     return found
 
 
-def score_answers(model: GPT, asked: list[Question], batch_tokens: int = 2048) -> list[list[Score]]:
+def score_answers(model: CausalModel, asked: list[Question], batch_tokens: int = 2048) -> list[list[Score]]:
     """Return the score of every answer of every row, equal to that of the whole sequences; the model is in one piece.
 
     Prompts of similar length are read together, at most ``batch_tokens`` tokens.
     """
     with evaluating(model):
-        check_tokens(model, [prompt + max(answers, key=len) for prompt, answers in asked])
+        check_tokens(model, [question.prompt + max(question.answers, key=len) for question in asked])
         batches = list(_batches(asked, batch_tokens))
         found = over_data_ranks(
             batches, lambda numbers: zip(numbers, _score_batch(model, [asked[n] for n in numbers]), strict=True)
@@ -88,12 +99,12 @@ class _Path:
 
 def _batches(asked: list[Question], budget: int) -> Iterator[list[int]]:
     """Yield row numbers of similar prompt length, the shortest first."""
-    most = MOST_ROWS // max(len(answers) for _, answers in asked)
+    most = MOST_ROWS // max(len(question.answers) for question in asked)
     batch: list[int] = []
-    for number in sorted(range(len(asked)), key=lambda n: len(asked[n][0])):
-        width = len(asked[number][0])
+    for number in sorted(range(len(asked)), key=lambda n: len(asked[n].prompt)):
+        width = len(asked[number].prompt)
         full = len(batch) >= most or (len(batch) + 1) * width > budget
-        if batch and (full or width - len(asked[batch[0]][0]) > WIDEST_GAP):
+        if batch and (full or width - len(asked[batch[0]].prompt) > WIDEST_GAP):
             yield batch
             batch = []
         batch.append(number)
@@ -101,12 +112,15 @@ def _batches(asked: list[Question], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _score_batch(model: GPT, asked: list[Question]) -> list[list[Score]]:
+def _score_batch(model: CausalModel, asked: list[Question]) -> list[list[Score]]:
     """Advance all rows one position at a time: prompts read on and branch into answers, finished answers leave."""
-    found = [[_Answer(tokens) for tokens in answers] for _, answers in asked]
-    paths = [_Path(prompt, answers) for (prompt, _), answers in zip(asked, found, strict=True)]
-    position = min(len(prompt) for prompt, _ in asked)
-    with KVCache(model, len(paths), max(len(p) + max(map(len, answers)) for p, answers in asked)) as cache:
+    found = [[_Answer(tokens) for tokens in question.answers] for question in asked]
+    # A cache row is first a prompt with all its answers. Once the prompt is read, its logits are those before every
+    # answer's first token; then the row is copied, one copy for each answer that has more tokens. Since a row stands
+    # only for tokens it has read, neither padding nor a mask is ever needed.
+    paths = [_Path(question.prompt, answers) for question, answers in zip(asked, found, strict=True)]
+    position = min(len(question.prompt) for question in asked)
+    with KVCache(model, len(paths), max(question.longest for question in asked)) as cache:
         while paths:
             logits = cache.read([path.upto(position) for path in paths])
             _count(logits, [(place, *pair) for place, path in enumerate(paths) for pair in path.next(position)])

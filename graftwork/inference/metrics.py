@@ -2,11 +2,36 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, TypedDict
 
 from graftwork.inference.scoring import Score
 
-Metrics = dict[str, Any]
+
+class LabelFigures(TypedDict):
+    """Of one label: rows that have it as their answer, the share found, the share right among those it was said of."""
+
+    rows: int
+    recall: float | None
+    precision: float | None
+
+
+class Metrics(TypedDict, total=False):
+    """Figures of one evaluation, as they are written to JSON; see ``evaluate_model`` for what is always there."""
+
+    rows: int
+    dropped: int
+    answer_tokens: int
+    loss: float
+    exact_match: float
+    accuracy: float
+    labels: dict[str, LabelFigures]
+    confusion: dict[str, dict[str, int]]
+    baseline: "Metrics"
+
+
+Compared = Literal["loss", "exact_match", "accuracy"]
+COMPARED: tuple[Compared, ...] = ("loss", "exact_match", "accuracy")
+"""The figures that say how good a model is."""
 
 
 def answer_metrics(scores: Sequence[Score]) -> Metrics:
@@ -43,8 +68,7 @@ def label_metrics(labels: list[str], expected: list[int], likelihoods: list[list
 
 def paired(before: Metrics, after: Metrics) -> dict[str, dict[str, float]]:
     """Return ``{metric: {"before": ..., "after": ...}}`` of the figures both have, as a run's summary keeps them."""
-    names = ("loss", "exact_match", "accuracy")
-    return {n: {"before": before[n], "after": after[n]} for n in names if n in before and n in after}
+    return {n: {"before": before[n], "after": after[n]} for n in COMPARED if n in before and n in after}
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graftwork import parallel
+from graftwork.batch import IGNORED
 from graftwork.data.sequence import Sequence
-from graftwork.models import GPT
+from graftwork.models.generation.protocol import CausalModel
 from graftwork.models.generation.scoring import check_tokens, device_of, evaluating, right_padded, target_logits
-from graftwork.models.loss import IGNORED
 from graftwork.parallel.collective import all_gather_objects
 
 Value = TypeVar("Value")
@@ -32,7 +32,7 @@ class Score:
     exact: bool
 
 
-def score(model: GPT, sequences: list[Sequence], batch_tokens: int = 2048) -> list[Score]:
+def score(model: CausalModel, sequences: list[Sequence], batch_tokens: int = 2048) -> list[Score]:
     """Return the score of each sequence; batches hold rows of similar length, at most ``batch_tokens`` tokens.
 
     Data-parallel ranks share the work and all get every score. Raises ConfigError for a row beyond the context.
@@ -70,7 +70,7 @@ def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _score_batch(model: GPT, sequences: list[Sequence]) -> list[Score]:
+def _score_batch(model: CausalModel, sequences: list[Sequence]) -> list[Score]:
     device = device_of(model)
     tokens = right_padded([s.tokens[:-1] for s in sequences], 0, device)
     labels = right_padded([_labels(s) for s in sequences], IGNORED, device)

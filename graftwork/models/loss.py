@@ -1,13 +1,17 @@
 """Answer-token losses over a vocabulary that is cut over the tensor-parallel ranks."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
+from graftwork.batch import IGNORED
 from graftwork.parallel.state import tp_rank, tp_size
 
-IGNORED = -100
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""Reads (sum of the answer tokens' losses, their number, both again by name) from a microbatch's output."""
 
 
 def mask_padded_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
@@ -25,9 +29,16 @@ def token_losses(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     logits = mask_padded_vocabulary(logits.float(), vocab_size)
     if tp_size() == 1:
         return F.cross_entropy(logits, targets, reduction="none")
-    return vocab_parallel_cross_entropy(logits.unsqueeze(1), targets.unsqueeze(1)).squeeze(1)
+    losses: Tensor = vocab_parallel_cross_entropy(logits.unsqueeze(1), targets.unsqueeze(1))
+    return losses.squeeze(1)
 
 
 def answer_rows(labels: Tensor) -> Tensor:
     """Return the flat indices of the positions that have a target, in [b, s] order."""
     return (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)
+
+
+def summed_loss(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return a microbatch's token losses [n] in the form that megatron-core's schedule takes, as in LossFunction."""
+    total, count = losses.sum(), torch.tensor(len(losses), dtype=torch.int, device=losses.device)
+    return total, count, {"loss_sum": total.detach().clone(), "num_tokens": count.clone()}

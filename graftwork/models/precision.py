@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from graftwork.errors import ConfigError, GraftworkError, suggest
-from graftwork.parallel.collective import agree, all_gather_objects
+from graftwork.errors import ConfigError, suggest
+from graftwork.parallel.collective import agreed, all_gather_objects
 
 DTYPES = {
     "fp32": torch.float32,
@@ -35,17 +35,11 @@ def common_dtype(dtype: str | None, checkpoint: Path | None) -> torch.dtype:
 
     A pipeline stage would read the other dtype's bytes as its own numbers without an error.
     """
-    mine, error = "", None
-    try:
-        mine = str(resolve_dtype(dtype, checkpoint)).removeprefix("torch.")
-    except GraftworkError as refused:
-        error = refused
-    agree(error)
-    found = all_gather_objects(mine)
+    found = all_gather_objects(agreed(lambda: resolve_dtype(dtype, checkpoint)))
     if len(set(found)) > 1:
-        ranks = ", ".join(f"rank {found.index(name)}: {name}" for name in dict.fromkeys(found))
+        ranks = ", ".join(f"rank {found.index(one)}: {_name(one)}" for one in dict.fromkeys(found))
         raise ConfigError(f"dtype {dtype!r} means different things on different machines ({ranks}); name one dtype.")
-    return getattr(torch, found[0])
+    return found[0]
 
 
 def bf16_is_fast() -> bool:
@@ -63,3 +57,7 @@ def _checkpoint_dtype(checkpoint: Path | None) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"The checkpoint {str(checkpoint)!r} is in {name}; choose dtype='bf16' or dtype='fp32'.")
     return DTYPES[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

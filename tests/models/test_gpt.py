@@ -1,15 +1,16 @@
 """The GPT LightningModule: logits, losses, packing, padding, precision, queued adapters, plain Lightning."""
 
 import copy
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
 
+from graftwork.batch import IGNORED, Batch
 from graftwork.errors import ConfigError, TrainingError
 from graftwork.models import GPT
-from graftwork.models.batch import flatten_packed, positions
 from graftwork.models.loss import mask_padded_vocabulary
 from graftwork.models.shapes import Shape
 from graftwork.peft import LoRA, PTuning
@@ -41,43 +42,37 @@ def batch_of(rows=3, length=12, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCABULARY, (rows, length), generator=generator)
     labels = torch.randint(0, VOCABULARY, (rows, length), generator=generator)
-    labels[:, : length // 2] = -100
-    return {
-        "tokens": tokens,
-        "labels": labels,
-        "position_ids": positions(tokens),
-        "rows": torch.arange(rows).unsqueeze(1),
-        "packed": False,
-        "micro_batch_size": rows,
-    }
+    labels[:, : length // 2] = IGNORED
+    return replace(Batch.of(tokens, labels), rows=torch.arange(rows).unsqueeze(1), micro_batch_size=rows)
 
 
 def packed(batch, lengths):
     """Put the first ``lengths[i]`` tokens of row i one behind the other, then a tail of padding, in one row."""
     total = sum(lengths) + 5
-    out = {k: torch.zeros(1, total, dtype=torch.long) for k in ("tokens", "position_ids")}
-    out["labels"] = torch.full((1, total), -100)
+    tokens, positions = (torch.zeros(1, total, dtype=torch.long) for _ in range(2))
+    labels = torch.full((1, total), IGNORED)
     bounds = [0]
     for row, length in enumerate(lengths):
         place = slice(bounds[-1], bounds[-1] + length)
-        for key in ("tokens", "labels", "position_ids"):
-            out[key][0, place] = batch[key][row, :length]
+        tokens[0, place] = batch.tokens[row, :length]
+        labels[0, place] = batch.labels[row, :length]
+        positions[0, place] = batch.position_ids[row, :length]
         bounds.append(bounds[-1] + length)
-    return {**out, "cu_seqlens": torch.tensor([[*bounds, total]], dtype=torch.int32), "packed": True}
+    return Batch(tokens, labels, positions, torch.tensor([[*bounds, total]], dtype=torch.int32))
 
 
 def test_loss_is_the_dense_formula_over_answer_tokens():
     model, batch = tiny(), batch_of()
     loss_sum, count = model._loss(batch)
-    answers = batch["labels"] != -100
-    dense = F.cross_entropy(model(batch["tokens"])[answers], batch["labels"][answers], reduction="sum")
+    answers = batch.labels != IGNORED
+    dense = F.cross_entropy(model(batch.tokens)[answers], batch.labels[answers], reduction="sum")
     assert count == answers.sum()
     torch.testing.assert_close(loss_sum, dense, rtol=1e-6, atol=0)
 
 
 def test_a_batch_without_answers_has_no_loss_and_is_refused_in_training():
     model, batch = tiny(), batch_of()
-    batch["labels"].fill_(-100)
+    batch.labels.fill_(IGNORED)
     loss_sum, count = model._loss(batch)
     assert loss_sum == 0 and count == 0 and loss_sum.requires_grad
     with pytest.raises(TrainingError, match="no answer token"):
@@ -88,20 +83,16 @@ def test_a_batch_without_answers_has_no_loss_and_is_refused_in_training():
 def test_packed_rows_give_the_unpacked_logits(rows):
     model, batch = tiny(), batch_of(rows=4)
     lengths = [12, 5, 9, 7]
-    whole = model(batch["tokens"])
-    parts = [
-        packed({k: v[i::rows] for k, v in batch.items() if torch.is_tensor(v)}, lengths[i::rows]) for i in range(rows)
-    ]
-    width = max(p["tokens"].shape[1] for p in parts)
-    joined = {
-        k: torch.cat([F.pad(p[k], (0, width - p[k].shape[1])) for p in parts]) for k in ("tokens", "position_ids")
-    }
-    most = max(p["cu_seqlens"].shape[1] for p in parts)
-    joined["cu_seqlens"] = torch.cat(
-        [F.pad(p["cu_seqlens"], (0, most + 1 - p["cu_seqlens"].shape[1]), value=width) for p in parts]
+    whole = model(batch.tokens)
+    parts = [packed(batch._rows(slice(i, None, rows)), lengths[i::rows]) for i in range(rows)]
+    width = max(part.tokens.shape[1] for part in parts)
+    tokens, positions = (
+        torch.cat([F.pad(getattr(part, name), (0, width - part.tokens.shape[1])) for part in parts])
+        for name in ("tokens", "position_ids")
     )
-    joined["labels"] = torch.full_like(joined["tokens"], -100)
-    flat = flatten_packed({**joined, "packed": True})
+    most = max(part.cu_seqlens.shape[1] for part in parts)
+    bounds = [F.pad(part.cu_seqlens, (0, most + 1 - part.cu_seqlens.shape[1]), value=width) for part in parts]
+    flat = Batch(tokens, torch.full_like(tokens, IGNORED), positions, torch.cat(bounds)).in_one_line()
     logits = model.run_chunk(model.chunks[0], flat).view(rows, width, -1)
     for part in range(rows):
         start = 0
@@ -113,16 +104,16 @@ def test_packed_rows_give_the_unpacked_logits(rows):
 def test_packing_without_boundaries_would_be_noticed():
     model, batch = tiny(), batch_of()
     row = packed(batch, [12, 5, 9])
-    flat = flatten_packed(row)
-    flat["cu_seqlens"] = flat["cu_seqlens"][[0, -1]]
+    flat = row.in_one_line()
+    flat.cu_seqlens = flat.cu_seqlens[[0, -1]]
     leaked = model.run_chunk(model.chunks[0], flat)[0, 12:17]
-    assert (leaked - model(batch["tokens"])[1, :5]).abs().max() > 1e-3
+    assert (leaked - model(batch.tokens)[1, :5]).abs().max() > 1e-3
 
 
 def test_packed_loss_equals_padded_loss():
     model, batch = tiny(), batch_of()
-    batch["labels"][1, 5:] = -100
-    batch["labels"][2, 9:] = -100
+    batch.labels[1, 5:] = IGNORED
+    batch.labels[2, 9:] = IGNORED
     padded_sum, padded_count = model._loss(batch)
     packed_sum, packed_count = model._loss(packed(batch, [12, 5, 9]))
     assert packed_count == padded_count
@@ -131,7 +122,7 @@ def test_packed_loss_equals_padded_loss():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side_changes_no_logit(side):
-    model, ids = tiny(), batch_of()["tokens"]
+    model, ids = tiny(), batch_of().tokens
     lengths = [12, 7, 3]
     padded, mask = torch.zeros_like(ids), torch.zeros_like(ids)
     for row, length in enumerate(lengths):

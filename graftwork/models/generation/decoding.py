@@ -1,22 +1,37 @@
 """Token-by-token generation: prompts of different lengths together, finished ones leave."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from typing import Protocol, TypedDict
 
 from torch import Tensor
 
 from graftwork.errors import ConfigError
 from graftwork.models.generation.kv_cache import KVCache
+from graftwork.models.generation.protocol import CausalModel
 from graftwork.models.generation.sampling import Sampler
 from graftwork.models.generation.scoring import check_tokens, evaluating, last_logits, one_piece
 
-if TYPE_CHECKING:
-    from graftwork.models.gpt import GPT
+
+class Decoding(TypedDict, total=False):
+    """How tokens are chosen and when a prompt is answered; what is left out keeps the default of ``generate``."""
+
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop_ids: list[int] | None
+    use_cache: bool
+    batch_size: int
+
+
+class Options(Decoding, total=False):
+    """All options of ``generate``."""
+
+    max_new_tokens: int
 
 
 def generate(
-    model: "GPT",
+    model: CausalModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -39,15 +54,29 @@ def generate(
     sampler = Sampler(temperature, top_p, seed)
     with evaluating(model):
         check_tokens(model, prompts, max_new_tokens)
-        stops = {model.tokenizer.eos_token_id} if stop_ids is None else set(stop_ids)
+        stops = _end_of_sequence(model) if stop_ids is None else set(stop_ids)
         cached = use_cache and one_piece(model)
         answers: dict[int, list[int]] = {}
         for numbers in _groups(prompts, batch_size, max_new_tokens if cached else 0):
             rows = [_Row(number, prompts[number], max_new_tokens, stops) for number in numbers]
-            with _reader(model, rows, cached) as reader:
+            longest = max(row.limit for row in rows)
+            with KVCache(model, len(rows), longest) if cached else nullcontext(_WholeRows(model)) as reader:
                 _decode(rows, reader, sampler)
             answers.update((row.number, row.answer) for row in rows)
     return [answers[number] for number in range(len(prompts))]
+
+
+def _end_of_sequence(model: CausalModel) -> set[int]:
+    end = model.tokenizer.eos_token_id
+    return set() if end is None else {end}
+
+
+class _Reader(Protocol):
+    """What tells the next token of rows that advance together: from a cache, or by reading every row again."""
+
+    def read(self, rows: list[list[int]]) -> Tensor: ...
+
+    def keep(self, rows: list[int]) -> None: ...
 
 
 class _Row:
@@ -66,24 +95,17 @@ class _Row:
         return len(self.tokens) == self.limit or (len(self.tokens) > self.start and self.tokens[-1] in self.stops)
 
 
-class _WholeRows(AbstractContextManager["_WholeRows"]):
+class _WholeRows:
     """Reads every row from its beginning each time: slow, and right in any parallel layout."""
 
-    def __init__(self, model: "GPT") -> None:
+    def __init__(self, model: CausalModel) -> None:
         self.model = model
-
-    def __exit__(self, *_: Any) -> None:
-        return None
 
     def read(self, rows: list[list[int]]) -> Tensor:
         return last_logits(self.model, rows)
 
     def keep(self, rows: list[int]) -> None:
         """Nothing is held."""
-
-
-def _reader(model: "GPT", rows: list[_Row], cached: bool) -> KVCache | _WholeRows:
-    return KVCache(model, len(rows), max(row.limit for row in rows)) if cached else _WholeRows(model)
 
 
 def _groups(prompts: Sequence[Sequence[int]], size: int, gap: int) -> Iterator[list[int]]:
@@ -102,8 +124,10 @@ def _groups(prompts: Sequence[Sequence[int]], size: int, gap: int) -> Iterator[l
         yield group
 
 
-def _decode(rows: list[_Row], reader: KVCache | _WholeRows, sampler: Sampler) -> None:
+def _decode(rows: list[_Row], reader: _Reader, sampler: Sampler) -> None:
     """Advance all rows one position at a time: a row still inside its prompt reads on, the others get a new token."""
+    # The shortest prompt is read at once. From then on every row is ``width`` tokens long in the reader's eyes, so no
+    # padding ever enters the cache; a longer prompt catches up while the others' answers grow.
     width = min(row.start for row in rows)
     while rows:
         logits = reader.read([row.tokens[:width] for row in rows])

@@ -31,19 +31,23 @@ class Sampler:
     def choose(self, logits: Tensor, prompts: list[int]) -> list[int]:
         """Return a token id per row of fp32 logits [b, vocab_size]; ``prompts`` are the rows' prompt numbers."""
         if self.temperature == 0:
-            return logits.argmax(-1).tolist()
+            return _listed(logits.argmax(-1))
         probabilities, order = torch.softmax(logits.double() / self.temperature, -1).sort(-1, descending=True)
         below = probabilities.cumsum(-1) - probabilities
         kept = probabilities.masked_fill(below >= self.top_p, 0.0).cumsum(-1)
         drawn = torch.stack([torch.rand(1, generator=self._stream(p), dtype=torch.float64) for p in prompts])
         # A draw is below 1, so it falls on a token of positive weight.
         place = torch.searchsorted(kept, drawn.to(kept.device) * kept[:, -1:], right=True)
-        return order.gather(1, place.clamp(max=kept.shape[1] - 1)).squeeze(1).tolist()
+        return _listed(order.gather(1, place.clamp(max=kept.shape[1] - 1)).squeeze(1))
 
     def _stream(self, prompt: int) -> torch.Generator:
         if prompt not in self._streams:
             self._streams[prompt] = torch.Generator().manual_seed(self._seed * 1_000_003 + prompt)
         return self._streams[prompt]
+
+
+def _listed(tokens: Tensor) -> list[int]:
+    return [int(token) for token in tokens.tolist()]
 
 
 def _common(value: int) -> int:

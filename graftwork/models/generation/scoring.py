@@ -2,25 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
 from graftwork import parallel
+from graftwork.batch import IGNORED, Batch
 from graftwork.errors import ConfigError
-from graftwork.models.batch import positions
-from graftwork.models.generation.logits import all_logits
-from graftwork.models.loss import IGNORED, answer_rows
+from graftwork.models.generation.logits import all_logits, gather_vocabulary
+from graftwork.models.generation.protocol import CausalModel
+from graftwork.models.loss import answer_rows
 from graftwork.virtual_tokens import VIRTUAL_BASE
-
-if TYPE_CHECKING:
-    from graftwork.models.gpt import GPT
 
 
 @contextmanager
-def evaluating(model: "GPT") -> Iterator[None]:
+def evaluating(model: CausalModel) -> Iterator[None]:
     """Switch dropout and gradients off inside the block; on exit every submodule is in the mode it was in.
 
     ``torch.inference_mode`` is not used: megatron-core keeps rotary tables, and training could not use them later.
@@ -36,29 +32,27 @@ def evaluating(model: "GPT") -> Iterator[None]:
             module.training = training
 
 
-def one_piece(model: "GPT") -> bool:
+def one_piece(model: CausalModel) -> bool:
     """Tell whether each rank sees whole sequences and all layers (tensor parallelism or a single process)."""
     return parallel.pp_size() == 1 and parallel.cp_size() == 1 and not model.config.sequence_parallel
 
 
-def device_of(model: "GPT") -> torch.device:
+def device_of(model: CausalModel) -> torch.device:
     """Return where the model's tokens have to be."""
     return next(model.chunks[0].parameters()).device
 
 
-def target_logits(model: "GPT", tokens: Tensor, labels: Tensor) -> Tensor:
+def target_logits(model: CausalModel, tokens: Tensor, labels: Tensor) -> Tensor:
     """Return fp32 logits [n, vocab_size], equal on every model-parallel rank, of the n positions with a target.
 
-    ``tokens`` and ``labels`` are right-padded [b, s]; ``labels`` is -100 where no logits are wanted. In one piece only
-    those positions reach the output layer.
+    ``tokens`` and ``labels`` are right-padded [b, s]; ``labels`` is IGNORED where no logits are wanted. In one piece
+    only those positions reach the output layer.
     """
     if not one_piece(model):
         whole = all_logits(model, tokens)
         return whole.reshape(-1, whole.shape[-1])[answer_rows(labels)].float()
-    batch = {"tokens": tokens, "labels": labels, "position_ids": positions(tokens)}
-    output, _ = model.forward_step(iter([batch]), model.chunks[0])
-    local = output.reshape(-1, output.shape[-1])
-    whole = mappings.gather_from_tensor_model_parallel_region(local, group=parallel.tp_group())
+    output, _ = model.forward_step(iter([Batch.of(tokens, labels)]), model.chunks[0])
+    whole = gather_vocabulary(output.reshape(-1, output.shape[-1]))
     return whole[:, : model.shape.vocab_size].float()
 
 
@@ -68,14 +62,14 @@ def right_padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device)
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64, device=device)
 
 
-def last_logits(model: "GPT", rows: Sequence[Sequence[int]]) -> Tensor:
+def last_logits(model: CausalModel, rows: Sequence[Sequence[int]]) -> Tensor:
     """Return fp32 logits [b, vocab_size] of the token that follows each row of ids."""
     device = device_of(model)
     labels = right_padded([[IGNORED] * (len(row) - 1) + [0] for row in rows], IGNORED, device)
     return target_logits(model, right_padded(rows, 0, device), labels)
 
 
-def check_tokens(model: "GPT", rows: Sequence[Sequence[int]], room: int = 0) -> None:
+def check_tokens(model: CausalModel, rows: Sequence[Sequence[int]], room: int = 0) -> None:
     """Raise ConfigError for an empty row, an id the model does not have, or a row too long for ``room`` more tokens."""
     limit, vocabulary = model.shape.max_position_embeddings, model.shape.vocab_size
     virtual = VIRTUAL_BASE + model.prompt_layout.size
@@ -91,7 +85,7 @@ def check_tokens(model: "GPT", rows: Sequence[Sequence[int]], room: int = 0) -> 
             )
 
 
-def _check_ids(number: int, row: Sequence[Any], vocabulary: int, virtual: int) -> None:
+def _check_ids(number: int, row: Sequence[int], vocabulary: int, virtual: int) -> None:
     for token in row:
         if not (0 <= token < vocabulary or VIRTUAL_BASE <= token < virtual):
             extra = f", or {VIRTUAL_BASE} to {virtual - 1} (virtual)" if virtual > VIRTUAL_BASE else ""

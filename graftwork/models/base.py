@@ -1,0 +1,375 @@
+"""Model: what every family of base models shares, as a LightningModule over megatron-core.
+
+A model *has* its parts: a stack of adapters, requests that wait for it to be built, a validation loss. Its public
+methods hand on to them. Whatever only one family does belongs to that family's class.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional, Unpack
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from graftwork import parallel
+from graftwork.batch import Batch, Questions
+from graftwork.data.tokenizer import Tokenizer, checkpoint_tokenizer
+from graftwork.errors import ArtifactError, ConfigError, TrainingError
+from graftwork.models.adapters import attach, load, refuse_taken_names, warn_of_other_prompts
+from graftwork.models.fitting import ValidationLoss, prompt_format_of, refuse_unfit, schedules_steps, trained_only
+from graftwork.models.generation.answers import Answer, answer, refuse_spread_experts
+from graftwork.models.generation.decoding import Decoding, Options, generate
+from graftwork.models.loss import LossFunction
+from graftwork.models.pending import Add, Freeze, Load, Pending, Request
+from graftwork.models.precision import common_dtype
+from graftwork.models.recompute import recompute_fields
+from graftwork.models.shapes import Shape
+from graftwork.models.weights import export_weights, fingerprint, load_weights
+from graftwork.models.weights.drawn import draw
+from graftwork.models.weights.hub import resolve
+from graftwork.optim import AdamW
+from graftwork.peft import PEFT, report
+from graftwork.peft.artifact import directory as artifact
+from graftwork.peft.host import Host
+from graftwork.peft.stack import Stack
+from graftwork.virtual_tokens import PromptLayout
+
+
+class Model(pl.LightningModule):
+    """A base model that adapters can be grafted onto; a family says how to build a chunk and how to run a microbatch.
+
+    Before the megatron-core module exists (a trainer builds it in ``configure_model``) requests for adapters wait, in
+    order, until the base weights are in. ``generation`` holds the options that ``trainer.predict`` generates with.
+
+    Args:
+        shape: Its sizes.
+        checkpoint: Base weights: a Hugging Face directory, a GGUF file or a known name; None starts at random.
+        dtype: ``fp32``, ``bf16`` (bf16 base, fp32 adapters), ``auto`` (what the machine does fast) or None (the
+            checkpoint's own).
+        recompute: Activation recomputation: ``full``, ``selective`` or None.
+        seed: Seed of random base weights and of every adapter's initial values.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        checkpoint: Optional[str] = None,
+        dtype: Optional[str] = None,
+        recompute: Optional[str] = None,
+        seed: int = 1234,
+    ) -> None:
+        super().__init__()
+        recompute_fields(recompute)  # a wrong name is told at once
+        self.shape, self.checkpoint, self.dtype_name = shape, checkpoint, dtype
+        self.recompute, self.seed = recompute, seed
+        self.module: nn.Module | None = None
+        self.optim: AdamW | None = None
+        self.generation: Options = {}
+        self.strict_loading = False  # checkpoints hold only what trains
+        self._tokenizer: Tokenizer | None = None
+        self._stack: Stack | None = None
+        self._pending = Pending()
+        self._validation = ValidationLoss()
+
+    # ---- what a family supplies ----------------------------------------------------------------------------------
+
+    def build_chunk(self, config: TransformerConfig, vp_stage: int | None) -> nn.Module:
+        """Return this rank's megatron-core module for one (virtual) pipeline stage, its weights not yet filled."""
+        raise TypeError(f"{type(self).__name__} must say how it builds a chunk.")
+
+    def run_chunk(self, chunk: nn.Module, batch: Batch) -> Tensor:
+        """Call one chunk on a microbatch: logits [b, s, v/tp], or hidden states before the last stage."""
+        raise TypeError(f"{type(self).__name__} must say how it runs a chunk.")
+
+    def forward_step(self, data_iterator: Iterator[Batch], module: nn.Module) -> tuple[Tensor, LossFunction]:
+        """megatron-core's ``forward_step_func``: one microbatch's output and the function that reads its loss."""
+        raise TypeError(f"{type(self).__name__} must say how it runs a microbatch.")
+
+    # ---- building ------------------------------------------------------------------------------------------------
+
+    @property
+    def chunks(self) -> list[nn.Module]:
+        """This rank's megatron-core modules: one, or several under virtual pipelining; none before it is built."""
+        if self.module is None:
+            return []
+        return list(self.module) if isinstance(self.module, nn.ModuleList) else [self.module]
+
+    @property
+    def config(self) -> TransformerConfig:
+        """megatron-core's TransformerConfig."""
+        return _config_of(self.chunks[0])
+
+    @property
+    def checkpoint_dir(self) -> Path | None:
+        """Directory of the base checkpoint (a GGUF file is converted once), None for random weights."""
+        return None if self.checkpoint is None else resolve(self.checkpoint)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, loaded at first use; assign one for a model with random weights."""
+        if self._tokenizer is None:
+            if self.checkpoint_dir is None:
+                raise ConfigError("A model without checkpoint has no tokenizer: set model.tokenizer.")
+            self._tokenizer = checkpoint_tokenizer(self.checkpoint_dir)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def prepare(self, optim: AdamW | None = None, seed: int | None = None) -> None:
+        """Set what a run decides: the optimizer (None: as it is) and, while the model is not built, its seed."""
+        self.optim = optim or self.optim
+        if seed is not None and not self.chunks:
+            self.seed = seed
+
+    def configure_model(self) -> None:
+        """Build the module, fill in the base weights, carry out the requests that wait; idempotent."""
+        if self.module is None:
+            chunks = self.build()
+            self.fill(chunks)
+            self.module = nn.ModuleList(chunks) if parallel.vp_size() else chunks[0]
+            self.module.train(self.training)
+        self._pending.carry_out(self._do)  # also what an earlier call could not do
+
+    def build(self) -> list[nn.Module]:
+        """Return this rank's chunks in the current parallel layout (one process where there is none), unfilled."""
+        parallel.ensure_initialized(self.seed)
+        config = self.shape.transformer_config(**self._transformer_fields())
+        parallel.seed_rng(self.seed)
+        virtual = parallel.vp_size()
+        return [self.build_chunk(config, stage) for stage in (range(virtual) if virtual else [None])]
+
+    def fill(self, chunks: Sequence[nn.Module]) -> None:
+        """Fill the base weights: this rank's slices of the checkpoint, or values drawn from the seed."""
+        if self.checkpoint_dir is not None:
+            load_weights(chunks, self.shape, self.checkpoint_dir)
+        else:
+            draw(chunks, _config_of(chunks[0]), self.seed)
+
+    def host(self) -> Host:
+        """Describe the model to transforms."""
+        return Host(self.chunks, self.config, self.shape.vocab_size, self.seed)
+
+    def base_identity(self) -> artifact.Base:
+        """Family, shape and fingerprint of the base, free of any parallel layout: what an artifact remembers."""
+        directory = self.checkpoint_dir
+        name = self.checkpoint if self.checkpoint and not Path(self.checkpoint).exists() else None
+        return artifact.Base(
+            name=name or (directory.name if directory else "random weights"),
+            family=self.shape.family,
+            shape=dict(sorted(vars(self.shape).items())),
+            fingerprint=fingerprint(directory) if directory else f"random:{self.seed}",
+        )
+
+    def export_hf(self, path: str | Path) -> Path:
+        """Write the base weights (merged adapters included) as a Hugging Face directory, from every rank together."""
+        export_weights(self.chunks, self.shape, path, source=self.checkpoint_dir)
+        return Path(path)
+
+    # ---- adapters ------------------------------------------------------------------------------------------------
+
+    @property
+    def stack(self) -> Stack:
+        """The attached adapters; made with the module."""
+        if self._stack is None:
+            if not self.chunks:
+                raise ConfigError("The model is not built yet: call model.configure_model() or pass it to a trainer.")
+            self._stack = Stack(self.host())
+        return self._stack
+
+    @property
+    def adapters(self) -> dict[str, PEFT]:
+        """Attached (or queued) transforms by name."""
+        return {**(self._stack.transforms if self._stack else {}), **self._pending.transforms}
+
+    @property
+    def prompt_layout(self) -> PromptLayout:
+        """Virtual tokens of the attached prompt adapters; empty while adapters are disabled."""
+        return self._stack.layout if self._stack else PromptLayout()
+
+    def add_adapter(self, transforms: PEFT | Sequence[PEFT], trainable: bool = True) -> None:
+        """Freeze the base and attach one transform or a list, inner to outer; adding one again is a no-op.
+
+        Adapters already attached stay as they are. Raises MatchError when a name is taken or a target matches
+        nothing; then none of the list is attached.
+        """
+        listed = [transforms] if isinstance(transforms, PEFT) else list(transforms)
+        new = [transform for transform in listed if self.adapters.get(transform.name) is not transform]
+        if self.chunks:
+            attach(self.stack, new, trainable)
+        else:
+            refuse_taken_names(new, self.adapters)
+            self._pending.put(*(Add(transform, trainable) for transform in new))
+
+    def load_adapters(
+        self,
+        path: str | Path,
+        names: Sequence[str] | None = None,
+        trainable: bool = True,
+        check_base: bool = True,
+    ) -> None:
+        """Attach the adapters of an artifact (default all) with their trained values.
+
+        Adapters of the same name, method and hyper-parameters that are attached already get the values. Raises
+        ArtifactError (one sentence) and leaves the model as it was when the artifact does not fit.
+        """
+        asked = Load(path, names, trainable, check_base)
+        if self.chunks:
+            load(self.stack, asked, self.base_identity)
+        else:
+            artifact.read_everywhere(path)  # a wrong path is told at once
+            self._pending.put(asked)
+
+    def save_adapters(
+        self,
+        path: str | Path,
+        names: Sequence[str] | None = None,
+        step: int | None = None,
+        recipe: str | None = None,
+    ) -> Path:
+        """Write the named adapters (default all) as one artifact directory, atomically; call it on every rank."""
+        if not self.adapters:
+            raise ArtifactError("The model has no adapters to save; add one with model.add_adapter(...).")
+        return artifact.save(self.stack, path, self.base_identity(), names, step, recipe)
+
+    def prompt_format(self, given: Collection[str] = ()) -> dict[str, Any]:
+        """Return how the adapters were trained to be asked: templates, BOS and EOS, without the keys ``given``.
+
+        Known after a training on a data module and after loading. Raises ConfigError when adapters differ in it.
+        """
+        return self._stack.prompt_format(given) if self._stack else {}
+
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """Make the model its base inside the block; on exit every adapter is as it was."""
+        with self.stack.disabled():
+            yield
+
+    def merge_adapters(self, names: Sequence[str] | None = None) -> None:
+        """Fold adapters (default all) into the base weights; raises MatchError for one that cannot be merged."""
+        self.stack.merge(names)
+
+    def unmerge_adapters(self) -> None:
+        """Restore the base weights bit for bit and make the adapters live again."""
+        self.stack.unmerge()
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter (or a request for one) from the model; the base and other adapters keep every bit."""
+        if not self._pending.drop(name):
+            self.stack.remove(name)
+
+    def train_adapters(self, names: Sequence[str]) -> None:
+        """Make exactly the named adapters trainable; the other adapters are kept and frozen."""
+        self.stack.train_only(names)
+
+    def adapter_report(self, total_parameters: int) -> str:
+        """Return a table of adapter sites with parameter counts."""
+        return report.as_text(self.stack, total_parameters)
+
+    def freeze(self) -> "Model":
+        """Stop all training: no parameter requires a gradient and the model is in eval mode."""
+        if self.chunks:
+            super().freeze()
+        else:
+            self._pending.put(Freeze())
+        return self
+
+    # ---- answers -------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **options: Unpack[Decoding]
+    ) -> list[list[int]]:
+        """Return the tokens that follow each prompt of ids; options as in ``generation.decoding.generate``."""
+        return generate(self, prompts, max_new_tokens, **options)
+
+    def answer_batch(self, batch: Questions, **options: Unpack[Options]) -> list[Answer]:
+        """Return ``input``, ``output`` and, where known, ``expected`` per prompt; options as in ``generate``."""
+        return answer(self, batch, **options)
+
+    def on_predict_start(self) -> None:
+        """Warn when the data put their rows to the model in another way than its adapters were trained with."""
+        if self._stack is not None:
+            warn_of_other_prompts(self._stack, prompt_format_of(self.trainer))
+
+    def predict_step(self, batch: Questions, batch_idx: int = 0) -> list[Answer]:
+        """Answer a predict batch: per prompt ``input``, ``output`` and, where it is known, ``expected``."""
+        refuse_spread_experts()
+        return self.answer_batch(batch, **self.generation)
+
+    # ---- fitting -------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the batch's mean answer-token loss (one device; MegatronStrategy drives its own steps)."""
+        loss_sum, count = self._loss(batch)
+        if not count:
+            raise TrainingError(f"Batch {batch_idx} has no answer token; every row was cut off before its answer.")
+        loss = loss_sum / count
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=int(count))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the batch to the exact validation loss."""
+        self._validation.add(*self._loss(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val_loss`` over the whole validation set."""
+        loss = self._validation.take()
+        if loss is not None:
+            self.log("val_loss", loss, prog_bar=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return ``self.optim`` (default ``AdamW()``) built over what trains, scheduled per step."""
+        steps = self.trainer.estimated_stepping_batches
+        optimizer, schedule = (self.optim or AdamW()).build(self, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Refuse what would train silently wrong; note how the rows are put to the model."""
+        refuse_unfit(self.trainer, self._stack)
+        prompt = prompt_format_of(self.trainer)
+        if prompt and self._stack is not None:
+            self._stack.remember_prompt_format(prompt)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Zero gradients, unless the strategy has just made them: Lightning asks for this after the backward pass."""
+        if not schedules_steps(self.trainer):
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what trains in Lightning's checkpoint: the adapters, or all weights in full fine-tuning."""
+        checkpoint["state_dict"] = trained_only(checkpoint.get("state_dict", {}), self.named_parameters())
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        output, loss_function = self.forward_step(iter([batch]), self.chunks[0])
+        loss_sum, count, _ = loss_function(output)
+        return loss_sum, count
+
+    def _do(self, request: Request) -> None:
+        match request:
+            case Add():
+                self.add_adapter(request.transform, request.trainable)
+            case Load():
+                self.load_adapters(request.path, request.names, request.trainable, request.check_base)
+            case Freeze():
+                self.freeze()
+
+    def _transformer_fields(self) -> dict[str, object]:
+        dtype = common_dtype(self.dtype_name, self.checkpoint_dir)
+        return {
+            **parallel.current_layout().transformer_fields(),
+            "params_dtype": dtype,
+            "pipeline_dtype": dtype,
+            "perform_initialization": self.checkpoint is None,  # else every value comes from the checkpoint
+            **recompute_fields(self.recompute),
+        }
+
+
+def _config_of(chunk: nn.Module) -> TransformerConfig:
+    config = chunk.config
+    assert isinstance(config, TransformerConfig)
+    return config
