@@ -10,11 +10,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from graftwork import parallel
-from graftwork.core.context_parallel import local_rows
 from graftwork.core.segments import segments
 from tests.helpers import tiny_gpt
 from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import layout_of
+from tests.helpers.zigzag import local_rows
 
 MICROBATCHES, ROWS = 4, 2
 MOE = {

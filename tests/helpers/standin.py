@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from graftwork import parallel
-from graftwork.core.context_parallel import local_rows
+from graftwork.batch import IGNORED, Batch
+from graftwork.models.loss import LossFunction
 from graftwork.optim import AdamW
 from graftwork.training.strategy import MegatronStrategy
 from tests.helpers import tiny_gpt
-
-IGNORED = -100
+from tests.helpers.zigzag import local_rows
 
 
 class StandIn(LightningModule):
@@ -45,20 +45,26 @@ class StandIn(LightningModule):
     def _numerics() -> dict[str, Any]:
         return {"calculate_per_token_loss": True, "num_layers": 2}
 
-    def forward_step(self, iterator: Iterator[dict], module: nn.Module) -> tuple[Tensor, Any]:
+    def prepare(self, optim: AdamW | None = None, seed: int | None = None) -> None:
+        """Take the run's optimizer; the weights depend on names only."""
+        self.optim = optim or self.optim
+
+    def forward_step(self, iterator: Iterator[Batch], module: nn.Module) -> tuple[Tensor, LossFunction]:
         """Take one microbatch; return (losses [b, s], function to (sum, tokens, logs))."""
         batch = next(iterator)
         size, rank = parallel.cp_size(), parallel.cp_rank()
-        tokens, labels, positions = (local_rows(batch[k], 1, rank, size) for k in ("tokens", "labels", "position_ids"))
+        tokens, labels, positions = (
+            local_rows(t, 1, rank, size) for t in (batch.tokens, batch.labels, batch.position_ids)
+        )
         keep = labels != IGNORED
         output = module(tokens, positions, None, labels=labels.clamp(min=0))
         return output, lambda losses: _total(losses, keep)
 
-    def training_step(self, batch: dict, batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Never called: the strategy drives."""
         raise AssertionError
 
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Never called: the strategy drives."""
         raise AssertionError
 
@@ -100,7 +106,7 @@ class Rows(LightningDataModule):
         """Return two batches of unequal answer tokens."""
         return DataLoader([self.batch(101), self.batch(102)], batch_size=None)
 
-    def batch(self, seed: int) -> dict[str, Any]:
+    def batch(self, seed: int) -> Batch:
         """Return this replica's rows of one global batch."""
         generator = torch.Generator().manual_seed(seed)
         shape = (self.global_batch_size, self.length + 1)
@@ -108,14 +114,10 @@ class Rows(LightningDataModule):
         labels = ids[:, 1:].clone()
         for row in range(shape[0]):
             labels[row, : int(torch.randint(0, self.length - 1, (), generator=generator))] = IGNORED
-        whole = {
-            "tokens": ids[:, :-1].contiguous(),
-            "labels": labels,
-            "position_ids": torch.arange(self.length).expand(shape[0], -1).contiguous(),
-            "rows": torch.arange(shape[0])[:, None] + 1000 * seed,
-        }
-        mine = {k: v[parallel.dp_rank() :: parallel.dp_size()] for k, v in whole.items()}
-        return {**mine, "packed": False, "micro_batch_size": self.micro_batch_size}
+        tokens, rows = ids[:, :-1].contiguous(), torch.arange(shape[0])[:, None] + 1000 * seed
+        positions = torch.arange(self.length).expand(shape[0], -1).contiguous()
+        parts = [t[parallel.dp_rank() :: parallel.dp_size()] for t in (tokens, labels, positions, rows)]
+        return Batch(*parts[:3], rows=parts[3], micro_batch_size=self.micro_batch_size)
 
 
 class Curve(Callback):
