@@ -8,4 +8,6 @@ from graftwork.models.base import Model
 from graftwork.models.gpt import GPT
 from graftwork.models.load import MODELS, load
 
+MODELS.enter("gpt", GPT)
+
 __all__ = ["GPT", "MODELS", "Model", "load"]

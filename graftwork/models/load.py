@@ -6,15 +6,12 @@ from typing import TypedDict, Unpack
 import lightning.pytorch as pl
 
 from graftwork.models.base import Model
-from graftwork.models.gpt import GPT
 from graftwork.models.weights import read_config, shape_from_hf
 from graftwork.models.weights.hub import resolve
 from graftwork.registry import Registry
 
 MODELS: Registry[type[Model]] = Registry("kind of model")
-"""The class of every kind of model; the checkpoint's family names its kind."""
-
-MODELS.enter("gpt", GPT)
+"""The class of every kind of model, entered by the package; a checkpoint's family names its kind."""
 
 
 class Options(TypedDict, total=False):
