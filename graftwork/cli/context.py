@@ -5,13 +5,12 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
 import typer
 
-from graftwork.cli.overrides import PARSE_ERRORS, explain_executor, explain_overrides, stack_as_list
+from graftwork.cli.overrides import PARSE_ERRORS, Maker, explain_executor, explain_overrides, factories, stack_as_list
 from graftwork.errors import ConfigError, GraftworkError, LaunchError, TrainingError
 from graftwork.executors import launch, local
 from graftwork.recipes.show import show, with_text
@@ -22,14 +21,15 @@ BAD_INPUT, FAILED_RUN = 2, 1
 class GraftContext(run.cli.RunContext):
     """For ``run.cli.entrypoint(run_ctx_cls=...)``: parse as NeMo Run does, then run, check, and exit by the result."""
 
-    def cli_execute(self, fn: Callable[..., Any], args: list[str], entrypoint_type: str = "task") -> None:
+    def cli_execute(self, fn: Maker, args: list[str], entrypoint_type: str = "task") -> None:
         """Run ``fn`` with overrides ``args``; exits 2 on bad input and 1 on a failed run."""
         with one_line_errors():
             own = [a for a in args if a.startswith("run.")]
             task_args = stack_as_list([a for a in args if a not in own])
             if self.to_yaml or self.to_toml or self.to_json:
                 with parsing(lambda: explain_overrides(fn, self.factory, task_args)):
-                    return super().cli_execute(fn, own + task_args, entrypoint_type)
+                    super().cli_execute(fn, own + task_args, entrypoint_type)
+                return
             with parsing(lambda: explain_executor(own)):
                 self.parse_args([a.removeprefix("run.") for a in own])
             with parsing(lambda: explain_overrides(fn, self.factory, task_args)):
@@ -73,11 +73,11 @@ def executor_for(task: run.Partial) -> run.Executor | None:
     return local(ntasks=ranks) if ranks > 1 else None
 
 
-def count_devices(devices: Any) -> int:
+def count_devices(devices: object) -> int:
     """Return how many processes Lightning's ``devices`` means; the command line hands ``2`` over as text."""
     if isinstance(devices, list):
         return len(devices)
-    return int(devices) if str(devices).isdigit() else 1
+    return int(str(devices)) if str(devices).isdigit() else 1
 
 
 def check_complete(task: run.Partial) -> None:
@@ -85,8 +85,8 @@ def check_complete(task: run.Partial) -> None:
     names = [p.name for p in task.__signature_info__.parameters.values() if p.default is p.empty]
     missing = [n for n in names if n not in task.__arguments__]
     if missing:
-        factories = [f.__name__ for f in run.cli.list_factories(namespace(task.__fn_or_cls__))]
-        hint = f" or choose a recipe with --factory: {', '.join(sorted(factories))}" if factories else ""
+        recipes = sorted(factories(task.__fn_or_cls__))
+        hint = f" or choose a recipe with --factory: {', '.join(recipes)}" if recipes else ""
         raise ConfigError(f"{task.__fn_or_cls__.__name__} needs {', '.join(missing)}: set {missing[0]}=...{hint}.")
 
 
@@ -103,18 +103,13 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def tell(result: Any) -> None:
+def tell(result: object) -> None:
     """Print what a verb returned: rows as one JSON object a line, figures as one indented object."""
     if isinstance(result, list):
         for row in result:
             typer.echo(json.dumps(row, ensure_ascii=False))
     elif isinstance(result, dict):
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
-
-
-def namespace(fn: Callable[..., Any]) -> str:
-    """Return the name under which NeMo Run keeps the factories of ``fn``."""
-    return f"{fn.__module__}.{fn.__qualname__}"
 
 
 @contextmanager

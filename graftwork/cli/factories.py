@@ -1,53 +1,52 @@
-"""What names mean on the command line: recipes, PEFT methods, executors."""
+"""What names mean on the command line: every recipe, PEFT method and executor of the registries."""
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, Optional
 
 import nemo_run as run
 
-from graftwork import executors
-from graftwork.peft import IA3, PEFT, CanonicalAdapter, LoRA, PTuning
+from graftwork.executors import EXECUTORS
+from graftwork.peft import METHODS, PEFT
 from graftwork.recipes import RECIPES
 from graftwork.training import finetune
-
-METHODS: dict[str, type[PEFT]] = {
-    "lora": LoRA,
-    "canonical_adapter": CanonicalAdapter,
-    "ia3": IA3,
-    "ptuning": PTuning,
-}
-"""Every PEFT method by the name that ``peft=[NAME(...)]`` takes."""
 
 
 def register() -> None:
     """Register recipes under ``--factory``, methods under ``peft=`` and executors under ``run.executor=``."""
     for name, recipe in RECIPES.items():
         run.cli.factory(_named(recipe.finetune_recipe, name), target=finetune)
-    for name, method in METHODS.items():
-        run.cli.factory(_named(_config_of(method), name), target=PEFT)
-    run.cli.factory(_local, target=run.LocalExecutor, name="local")
+    for method in METHODS.values():
+        run.cli.factory(_named(_config_of(method), method_name(method)), target=PEFT)
+    for name, executor in EXECUTORS.items():
+        run.cli.factory(_named(_as_config(executor), name), target=run.Executor)
+
+
+def method_name(method: type[PEFT]) -> str:
+    """Return the name that ``peft=[NAME(...)]`` takes for a method: the one its adapter has by default."""
+    return str(inspect.signature(method).parameters["name"].default)
 
 
 def _config_of(method: type[PEFT]) -> Callable[..., run.Config]:
     @functools.wraps(method, updated=())
-    def make(**arguments: Any) -> run.Config:
+    def make(**arguments: object) -> run.Config:
         return run.Config(method, **arguments)
 
     return make
 
 
-def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _as_config(executor: Callable[..., run.Executor]) -> Callable[..., run.Config]:
+    @functools.wraps(executor)
+    def make(*arguments: object, **options: object) -> run.Config:
+        return executor(*arguments, **options).to_config()
+
+    return make
+
+
+def _named(function: Callable[..., run.Config], name: str) -> Callable[..., run.Config]:
     @functools.wraps(function)
-    def named(*arguments: Any, **options: Any) -> Any:
+    def named(*arguments: object, **options: object) -> run.Config:
         return function(*arguments, **options)
 
     named.__name__ = named.__qualname__ = name
     return named
-
-
-def _local(ntasks: int = 1, launcher: Optional[str] = None) -> run.Config:
-    return executors.local(ntasks, launcher).to_config()
-
-
-_local.__name__ = "local"

@@ -3,10 +3,9 @@
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
 
 import nemo_run as run
-from nemo_run.cli.api import extract_constituent_types
+from nemo_run.cli.api import EXECUTOR_CLASSES, extract_constituent_types
 from nemo_run.cli.cli_parser import CLIException, parse_factory
 from nemo_run.config import get_type_namespace
 from omegaconf.errors import OmegaConfBaseException
@@ -18,6 +17,9 @@ PARSE_ERRORS = (CLIException, OmegaConfBaseException, ValueError, TypeError, Att
 _OVERRIDE = re.compile(r"^([\w.\[\]]+?)\s*([+*/|&-]?=)\s*(.*)$", re.DOTALL)
 _CALL = re.compile(r"^([\w.]+)(?:\((.*)\))?$", re.DOTALL)
 _NOT_A_METHOD = {"none", "null", ""}
+
+Maker = Callable[..., object]
+"""A verb, or a factory that the command line calls by name."""
 
 
 def stack_as_list(args: list[str]) -> list[str]:
@@ -32,7 +34,7 @@ def _as_list(arg: str) -> str:
 
 def explain_executor(args: list[str]) -> str:
     """Return why the ``run.*`` arguments were refused, or an empty string."""
-    names = factories(run.LocalExecutor)
+    names = factories(*EXECUTOR_CLASSES)
     for arg in args:
         value = arg.removeprefix("run.executor=")
         if value != arg and value not in names:
@@ -40,7 +42,7 @@ def explain_executor(args: list[str]) -> str:
     return ""
 
 
-def explain_overrides(fn: Callable[..., Any], factory: str | None, args: list[str]) -> str:
+def explain_overrides(fn: Maker, factory: str | None, args: list[str]) -> str:
     """Return why ``--factory`` or one of ``args`` was refused, or an empty string when nothing is found."""
     if isinstance(factory, str) and (reason := explain_call(factory, factories(fn), "recipe")):
         return reason
@@ -53,7 +55,7 @@ def explain_overrides(fn: Callable[..., Any], factory: str | None, args: list[st
     return ""
 
 
-def explain_one(config: Any, arg: str, error: Exception) -> str:
+def explain_one(config: run.Config, arg: str, error: Exception) -> str:
     """Return the sentence for one refused override of ``config``."""
     found = _OVERRIDE.match(arg)
     if found is None:
@@ -66,7 +68,7 @@ def explain_one(config: Any, arg: str, error: Exception) -> str:
     return explain_value(path, value, annotation) or f"{arg}: {error}"
 
 
-def follow(config: Any, path: str) -> tuple[Any, str, str]:
+def follow(config: run.Config, path: str) -> tuple[run.Config, str, str]:
     """Walk ``a.b[0].c`` and return (owner of the last field, that field, why the walk stopped or '')."""
     parts = re.findall(r"\w+", path)
     seen = ""
@@ -79,7 +81,7 @@ def follow(config: Any, path: str) -> tuple[Any, str, str]:
     return config, parts[-1], absent(config, parts[-1], seen, last=True)
 
 
-def absent(config: Any, part: str, seen: str, last: bool = False) -> str:
+def absent(config: object, part: str, seen: str, last: bool = False) -> str:
     """Return why ``config`` (at path ``seen``) has no ``part``, or ''."""
     where = seen or "the recipe"
     if isinstance(config, list):
@@ -93,9 +95,9 @@ def absent(config: Any, part: str, seen: str, last: bool = False) -> str:
     return "" if last or hasattr(config, part) else f"{seen}.{part} is not set".lstrip(".") + ", so it has no fields."
 
 
-def explain_value(path: str, value: str, annotation: Any) -> str:
+def explain_value(path: str, value: str, annotation: object) -> str:
     """Return why ``value`` does not suit ``annotation``: a wrong method or argument name, else a wrong type."""
-    makers = {name: f for kind in classes(annotation) for name, f in factories(kind).items()}
+    makers = factories(*classes(annotation))
     if makers:
         calls = split_calls(value.strip()[1:-1]) if value.strip().startswith("[") else [value]
         reasons = (explain_call(call, makers, path) for call in calls)
@@ -104,7 +106,7 @@ def explain_value(path: str, value: str, annotation: Any) -> str:
     return f"{path}={value} is not valid: a value of type {wanted.replace('typing.', '')} is expected."
 
 
-def explain_call(call: str, makers: dict[str, Callable[..., Any]], what: str) -> str:
+def explain_call(call: str, makers: dict[str, Maker], what: str) -> str:
     """Return why ``name(argument=value, ...)`` fits none of ``makers``, or ''."""
     found = _CALL.match(call.strip())
     if found is None:
@@ -130,11 +132,11 @@ def split_calls(text: str) -> list[str]:
     return [p.strip() for p in parts if p.strip()]
 
 
-def classes(annotation: Any) -> list[type]:
+def classes(annotation: object) -> list[type]:
     """Return the classes an annotation is made of."""
     return [t for t in extract_constituent_types(annotation) if isinstance(t, type)]
 
 
-def factories(target: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """Return the factories registered for a class or a verb, by name."""
-    return {f.__name__: f for f in run.cli.list_factories(get_type_namespace(target))}
+def factories(*targets: Maker) -> dict[str, Maker]:
+    """Return the factories registered for any of some classes or verbs, by name."""
+    return {f.__name__: f for target in targets for f in run.cli.list_factories(get_type_namespace(target))}

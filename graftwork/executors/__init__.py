@@ -1,6 +1,16 @@
-"""Where a recipe runs, and the launch that checks how it ended."""
+"""Where a recipe runs, and the launch that checks how it ended. What runs is in ``graftwork.recipes``."""
+
+from collections.abc import Callable
+
+import nemo_run as run
 
 from graftwork.executors.launch import launch
 from graftwork.executors.local import local
+from graftwork.registry import Registry
 
-__all__ = ["launch", "local"]
+EXECUTORS: Registry[Callable[..., run.Executor]] = Registry("executor")
+"""Every function that makes an executor, by the name that ``run.executor=`` takes."""
+
+EXECUTORS.enter("local", local)
+
+__all__ = ["EXECUTORS", "launch", "local"]

@@ -2,16 +2,17 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import fiddle as fdl
 import nemo_run as run
 
 from graftwork import errors
 from graftwork.errors import ConfigError, GraftworkError, LaunchError
+from graftwork.executors.local import local
 from graftwork.recipes.show import with_text
 
 TAIL_LINES = 15
@@ -19,6 +20,13 @@ _ENDED_BADLY = ("FAILED", "CANCELLED")
 _USER_ERROR = re.compile(r"graftwork\.errors\.(\w+): (.+)$")
 _RANK_VARIABLE = re.compile(r"((LOCAL|NODE|GROUP|ROLE)_)?RANK$|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE$|MASTER_|TORCHELASTIC_")
 _RANK_PREFIX = re.compile(r"^\[\w+\]:\s?")
+
+
+class TaskState(TypedDict):
+    """What NeMo Run tells of a task: its torchx state (or the state's name), and the directory with its logs."""
+
+    status: object
+    local_dir: str
 
 
 def launch(
@@ -50,7 +58,8 @@ def launch(
         except OSError as error:
             raise LaunchError(f"could not start {task!r} on {experiment.executor.info()}: {error}") from error
     check(experiment.status(return_dict=True), detached=not wait)
-    return experiment._id
+    identity: str = experiment._id
+    return identity
 
 
 @contextmanager
@@ -66,7 +75,7 @@ def without_ranks() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def check(status: dict[str, dict[str, Any]], detached: bool = False) -> None:
+def check(status: Mapping[str, TaskState], detached: bool = False) -> None:
     """Raise for the first task of a status that did not succeed; a detached one may still be on its way."""
     for task, state in status.items():
         outcome = getattr(state["status"], "name", str(state["status"]))
@@ -106,8 +115,6 @@ def task_name(name: str) -> str:
 
 
 def _built(executor: run.Executor | run.Config | None) -> run.Executor:
-    from graftwork.executors.local import local
-
     if executor is None:
         return local()
     return fdl.build(executor) if isinstance(executor, fdl.Buildable) else executor

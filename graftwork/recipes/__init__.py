@@ -1,8 +1,15 @@
-"""Recipes: one module per base model, each with ``model()``, ``trainer()`` and ``finetune_recipe()``; show and diff."""
+"""Recipes: one module per base model, each with ``model()``, ``trainer()`` and ``finetune_recipe()``; show and diff.
+
+What several recipes share is in ``parts``; where a recipe runs, in ``graftwork.executors``.
+"""
 
 from types import ModuleType
+from typing import Optional, Protocol, runtime_checkable
 
-from graftwork.recipes import (
+import nemo_run as run
+
+from graftwork.peft import PEFT
+from graftwork.recipes import (  # noqa: F401  # one line a recipe: the registry reads them
     gpt2_124m,
     gpt3_175b,
     llama2_7b,
@@ -15,19 +22,37 @@ from graftwork.recipes import (
     smollm2_135m,
 )
 from graftwork.recipes.show import diff, show
+from graftwork.registry import Registry
 
-RECIPES: dict[str, ModuleType] = {
-    "smollm2_135m": smollm2_135m,
-    "gpt2_124m": gpt2_124m,
-    "gpt3_175b": gpt3_175b,
-    "llama2_7b": llama2_7b,
-    "llama2_13b": llama2_13b,
-    "llama2_70b": llama2_70b,
-    "llama3_8b": llama3_8b,
-    "llama3_70b": llama3_70b,
-    "nemotron3_8b": nemotron3_8b,
-    "nemotron4_340b": nemotron4_340b,
-}
-"""Every recipe module by the name that ``--factory`` takes."""
 
-__all__ = ["RECIPES", *RECIPES, "diff", "show"]
+@runtime_checkable
+class Recipe(Protocol):
+    """What the module of a base model offers."""
+
+    def model(self) -> run.Config:
+        """Return the base model."""
+
+    def trainer(
+        self, dir: str = "runs", name: str = "default", num_nodes: int = 1, num_gpus_per_node: int = 1
+    ) -> run.Config:
+        """Return the trainer that writes to ``dir/name``."""
+
+    def finetune_recipe(
+        self,
+        dir: str = "runs",
+        name: str = "default",
+        num_nodes: int = 1,
+        num_gpus_per_node: int = 1,
+        peft: Optional[list[PEFT]] = None,
+    ) -> run.Partial:
+        """Return the whole recipe; its docstring says what it is for and why its sizes are so."""
+
+
+RECIPES: Registry[Recipe] = Registry("recipe")
+"""Every recipe module by the name that ``--factory`` takes: its own."""
+
+for _name, _module in list(globals().items()):
+    if isinstance(_module, ModuleType) and isinstance(_module, Recipe):
+        RECIPES.enter(_name, _module)
+
+__all__ = ["RECIPES", "Recipe", *RECIPES, "diff", "show"]

@@ -2,8 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import fiddle as fdl
 
@@ -42,7 +41,7 @@ def lines(recipe: fdl.Buildable) -> Lines:
     return dict(_walk("recipe", recipe, root=True))
 
 
-def _walk(path: str, value: Any, root: bool = False) -> Iterator[tuple[str, str]]:
+def _walk(path: str, value: object, root: bool = False) -> Iterator[tuple[str, str]]:
     if isinstance(value, fdl.Buildable):
         yield path, callable_name(value.__fn_or_cls__)
         for name, child in fields(value):
@@ -54,7 +53,7 @@ def _walk(path: str, value: Any, root: bool = False) -> Iterator[tuple[str, str]
         yield path, repr(value)
 
 
-def fields(config: fdl.Buildable) -> list[tuple[str, Any]]:
+def fields(config: fdl.Buildable) -> list[tuple[str, object]]:
     """Return (name, value) of the fields that are set, and of unset ones where the callable is graftwork's own.
 
     A third party's defaults stay out: its next release must not change what a recipe says.
@@ -67,7 +66,7 @@ def fields(config: fdl.Buildable) -> list[tuple[str, Any]]:
     return [(str(n), given.get(n, defaults.get(n))) for n in order if n != SELF]
 
 
-def callable_name(target: Any) -> str:
+def callable_name(target: Callable[..., object]) -> str:
     """Return ``module.name`` of a class or function; a method goes by its room, ``graftwork.peft``, and its file.
 
     Recipe texts are compared and hashed: they must not change because a file has moved into an inner room.

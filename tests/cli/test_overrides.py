@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import catalogue
 import fiddle as fdl
 import nemo_run as run
 import pytest
 
-import graftwork.cli
 from graftwork.cli.context import GraftContext
-from graftwork.peft import CanonicalAdapter, LoRA, PTuning
-from graftwork.recipes import smollm2_135m
+from graftwork.cli.factories import method_name, register
+from graftwork.executors import EXECUTORS, local
+from graftwork.peft import METHODS, CanonicalAdapter, LoRA, PTuning
+from graftwork.recipes import RECIPES, smollm2_135m
 from graftwork.training import finetune
 
 
@@ -94,8 +96,27 @@ def test_factory_arguments() -> None:
 
 
 def test_every_method_can_be_named() -> None:
-    for name, method in graftwork.cli.factories.METHODS.items():
-        assert parse(f"peft=[{name}]").peft == [run.Config(method)]
+    for method in METHODS.values():
+        assert parse(f"peft=[{method_name(method)}]").peft == [run.Config(method)]
+
+
+def test_a_new_recipe_method_or_executor_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fifth(LoRA):
+        def __init__(self, name: str = "fifth", dim: int = 5) -> None:
+            super().__init__(name, dim=dim)
+
+    def three(tasks: int = 3) -> run.LocalExecutor:
+        return local(tasks)
+
+    monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))
+    monkeypatch.setattr(RECIPES, "_entries", {"mine": smollm2_135m})
+    monkeypatch.setattr("graftwork.cli.factories.METHODS", {"Fifth": Fifth})
+    monkeypatch.setattr(EXECUTORS, "_entries", {"three": three})
+    register()
+    context = Parsed(name="finetune", factory="mine(name=x)", skip_confirmation=True)
+    context.cli_execute(finetune, ["peft=fifth(dim=4)", "run.executor=three", "run.executor.ntasks_per_node=2"])
+    assert context.task == smollm2_135m.finetune_recipe(name="x", peft=[run.Config(Fifth, dim=4)])
+    assert (context.executor.nproc_per_node(), context.executor.launcher) == (2, local(3).launcher)
 
 
 WRONG = {

@@ -147,7 +147,7 @@ def test_show_names_callables_and_defaults_and_diff_only_changes() -> None:
     after.trainer.max_steps, after.peft[0].dim = 60, 8
     after.optim.beta2 = 0.999  # the default, said explicitly
     assert lines(before)["recipe"] == "graftwork.training.finetune.finetune"
-    assert lines(before)["peft[0]"] == "graftwork.peft.methods.lora.LoRA" and lines(before)["peft[0].alpha"] == "32"
+    assert lines(before)["peft[0]"] == "graftwork.peft.lora.LoRA" and lines(before)["peft[0].alpha"] == "32"
     assert diff(before, after).splitlines() == [
         "- trainer.max_steps = 200",
         "+ trainer.max_steps = 60",

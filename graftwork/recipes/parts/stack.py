@@ -11,10 +11,10 @@ from graftwork.errors import ConfigError
 from graftwork.peft import METHODS, PEFT, LoRA
 
 LORA: Any = (run.Config(LoRA),)
-"""The default stack: one LoRA as published."""
+"""The default stack: one LoRA as published. A recipe's ``peft`` is declared as what the configs build."""
 
 
-def stack(peft: Any) -> list[run.Config] | None:
+def stack(peft: object) -> list[run.Config] | None:
     """Return fresh configs of ``peft``: a transform, a list of them, or None and [] for full fine-tuning.
 
     Raises ConfigError for anything else.
@@ -25,7 +25,7 @@ def stack(peft: Any) -> list[run.Config] | None:
     return [_config(item) for item in items] or None
 
 
-def _config(item: Any) -> run.Config:
+def _config(item: object) -> run.Config:
     if isinstance(item, PEFT):
         return run.Config(type(item), **item.hyperparameters())
     if isinstance(item, run.Config) and isinstance(item.__fn_or_cls__, type) and issubclass(item.__fn_or_cls__, PEFT):

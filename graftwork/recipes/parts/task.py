@@ -1,7 +1,5 @@
 """The verb of a recipe."""
 
-from typing import Any
-
 import nemo_run as run
 
 from graftwork.optim import AdamW
@@ -10,7 +8,7 @@ from graftwork.training import finetune
 
 
 def finetune_task(
-    model: run.Config, trainer: run.Config, data: run.Config, peft: Any, warmup_steps: int
+    model: run.Config, trainer: run.Config, data: run.Config, peft: object, warmup_steps: int
 ) -> run.Partial:
     """Return ``finetune`` over the parts; the learning rate is each method's own until ``optim.lr`` is set."""
     return run.Partial(
