@@ -13,9 +13,8 @@ from graftwork.models import shapes
 from graftwork.models.weights import mapping_for, read_config, shape_from_hf
 from graftwork.models.weights.load import base_parameters, open_checkpoint, read
 from graftwork.models.weights.ops import QKV, Copy, Fused, Gated, Op, Transposed
-from graftwork.models.weights.views import Source
 from graftwork.models.weights.writer import Entry, write_sharded
-from graftwork.parallel.sharding import Sharding
+from graftwork.parallel.sharding import Sharding, Source
 from tests.helpers.core import build
 from tests.helpers.tiny_hf import FAMILIES, make_tiny
 
@@ -43,9 +42,6 @@ class Spy:
 
     def get_shape(self) -> list[int]:
         return self.source.get_shape()
-
-    def get_dtype(self) -> str:
-        return self.source.get_dtype()
 
     def __getitem__(self, index) -> torch.Tensor:
         part = self.source[index]
@@ -117,9 +113,6 @@ class _Memory:
     def get_shape(self) -> list[int]:
         return list(self.tensor.shape)
 
-    def get_dtype(self) -> str:
-        return "F32"
-
     def __getitem__(self, index) -> torch.Tensor:
         return self.tensor[index]
 
@@ -132,7 +125,7 @@ def test_rules_cover_exactly_the_parameters_and_the_tensors(family: str, tmp_pat
     parameters = dict(base_parameters(build(shape)))
     assert {rule.core for rule in mapping.expanded() if not rule.alias} == parameters.keys()
     for name, parameter in parameters.items():
-        assert mapping.sharding(name).local_shape(1) == tuple(parameter.shape), name
+        assert mapping.rule(name).op.sharding.local_shape(1) == tuple(parameter.shape), name
     with open_checkpoint(mapping, directory) as files:
         assert files.files.keys() == mapping.hf_shapes().keys()
     assert sum(torch.Size(s).numel() for s in mapping.hf_shapes().values()) == shape.total_parameters()
@@ -160,12 +153,13 @@ def test_big_models_are_mapped_without_building_them(name: str) -> None:
     mapping = mapping_for(shape, tensor_parallel=8)
     total = sum(torch.Size(rule.op.sharding.shape).numel() for rule in mapping.expanded() if not rule.alias)
     assert total == shape.total_parameters()
-    assert mapping.sharding("decoder.layers.79.mlp.linear_fc2.weight").local_shape(8)[1] == shape.ffn_hidden_size // 8
+    fc2 = mapping.rule("decoder.layers.79.mlp.linear_fc2.weight").op.sharding
+    assert fc2.local_shape(8)[1] == shape.ffn_hidden_size // 8
 
 
 def test_names() -> None:
     mapping = mapping_for(shapes.llama2_7b(num_layers=2), tensor_parallel=1)
-    assert mapping.hf_names("decoder.layers.1.mlp.linear_fc1.weight") == (
+    assert mapping.rule("decoder.layers.1.mlp.linear_fc1.weight").hf == (
         "model.layers.1.mlp.gate_proj.weight",
         "model.layers.1.mlp.up_proj.weight",
     )

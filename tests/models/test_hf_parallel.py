@@ -47,7 +47,7 @@ def load_and_export(rank: int, world: int, tensor: int, pipeline: int, sources: 
         module, shape = loaded(source)
         mapping = mapping_for(shape)
         for name, parameter in base_parameters(module):
-            assert mapping.sharding(name).local_shape(tensor) == tuple(parameter.shape), name
+            assert mapping.rule(name).op.sharding.local_shape(tensor) == tuple(parameter.shape), name
         results.append(full_logits(module, shape.hidden_size))
         export_weights(module, shape, target / source.name)
     return results

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from graftwork.errors import ConfigError, ParallelismError
 from graftwork.models import shapes
 from graftwork.models.shapes import Shape
-from graftwork.models.weights.hf.config import hf_config
+from graftwork.models.weights import hf_config
 
 PUBLISHED = {
     "smollm2_135m": 134515008,

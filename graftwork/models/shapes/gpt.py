@@ -1,12 +1,10 @@
 """GPT-2 and GPT-3 shapes: LayerNorm, learned positions, GELU (tanh form), biases, tied embeddings."""
 
-from typing import Any
-
+from graftwork.models.shape import Shape
 from graftwork.models.shapes.published import published, shape_of
-from graftwork.models.shapes.shape import Shape
 
 
-def _gpt(overrides: dict[str, Any], **sizes: Any) -> Shape:
+def _gpt(overrides: dict[str, object], **sizes: object) -> Shape:
     return shape_of(
         overrides,
         family="gpt2",
@@ -21,7 +19,7 @@ def _gpt(overrides: dict[str, Any], **sizes: Any) -> Shape:
 
 
 @published
-def gpt2_124m(**overrides: Any) -> Shape:
+def gpt2_124m(**overrides: object) -> Shape:
     """GPT-2 124M (Radford et al. 2019)."""
     return _gpt(
         overrides,
@@ -36,7 +34,7 @@ def gpt2_124m(**overrides: Any) -> Shape:
 
 
 @published
-def gpt3_175b(**overrides: Any) -> Shape:
+def gpt3_175b(**overrides: object) -> Shape:
     """GPT-3 175B (Brown et al. 2020, arXiv 2005.14165), with dense attention in every layer."""
     return _gpt(
         overrides,

@@ -1,13 +1,11 @@
 """LLaMA-type shapes: RMSNorm, rotary positions, SwiGLU, no biases."""
 
-from typing import Any
-
+from graftwork.models.shape import Shape
 from graftwork.models.shapes.published import published, shape_of
-from graftwork.models.shapes.shape import Shape
 
 
 @published
-def smollm2_135m(**overrides: Any) -> Shape:
+def smollm2_135m(**overrides: object) -> Shape:
     """SmolLM2 135M (Ben Allal et al. 2025, arXiv 2502.02737): tied embeddings, 3 query groups."""
     return shape_of(
         overrides,
@@ -23,24 +21,24 @@ def smollm2_135m(**overrides: Any) -> Shape:
     )
 
 
-def _llama2(overrides: dict[str, Any], **sizes: Any) -> Shape:
+def _llama2(overrides: dict[str, object], **sizes: object) -> Shape:
     return shape_of(overrides, vocab_size=32000, max_position_embeddings=4096, **sizes)
 
 
 @published
-def llama2_7b(**overrides: Any) -> Shape:
+def llama2_7b(**overrides: object) -> Shape:
     """LLaMA 2 7B (Touvron et al. 2023, arXiv 2307.09288)."""
     return _llama2(overrides, num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32)
 
 
 @published
-def llama2_13b(**overrides: Any) -> Shape:
+def llama2_13b(**overrides: object) -> Shape:
     """LLaMA 2 13B (Touvron et al. 2023, arXiv 2307.09288)."""
     return _llama2(overrides, num_layers=40, hidden_size=5120, ffn_hidden_size=13824, num_attention_heads=40)
 
 
 @published
-def llama2_70b(**overrides: Any) -> Shape:
+def llama2_70b(**overrides: object) -> Shape:
     """LLaMA 2 70B (Touvron et al. 2023, arXiv 2307.09288): 8 query groups."""
     return _llama2(
         overrides,
@@ -52,18 +50,18 @@ def llama2_70b(**overrides: Any) -> Shape:
     )
 
 
-def _llama3(overrides: dict[str, Any], **sizes: Any) -> Shape:
+def _llama3(overrides: dict[str, object], **sizes: object) -> Shape:
     fixed = {"num_query_groups": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rotary_base": 500000.0}
     return shape_of(overrides, **fixed, **sizes)
 
 
 @published
-def llama3_8b(**overrides: Any) -> Shape:
+def llama3_8b(**overrides: object) -> Shape:
     """LLaMA 3 8B (Grattafiori et al. 2024, arXiv 2407.21783)."""
     return _llama3(overrides, num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32)
 
 
 @published
-def llama3_70b(**overrides: Any) -> Shape:
+def llama3_70b(**overrides: object) -> Shape:
     """LLaMA 3 70B (Grattafiori et al. 2024, arXiv 2407.21783)."""
     return _llama3(overrides, num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64)

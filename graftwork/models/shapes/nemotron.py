@@ -1,12 +1,10 @@
 """Nemotron shapes: LayerNorm with zero-centred gamma, squared ReLU, rotary positions on half of each head."""
 
-from typing import Any
-
+from graftwork.models.shape import Shape
 from graftwork.models.shapes.published import published, shape_of
-from graftwork.models.shapes.shape import Shape
 
 
-def _nemotron(overrides: dict[str, Any], **sizes: Any) -> Shape:
+def _nemotron(overrides: dict[str, object], **sizes: object) -> Shape:
     return shape_of(
         overrides,
         family="nemotron",
@@ -21,13 +19,13 @@ def _nemotron(overrides: dict[str, Any], **sizes: Any) -> Shape:
 
 
 @published
-def nemotron3_8b(**overrides: Any) -> Shape:
+def nemotron3_8b(**overrides: object) -> Shape:
     """Nemotron-3 8B (NVIDIA 2023)."""
     return _nemotron(overrides, num_layers=32, hidden_size=4096, ffn_hidden_size=16384, num_attention_heads=32)
 
 
 @published
-def nemotron4_340b(**overrides: Any) -> Shape:
+def nemotron4_340b(**overrides: object) -> Shape:
     """Nemotron-4 340B (NVIDIA 2024, arXiv 2406.11704): 8 query groups."""
     return _nemotron(
         overrides,

@@ -7,7 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 from graftwork.errors import ConfigError, suggest
-from graftwork.models.shapes.shape import Shape
+from graftwork.models.shape import Shape
+from graftwork.models.weights.hf import family_named
 
 ShapeFunction = Callable[..., Shape]
 
@@ -21,12 +22,13 @@ def published(function: ShapeFunction) -> ShapeFunction:
         inspect.Parameter(f.name, keyword, default=_default(shape, f.name), annotation=hints[f.name])
         for f in fields(Shape)
     ]
-    function.__signature__ = inspect.Signature(parameters, return_annotation=Shape)  # type: ignore[attr-defined]
+    signature = inspect.Signature(parameters, return_annotation=Shape)
+    vars(function)["__signature__"] = signature
     function.__annotations__ = {**{p.name: p.annotation for p in parameters}, "return": Shape}
     return function
 
 
-def _default(shape: Shape, name: str) -> Any:
+def _default(shape: Shape, name: str) -> object:
     # Shown as None where it follows from other fields: overriding hidden_size must move the head width too.
     derived = {
         "num_query_groups": shape.num_attention_heads,
@@ -36,10 +38,16 @@ def _default(shape: Shape, name: str) -> Any:
     return None if name in derived and value == derived[name] else value
 
 
-def shape_of(overrides: dict[str, Any], **values: Any) -> Shape:
-    """Return Shape(**values) with ``overrides`` on top; raises ConfigError naming the fields for a wrong name."""
+def shape_of(overrides: dict[str, object], **values: object) -> Shape:
+    """Return Shape(**values) with ``overrides`` on top.
+
+    Raises ConfigError naming the fields for a wrong name, and for a family that nobody reads or writes.
+    """
     valid = [f.name for f in fields(Shape)]
     for name in overrides:
         if name not in valid:
             raise ConfigError(f"Shape has no field {name!r}; {suggest(name, valid)}")
-    return Shape(**{**values, **overrides})
+    merged: dict[str, Any] = {**values, **overrides}
+    shape = Shape(**merged)
+    family_named(shape.family)
+    return shape

@@ -1,16 +1,21 @@
-"""Hugging Face checkpoints: one declarative mapping per family serves load, export and adapter export."""
+"""Base weights: where they come from (hub, GGUF), how they are read, drawn, gathered, exported and told apart.
+
+One declarative mapping a family, in ``hf``, serves every direction. Nothing here knows adapters or LightningModules.
+"""
 
 from graftwork.models.weights.export import export_weights
 from graftwork.models.weights.fingerprint import fingerprint
-from graftwork.models.weights.hf.config import hf_config, read_config, shape_from_hf
-from graftwork.models.weights.hf.families import mapping_for
+from graftwork.models.weights.hf import FAMILIES, Family, family_of, hf_config, mapping_for, read_config, shape_from_hf
 from graftwork.models.weights.load import load_weights
 from graftwork.models.weights.mapping import Mapping, Rule
 
 __all__ = [
+    "FAMILIES",
+    "Family",
     "Mapping",
     "Rule",
     "export_weights",
+    "family_of",
     "fingerprint",
     "hf_config",
     "load_weights",

@@ -4,20 +4,18 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from graftwork import parallel
 from graftwork.atomic import atomic_directory
 from graftwork.errors import CheckpointError, GraftworkError
-from graftwork.models.shapes.shape import Shape
+from graftwork.models.shape import Shape
 from graftwork.models.weights.gather import Gatherer, Located
-from graftwork.models.weights.hf.config import hf_config, read_config
-from graftwork.models.weights.hf.families import mapping_for
+from graftwork.models.weights.hf import hf_config, mapping_for, read_config
 from graftwork.models.weights.load import Modules
 from graftwork.models.weights.writer import Entry, write_sharded
+from graftwork.parallel.collective import agree, world_rank
 
 SHARD_BYTES = 4 * 2**30
 COPIED = (
@@ -31,7 +29,9 @@ COPIED = (
     "merges.txt",
     "generation_config.json",
 )
+"""Files that go with the weights unchanged."""
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+"""Fields of config.json that no Shape holds."""
 
 
 def export_weights(
@@ -46,21 +46,19 @@ def export_weights(
     ``source``: checkpoint directory whose tokenizer files and token ids are taken over. Peak memory is one tensor.
     Raises CheckpointError, on every rank, when the directory cannot be written.
     """
-    failure: list[Any] = [None]
+    failure: CheckpointError | None = None
     if parallel.dp_rank(with_context_parallel=True) == 0:
         gatherer = Gatherer(module, mapping_for(shape))
         tensors = gatherer.tensors()
         try:
-            if dist.get_rank() == 0:
+            if world_rank() == 0:
                 _write(gatherer, tensors, shape, Path(directory), source, shard_bytes)
         except (GraftworkError, OSError) as error:
-            failure = [str(error)]
+            failure = CheckpointError(str(error))
         # Ranks that do not write, and rank 0 after a failure, still take part in every exchange.
         for _ in tensors:
             pass
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise CheckpointError(failure[0])
+    agree(failure)
 
 
 def _write(

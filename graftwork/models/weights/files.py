@@ -4,14 +4,26 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 
 from graftwork.errors import CheckpointError
-from graftwork.models.weights.views import Source
+from graftwork.parallel.sharding import Source
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class OpenFile(Protocol):
+    """What ``safe_open`` gives: the names in a file, and lazy slices of its tensors."""
+
+    def keys(self) -> list[str]:
+        """Names of all tensors."""
+        ...
+
+    def get_slice(self, name: str) -> Source:
+        """Return tensor ``name``, nothing read yet."""
+        ...
 
 
 class TensorFiles:
@@ -25,7 +37,7 @@ class TensorFiles:
         """Read the names of all tensors; no weights are read."""
         self.directory = Path(directory)
         self._stack = ExitStack()
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, OpenFile] = {}
         self.files: dict[str, Path] = {}
         self._stored: dict[str, str] = {}
         for stored, file in self._find().items():
@@ -77,7 +89,7 @@ class TensorFiles:
                 raise CheckpointError(f"{str(index)!r} places {name!r} in {file.name}, which does not hold it.")
         return files
 
-    def _handle(self, file: Path) -> Any:
+    def _handle(self, file: Path) -> OpenFile:
         if file not in self._open:
             try:
                 self._open[file] = self._stack.enter_context(safe_open(file, framework="pt"))

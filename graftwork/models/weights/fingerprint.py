@@ -4,14 +4,13 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, TypedDict
 
 from graftwork.atomic import atomic_write_text
 from graftwork.cache import cache_directory, file_stamp
 from graftwork.errors import CheckpointError
 from graftwork.models.weights.files import TensorFiles
-from graftwork.models.weights.hf.config import read_config, shape_from_hf
-from graftwork.models.weights.hf.families import mapping_for
+from graftwork.models.weights.hf import mapping_for, read_config, shape_from_hf
 
 SAMPLES, SAMPLE_BYTES = 16, 64
 
@@ -43,6 +42,14 @@ def _compute(files: TensorFiles) -> str:
     return digest.hexdigest()
 
 
+class _Entry(TypedDict):
+    """What a safetensors header says of one tensor; the offsets count from the end of the header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
 class _Header:
     """Header of one safetensors file: where each tensor's bytes are."""
 
@@ -50,7 +57,7 @@ class _Header:
         self.file = file
         with open(file, "rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
-            self.entries: dict[str, Any] = json.loads(handle.read(length))
+            self.entries: dict[str, _Entry] = json.loads(handle.read(length))
         self.start = 8 + length
 
     def sample(self, begin: int, end: int) -> bytes:
@@ -60,7 +67,7 @@ class _Header:
         with open(self.file, "rb") as handle:
             return b"".join(self._piece(handle, place, end) for place in places)
 
-    def _piece(self, handle: Any, place: int, end: int) -> bytes:
+    def _piece(self, handle: BinaryIO, place: int, end: int) -> bytes:
         handle.seek(self.start + place)
         wanted = min(SAMPLE_BYTES, end - place)
         data = handle.read(wanted)

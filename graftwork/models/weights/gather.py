@@ -10,6 +10,7 @@ from torch import Tensor
 from graftwork import parallel
 from graftwork.models.weights.load import Modules, base_parameters
 from graftwork.models.weights.mapping import Mapping, Rule
+from graftwork.parallel.collective import all_gather_objects
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class Gatherer:
     def __init__(self, module: Modules, mapping: Mapping) -> None:
         """Exchange which stage holds what."""
         self.local = dict(base_parameters(module))
-        held: list[dict[str, torch.dtype]] = [{} for _ in range(parallel.pp_size())]
-        dist.all_gather_object(held, {n: p.dtype for n, p in self.local.items()}, group=parallel.pp_group())
+        held = all_gather_objects({n: p.dtype for n, p in self.local.items()}, parallel.pp_group())
         self.located: list[Located] = []
         for rule in mapping.expanded():
             stages = [stage for stage, names in enumerate(held) if rule.core in names]

@@ -1,23 +1,27 @@
 """GGUF file (llama architecture) -> Hugging Face checkpoint directory, dequantised tensor by tensor."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from graftwork.atomic import atomic_directory
 from graftwork.errors import CheckpointError
-from graftwork.models.shapes.shape import Shape
+from graftwork.models.shape import Shape
 from graftwork.models.weights.gguf_tokenizer import write_tokenizer
-from graftwork.models.weights.hf.config import hf_config
-from graftwork.models.weights.hf.families import mapping_for
+from graftwork.models.weights.hf import hf_config, mapping_for
+from graftwork.models.weights.hf.llama import Llama
 from graftwork.models.weights.hf.rope import LLAMA3
 from graftwork.models.weights.writer import Entry, write_sharded
 
 SHARD_BYTES = 4 * 2**30
+ARCHITECTURE = "llama"
+"""GGUF's own name of the one architecture whose tensor names are below; it holds models of the family Llama."""
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _BLOCK = {
     "input_layernorm": "attn_norm",
@@ -30,6 +34,30 @@ _BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+
+
+class Field(Protocol):
+    """One metadata entry of a GGUF file."""
+
+    def contents(self) -> object:
+        """Return its value: a number, a string or a list."""
+        ...
+
+
+class StoredTensor(Protocol):
+    """One tensor of a GGUF file, quantised or not."""
+
+    name: str
+    shape: NDArray[np.uint32]
+    data: NDArray[np.float32]
+    tensor_type: object
+
+
+class Reader(Protocol):
+    """What gguf's reader gives: a mapped file's metadata and tensors."""
+
+    fields: Mapping[str, Field]
+    tensors: list[StoredTensor]
 
 
 def convert(path: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -52,18 +80,19 @@ def convert(path: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) ->
         write_tokenizer({name: field(reader, name) for name in reader.fields if "tokenizer." in name}, temporary)
 
 
-def read_shape(reader: Any) -> Shape:
+def read_shape(reader: Reader) -> Shape:
     """Return the Shape that the file's metadata describe."""
     architecture = field(reader, "general.architecture")
-    if architecture != "llama":
-        raise CheckpointError(f"GGUF architecture {architecture!r} is not supported; valid: 'llama'.")
+    if architecture != ARCHITECTURE:
+        raise CheckpointError(f"GGUF architecture {architecture!r} is not supported; valid: {ARCHITECTURE!r}.")
 
-    def get(name: str, default: Any = None) -> Any:
-        return field(reader, f"llama.{name}", default)
+    def get(name: str, default: object = None) -> Any:
+        return field(reader, f"{ARCHITECTURE}.{name}", default)
 
     heads = get("attention.head_count")
     names = {tensor.name: tensor for tensor in reader.tensors}
     return Shape(
+        family=Llama.name,
         num_layers=get("block_count"),
         hidden_size=get("embedding_length"),
         ffn_hidden_size=get("feed_forward_length"),
@@ -79,7 +108,7 @@ def read_shape(reader: Any) -> Shape:
     )
 
 
-def field(reader: Any, name: str, default: Any = None) -> Any:
+def field(reader: Reader, name: str, default: object = None) -> Any:
     """Return one metadata value, ``default`` when the file does not have it."""
     entry = reader.fields.get(name)
     return default if entry is None else entry.contents()
@@ -100,7 +129,9 @@ def unpermuted(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, rows // heads // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def _tensors(wanted: dict[str, Any], tensors: dict[str, Any], shape: Shape, dtype: torch.dtype) -> Iterator[Tensor]:
+def _tensors(
+    wanted: dict[str, tuple[int, ...]], tensors: dict[str, StoredTensor], shape: Shape, dtype: torch.dtype
+) -> Iterator[Tensor]:
     from gguf import dequantize
 
     heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.groups}
@@ -111,22 +142,23 @@ def _tensors(wanted: dict[str, Any], tensors: dict[str, Any], shape: Shape, dtyp
         yield (unpermuted(weight, heads[part]) if part in heads else weight).to(dtype)
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> Reader:
     from gguf import GGUFReader
 
     try:
-        return GGUFReader(path)
+        reader: Reader = GGUFReader(path)
+        return reader
     except (ValueError, OSError, IndexError, KeyError) as error:
         raise CheckpointError(f"{str(path)!r} is no readable GGUF file: {error}.") from error
 
 
-def _token_ids(reader: Any) -> dict[str, int]:
+def _token_ids(reader: Reader) -> dict[str, int]:
     ids = {name: field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")}
     named = {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["padding"]}
     return {name: int(value) for name, value in named.items() if value is not None}
 
 
-def _rope_factor(frequencies: Any) -> float | None:
+def _rope_factor(frequencies: StoredTensor | None) -> float | None:
     """LLaMA 3.1 files store the divisor of each rotary frequency; the largest is the scaling factor."""
     if frequencies is None:
         return None

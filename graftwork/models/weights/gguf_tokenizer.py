@@ -2,9 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import CheckpointError, suggest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
+
+Metadata = dict[str, Any]
+"""The file's ``tokenizer.*`` entries: strings, numbers, and lists as long as the vocabulary."""
 
 _LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
 _LLAMA3_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -12,7 +19,7 @@ _CONTROL = 3
 """GGUF token type of special tokens."""
 
 
-def write_tokenizer(fields: dict[str, Any], directory: Path) -> None:
+def write_tokenizer(fields: Metadata, directory: Path) -> None:
     """Write the tokenizer that the ``tokenizer.*`` metadata describe; raises CheckpointError for an unknown kind."""
     kind = fields.get("tokenizer.ggml.model")
     if kind != "gpt2":
@@ -21,7 +28,7 @@ def write_tokenizer(fields: dict[str, Any], directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(_settings(fields), indent=2) + "\n")
 
 
-def _tokenizer(fields: dict[str, Any]) -> Any:
+def _tokenizer(fields: Metadata) -> "Tokenizer":
     from tokenizers import AddedToken, Tokenizer, decoders
     from tokenizers.models import BPE
 
@@ -37,7 +44,7 @@ def _tokenizer(fields: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def _splitter(kind: str) -> Any:
+def _splitter(kind: str) -> "PreTokenizer":
     from tokenizers import Regex, pre_tokenizers
 
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -55,11 +62,11 @@ def _splitter(kind: str) -> Any:
     return kinds[kind]
 
 
-def _settings(fields: dict[str, Any]) -> dict[str, Any]:
+def _settings(fields: Metadata) -> dict[str, object]:
     tokens = fields["tokenizer.ggml.tokens"]
     names = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
     ids = {setting: fields.get(f"tokenizer.ggml.{name}_token_id") for name, setting in names.items()}
-    settings: dict[str, Any] = {name: tokens[i] for name, i in ids.items() if i is not None}
+    settings: dict[str, object] = {name: tokens[i] for name, i in ids.items() if i is not None}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["clean_up_tokenization_spaces"] = False
     template = fields.get("tokenizer.chat_template")

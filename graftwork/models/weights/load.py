@@ -9,14 +9,14 @@ from torch.nn import Module, Parameter
 
 from graftwork import parallel
 from graftwork.errors import CheckpointError
-from graftwork.models.shapes.shape import Shape
+from graftwork.models.shape import Shape
 from graftwork.models.weights.files import TensorFiles
-from graftwork.models.weights.hf.families import mapping_for
+from graftwork.models.weights.hf import mapping_for
 from graftwork.models.weights.mapping import Mapping, Rule
-from graftwork.models.weights.views import Source
 from graftwork.parallel.names import global_name
 
 Modules = Module | Sequence[Module]
+"""One pipeline stage, or the list of its virtual stages."""
 
 
 def load_weights(module: Modules, shape: Shape, directory: str | Path) -> None:
@@ -38,8 +38,7 @@ def load_weights(module: Modules, shape: Shape, directory: str | Path) -> None:
 
 def read(rule: Rule, files: TensorFiles, rank: int, size: int) -> Tensor:
     """Return the part of one core parameter that tensor-parallel ``rank`` of ``size`` holds."""
-    sources: list[Source] = [files.source(name) for name in rule.hf]
-    return rule.op.read(sources, rank, size)
+    return rule.op.read([files.source(name) for name in rule.hf], rank, size)
 
 
 def base_parameters(module: Modules) -> Iterator[tuple[str, Parameter]]:

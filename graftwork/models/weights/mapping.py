@@ -1,14 +1,14 @@
-"""Mapping: which Hugging Face tensors each megatron-core parameter of a family is made of."""
+"""Mapping: which Hugging Face tensors each megatron-core parameter of a model is made of."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from graftwork.errors import MatchError, suggest
 from graftwork.models.weights.ops import Op
-from graftwork.parallel.sharding import Sharding
 
-LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_LAYER = re.compile(r"^(encoder|decoder)\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -24,52 +24,45 @@ class Rule:
     alias: bool = False
 
     def at(self, layer: int) -> "Rule":
-        """The rule for one layer."""
+        """Return the rule for one layer."""
         names = tuple(name.format(layer=layer) for name in self.hf)
         return Rule(self.core.format(layer=layer), names, self.op, self.alias)
 
 
 @dataclass(frozen=True)
 class Mapping:
-    """All rules of one model.
+    """All rules of one model, in its order; those of one stack's layers stand together.
 
-    ``prefix``: leading part of Hugging Face names that some checkpoints leave out; ``ignored``: patterns of tensors
-    that carry no weights (masks, rotary tables).
+    ``layers``: number of layers of each stack ("encoder", "decoder"); ``prefix``: leading part of Hugging Face names
+    that some checkpoints leave out; ``ignored``: patterns of tensors that carry no weights (masks, rotary tables).
     """
 
     family: str
-    num_layers: int
+    layers: dict[str, int]
     rules: tuple[Rule, ...]
     prefix: str = ""
     ignored: tuple[str, ...] = ()
 
     def expanded(self) -> Iterator[Rule]:
         """Yield every rule of every layer, in model order."""
-        layered = [rule for rule in self.rules if "{layer}" in rule.core]
-        first = self.rules.index(layered[0])
-        yield from self.rules[:first]
-        for layer in range(self.num_layers):
-            yield from (rule.at(layer) for rule in layered)
-        yield from self.rules[first + len(layered) :]
+        for stack, rules in groupby(self.rules, lambda rule: _stack(rule.core)):
+            if stack is None:
+                yield from rules
+                continue
+            layered = tuple(rules)
+            for layer in range(self.layers[stack]):
+                yield from (rule.at(layer) for rule in layered)
 
     def rule(self, core_name: str) -> Rule:
         """Return the rule of a global core parameter name; raises MatchError with near names."""
-        found = LAYER.match(core_name)
-        layer = int(found.group(1)) if found else 0
-        pattern = LAYER.sub("decoder.layers.{layer}.", core_name)
+        found = _LAYER.match(core_name)
+        stack, layer = (found.group(1), int(found.group(2))) if found else (None, 0)
+        pattern = _LAYER.sub(r"\1.layers.{layer}.", core_name)
         for rule in self.rules:
-            if rule.core == pattern and layer < self.num_layers:
+            if rule.core == pattern and (stack is None or layer < self.layers[stack]):
                 return rule.at(layer)
         names = (rule.core for rule in self.rules)
         raise MatchError(f"no {self.family} parameter is called {core_name!r}; {suggest(pattern, names)}")
-
-    def sharding(self, core_name: str) -> Sharding:
-        """How the base parameter ``core_name`` (global layer index) is cut over tensor-parallel ranks."""
-        return self.rule(core_name).op.sharding
-
-    def hf_names(self, core_name: str) -> tuple[str, ...]:
-        """The Hugging Face tensors that make up ``core_name``."""
-        return self.rule(core_name).hf
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor of the model with its shape, each once, in model order."""
@@ -81,3 +74,8 @@ class Mapping:
             return None
         known = {name.split(".", 1)[0] for rule in self.rules for name in rule.hf}
         return hf_name if hf_name.split(".", 1)[0] in known else self.prefix + hf_name
+
+
+def _stack(core: str) -> str | None:
+    """The stack whose layers a rule is repeated over, None for one that stands once."""
+    return core.partition(".")[0] if "{layer}" in core else None

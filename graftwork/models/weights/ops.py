@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from graftwork.models.weights.views import RowsView, Source, TransposedView
-from graftwork.parallel.sharding import Sharding
+from graftwork.models.weights.views import RowsView, TransposedView
+from graftwork.parallel.fused import GatedRows, QKVRows
+from graftwork.parallel.sharding import Sharding, Source
 
 Shapes = list[tuple[int, ...]]
 
@@ -47,41 +48,49 @@ class Copy:
 
     @property
     def shapes(self) -> Shapes:
+        """Shape of each Hugging Face tensor."""
         return [self.sharding.shape]
 
     def read(self, sources: Sequence[Source], rank: int, size: int) -> Tensor:
+        """Return the rank's part of the core tensor."""
         return self.sharding.read(sources[0], rank, size)
 
     def write(self, full: Tensor) -> list[Tensor]:
+        """Return the Hugging Face tensors."""
         return [full]
 
 
 @dataclass(frozen=True)
 class Gated:
-    """[gate; up] stacked in one fc1, each rank holding [gate_i; up_i]; ``rows`` of each half, ``tail`` () or (h,)."""
+    """Gate and up projection in one fc1; ``rows`` of each half, ``tail`` () or (h,)."""
 
     rows: int
     tail: tuple[int, ...]
 
     @property
     def sharding(self) -> Sharding:
+        """How the core tensor is cut."""
         return Sharding((2 * self.rows, *self.tail), dim=0, blocks=2)
 
     @property
     def shapes(self) -> Shapes:
+        """Shape of each Hugging Face tensor."""
         return [(self.rows, *self.tail)] * 2
 
     def read(self, sources: Sequence[Source], rank: int, size: int) -> Tensor:
+        """Return the rank's part of the core tensor."""
         half = Sharding((self.rows, *self.tail), dim=0)
-        return torch.cat([half.read(source, rank, size) for source in sources])
+        gate, up = (half.read(source, rank, size) for source in sources)
+        return GatedRows.join(gate, up)
 
     def write(self, full: Tensor) -> list[Tensor]:
-        return list(full.chunk(2))
+        """Return the Hugging Face tensors."""
+        return list(GatedRows.split(full))
 
 
 @dataclass(frozen=True)
 class QKV:
-    """q, k, v interleaved by query group: rows viewed as [groups, heads/groups + 2, channels]."""
+    """Queries, keys and values in one linear, interleaved by query group; ``tail`` () or (h,)."""
 
     heads: int
     groups: int
@@ -89,29 +98,31 @@ class QKV:
     tail: tuple[int, ...]
 
     @property
+    def rows(self) -> QKVRows:
+        """Which rows of the fused linear are whose."""
+        return QKVRows(self.heads, self.groups, self.channels)
+
+    @property
     def sharding(self) -> Sharding:
-        return Sharding((sum(rows for rows, *_ in self.shapes), *self.tail), dim=0)
+        """How the core tensor is cut."""
+        return Sharding((sum(self.rows.counts), *self.tail), dim=0)
 
     @property
     def shapes(self) -> Shapes:
-        return [(n * self.channels, *self.tail) for n in (self.heads, self.groups, self.groups)]
-
-    @property
-    def split(self) -> list[int]:
-        """Heads of q, k and v in one group."""
-        return [self.heads // self.groups, 1, 1]
+        """Shape of each Hugging Face tensor."""
+        return [(count, *self.tail) for count in self.rows.counts]
 
     def read(self, sources: Sequence[Source], rank: int, size: int) -> Tensor:
-        parts = [
-            Sharding(shape, dim=0).read(source, rank, size).view(self.groups // size, heads, self.channels, *self.tail)
-            for source, shape, heads in zip(sources, self.shapes, self.split)
-        ]
-        return torch.cat(parts, dim=1).flatten(0, 2)
+        """Return the rank's part of the core tensor."""
+        query, key, value = (
+            Sharding(shape, dim=0).read(source, rank, size) for source, shape in zip(sources, self.shapes)
+        )
+        return self.rows.join(query, key, value)
 
     def write(self, full: Tensor) -> list[Tensor]:
+        """Return the Hugging Face tensors."""
         # The last dimension may differ from ``tail``: adapters pass [rows, rank] through the same layout.
-        grouped = full.view(self.groups, sum(self.split), self.channels, *full.shape[1:])
-        return [part.flatten(0, 2) for part in grouped.split(self.split, dim=1)]
+        return list(self.rows.split(full))
 
 
 @dataclass(frozen=True)
@@ -122,14 +133,17 @@ class Fused:
 
     @property
     def sharding(self) -> Sharding:
+        """How the core tensor is cut."""
         return self.inner.sharding
 
     @property
     def shapes(self) -> Shapes:
+        """Shape of each Hugging Face tensor."""
         rows = sum(shape[0] for shape in self.inner.shapes)
         return [(rows, *self.inner.shapes[0][1:])]
 
     def read(self, sources: Sequence[Source], rank: int, size: int) -> Tensor:
+        """Return the rank's part of the core tensor."""
         views, start = [], 0
         for shape in self.inner.shapes:
             views.append(RowsView(sources[0], start, start + shape[0]))
@@ -137,6 +151,7 @@ class Fused:
         return self.inner.read(views, rank, size)
 
     def write(self, full: Tensor) -> list[Tensor]:
+        """Return the Hugging Face tensors."""
         return [torch.cat(self.inner.write(full))]
 
 
@@ -148,14 +163,18 @@ class Transposed:
 
     @property
     def sharding(self) -> Sharding:
+        """How the core tensor is cut."""
         return self.inner.sharding
 
     @property
     def shapes(self) -> Shapes:
+        """Shape of each Hugging Face tensor."""
         return [tuple(reversed(shape)) for shape in self.inner.shapes]
 
     def read(self, sources: Sequence[Source], rank: int, size: int) -> Tensor:
+        """Return the rank's part of the core tensor."""
         return self.inner.read([TransposedView(source) for source in sources], rank, size)
 
     def write(self, full: Tensor) -> list[Tensor]:
+        """Return the Hugging Face tensors."""
         return [tensor.T for tensor in self.inner.write(full)]

@@ -1,19 +1,12 @@
 """Lazy views of a tensor on disk: transposed, or a block of its rows; reading one touches only its bytes."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from torch import Tensor
 
+from graftwork.parallel.sharding import Source
 
-class Source(Protocol):
-    """What safetensors' ``get_slice`` returns: indexing with slices reads exactly those parts."""
-
-    def get_shape(self) -> list[int]: ...
-
-    def get_dtype(self) -> str: ...
-
-    def __getitem__(self, index: Any) -> Tensor: ...
+Index = slice | tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -26,11 +19,7 @@ class TransposedView:
         """Shape as seen through the view."""
         return list(reversed(self.source.get_shape()))
 
-    def get_dtype(self) -> str:
-        """The file's dtype name, such as "F32"."""
-        return self.source.get_dtype()
-
-    def __getitem__(self, index: Any) -> Tensor:
+    def __getitem__(self, index: Index) -> Tensor:
         """Read ``index`` (slices of the swapped dimensions)."""
         rows, columns = full_index(index, 2)
         return self.source[columns, rows].T
@@ -48,18 +37,14 @@ class RowsView:
         """Shape as seen through the view."""
         return [self.stop - self.start, *self.source.get_shape()[1:]]
 
-    def get_dtype(self) -> str:
-        """The file's dtype name, such as "F32"."""
-        return self.source.get_dtype()
-
-    def __getitem__(self, index: Any) -> Tensor:
+    def __getitem__(self, index: Index) -> Tensor:
         """Read ``index``, whose first slice counts from the view's first row."""
         rows, *rest = full_index(index, len(self.get_shape()))
         start, stop, _ = rows.indices(self.stop - self.start)
         return self.source[(slice(self.start + start, self.start + stop), *rest)]
 
 
-def full_index(index: Any, dimensions: int) -> tuple[slice, ...]:
+def full_index(index: Index, dimensions: int) -> tuple[slice, ...]:
     """Return ``index`` as one slice per dimension."""
     given = index if isinstance(index, tuple) else (index,)
     return (*given, *(slice(None),) * (dimensions - len(given)))

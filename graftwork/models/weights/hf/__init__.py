@@ -1,1 +1,47 @@
-"""Hugging Face families, one file each: the architectures it answers to, how its config reads, its mapping."""
+"""Hugging Face families, one file each: what it answers to, how its config reads and is written, its mapping.
+
+A new family is a file here and a line below. What all families share stands in ``family``, ``llama_like``, ``rope`` and
+``rules``; nothing here opens a weights file.
+"""
+
+from graftwork.models.weights.hf.family import (
+    FAMILIES,
+    Config,
+    Family,
+    family_named,
+    family_of,
+    family_table,
+    hf_config,
+    mapping_for,
+    read_config,
+    shape_from_hf,
+)
+from graftwork.models.weights.hf.gpt2 import GPT2
+from graftwork.models.weights.hf.llama import Llama
+from graftwork.models.weights.hf.mistral import Mistral
+from graftwork.models.weights.hf.nemotron import Nemotron
+from graftwork.models.weights.hf.qwen2 import Qwen2
+from graftwork.models.weights.hf.qwen3 import Qwen3
+
+for _family in (
+    Llama(),
+    Mistral(),
+    Qwen2(),
+    Qwen3(),
+    GPT2(),
+    Nemotron(),
+):
+    FAMILIES.enter(_family.name, _family)
+
+__all__ = [
+    "FAMILIES",
+    "Config",
+    "Family",
+    "family_named",
+    "family_of",
+    "family_table",
+    "hf_config",
+    "mapping_for",
+    "read_config",
+    "shape_from_hf",
+]

@@ -1,28 +1,46 @@
 """Shape: every number that defines a decoder-only transformer, and the arithmetic that follows from it."""
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Literal, Optional, TypedDict
+
+from megatron.core.transformer import TransformerConfig
 
 from graftwork.errors import ConfigError, suggest
-
-if TYPE_CHECKING:
-    from megatron.core.transformer import TransformerConfig
+from graftwork.models.transformer_config import ACTIVATIONS, transformer_config
 
 CHOICES = {
-    "family": ("llama", "mistral", "qwen2", "qwen3", "gpt2", "nemotron"),
     "normalization": ("RMSNorm", "LayerNorm"),
-    "activation": ("swiglu", "gelu", "gelu_tanh", "squared_relu"),
+    "activation": tuple(ACTIVATIONS),
     "position_embedding": ("rope", "learned"),
 }
+SAME_NAME = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "qk_layernorm"),
+    *("add_bias_linear", "add_qkv_bias", "hidden_dropout", "attention_dropout"),
+)
+"""Fields that TransformerConfig knows under the same name."""
+
+
+class GPTArguments(TypedDict):
+    """Keyword arguments of ``core.gpt.build_gpt`` that describe a model outside its transformer layers."""
+
+    vocab_size: int
+    real_vocab_size: int
+    max_sequence_length: int
+    position_embedding_type: Literal["rope", "learned_absolute"]
+    rotary_base: float
+    rotary_percent: float
+    rope_scaling_factor: Optional[float]
+    share_embeddings_and_output_weights: bool
 
 
 @dataclass(frozen=True)
 class Shape:
     """A decoder-only transformer, without weights, devices or parallel sizes.
 
-    ``family`` is the Hugging Face ``model_type`` and picks the weight mapping. ``num_query_groups`` and
-    ``kv_channels`` default to plain multi-head attention. ``rope_scaling_factor`` is the LLaMA 3.1 frequency
-    scaling. Raises ConfigError for a value that cannot work.
+    ``family`` is the Hugging Face ``model_type``: it names who reads and writes the weights and is checked where the
+    families are known. ``num_query_groups`` and ``kv_channels`` default to plain multi-head attention.
+    ``rope_scaling_factor`` is the LLaMA 3.1 frequency scaling. Raises ConfigError for a value that cannot work.
     """
 
     num_layers: int
@@ -94,17 +112,15 @@ class Shape:
         positions = self.max_position_embeddings * self.hidden_size if self.position_embedding == "learned" else 0
         return embeddings + positions + self.num_layers * self._layer_parameters() + self._norm(self.hidden_size)
 
-    def transformer_config(self, **parallel: Any) -> "TransformerConfig":
-        """Return megatron-core's configuration; ``parallel``: any TransformerConfig field (sizes, dtype, recompute).
+    def transformer_config(self, **given: object) -> TransformerConfig:
+        """Return megatron-core's configuration; ``given``: any TransformerConfig field (sizes, dtype, recompute).
 
         Raises ParallelismError when the sizes do not fit, ConfigError for an unknown field.
         """
-        from graftwork.models.shapes.megatron import transformer_config
+        return transformer_config(self, self._transformer_fields(), given)
 
-        return transformer_config(self, **parallel)
-
-    def gpt_arguments(self, tensor_parallel: int = 1) -> dict[str, Any]:
-        """Keyword arguments of ``compat.gpt.build_gpt`` that describe the model outside its transformer layers."""
+    def gpt_arguments(self, tensor_parallel: int = 1) -> GPTArguments:
+        """Return what ``core.gpt.build_gpt`` must know of the model outside its transformer layers."""
         return {
             "vocab_size": self.padded_vocab_size(tensor_parallel),
             "real_vocab_size": self.vocab_size,
@@ -114,6 +130,18 @@ class Shape:
             "rotary_percent": self.rotary_percent,
             "rope_scaling_factor": self.rope_scaling_factor,
             "share_embeddings_and_output_weights": self.tie_embeddings,
+        }
+
+    def _transformer_fields(self) -> dict[str, object]:
+        own: dict[str, object] = {name: getattr(self, name) for name in SAME_NAME}
+        own |= {"gated_linear_unit": self.gated, "activation_func": ACTIVATIONS[self.activation]}
+        if self.num_moe_experts is None:
+            return own
+        return own | {
+            "num_moe_experts": self.num_moe_experts,
+            "moe_router_topk": self.moe_router_topk or 2,
+            "moe_ffn_hidden_size": self.moe_ffn_hidden_size or self.ffn_hidden_size,
+            "moe_token_dispatcher_type": "alltoall",
         }
 
     def _layer_parameters(self) -> int:

@@ -1,0 +1,160 @@
+"""A model family: what it answers to, how its config becomes a Shape and back, and its weight mapping."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping as ReadOnly
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from graftwork import parallel
+from graftwork.errors import CheckpointError, ConfigError, suggest
+from graftwork.models.shape import Shape
+from graftwork.models.weights.mapping import Mapping
+from graftwork.registry import Registry
+
+Config = ReadOnly[str, object]
+"""``config.json`` of a Hugging Face checkpoint."""
+
+ShapeFields = dict[str, Any]
+"""Fields of a Shape with the values that a config gives them, whatever they are: Shape refuses what cannot work."""
+
+
+class Family(ABC):
+    """One ``model_type``; a subclass without state, entered in FAMILIES.
+
+    ``name``: the model_type, also ``Shape.family``; ``architecture``: what config.json calls the class; ``notes``: the
+    family's line in the docs; ``kind``: which class of ``graftwork.models`` its checkpoints become.
+    """
+
+    name: ClassVar[str]
+    architecture: ClassVar[str]
+    notes: ClassVar[str]
+    kind: ClassVar[str] = "gpt"
+
+    @abstractmethod
+    def read(self, config: Config) -> ShapeFields:
+        """Return the Shape fields that ``config`` describes, ``family`` left out.
+
+        Every field that changes the mathematics is used or refused (CheckpointError); KeyError for one that is absent.
+        """
+
+    @abstractmethod
+    def write(self, shape: Shape) -> Config:
+        """Return the config fields of ``shape`` beside those that every family has: the inverse of ``read``."""
+
+    @abstractmethod
+    def mapping(self, shape: Shape, padded: int) -> Mapping:
+        """Return the rules of ``shape`` with a vocabulary of ``padded`` rows."""
+
+
+FAMILIES: Registry[Family] = Registry("family")
+"""Every family by its ``model_type``: the one list of them."""
+
+
+def family_named(name: str) -> Family:
+    """Return the family that a Shape names; raises ConfigError with near names when there is none."""
+    if name not in FAMILIES:
+        raise ConfigError(f"Shape.family is {name!r}; {suggest(name, FAMILIES)}")
+    return FAMILIES[name]
+
+
+def family_of(config: Config) -> Family:
+    """Return the family that a checkpoint's config names; raises CheckpointError with near names when there is none."""
+    name = str(config.get("model_type"))
+    if name not in FAMILIES:
+        raise CheckpointError(f"model_type {name!r} is not supported; {suggest(name, FAMILIES)}")
+    return FAMILIES[name]
+
+
+def read_config(directory: str | Path) -> dict[str, object]:
+    """Return ``config.json`` of a Hugging Face checkpoint directory.
+
+    Raises CheckpointError when the directory or the file is missing or is no JSON object.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"the checkpoint directory {str(folder)!r} does not exist.")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{str(folder)!r} has no config.json: a Hugging Face checkpoint directory is expected.")
+    try:
+        config: object = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{str(path)!r} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{str(path)!r} is not a JSON object.")
+    return config
+
+
+def shape_from_hf(config: Config) -> Shape:
+    """Return the Shape of a Hugging Face config; raises CheckpointError for a model that cannot be expressed."""
+    family = family_of(config)
+    try:
+        return Shape(family=family.name, **family.read(config))
+    except KeyError as error:
+        raise CheckpointError(f"config.json of this {family.name} model has no field {error}.") from error
+    except ConfigError as error:
+        raise CheckpointError(f"config.json describes no valid model: {error}") from error
+
+
+def hf_config(shape: Shape) -> dict[str, object]:
+    """Return the Hugging Face config of ``shape``; ``shape_from_hf`` is its inverse.
+
+    Raises ConfigError when no model of this family has such a shape.
+    """
+    family = family_named(shape.family)
+    config = {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        "vocab_size": shape.vocab_size,
+        "tie_word_embeddings": shape.tie_embeddings,
+        **family.write(shape),
+    }
+    _check_expressible(shape, shape_from_hf(config))
+    return config
+
+
+def mapping_for(shape: Shape, tensor_parallel: int | None = None) -> Mapping:
+    """Return the mapping of ``shape``; ``tensor_parallel`` sets the vocabulary padding (None: the current size).
+
+    Raises ConfigError for an unknown family, and for mixture-of-experts shapes, which have no mapping.
+    """
+    if shape.num_moe_experts is not None:
+        raise ConfigError("mixture-of-experts checkpoints have no weight mapping; num_moe_experts=None is valid.")
+    padded = shape.padded_vocab_size(_current_size() if tensor_parallel is None else tensor_parallel)
+    return family_named(shape.family).mapping(shape, padded)
+
+
+def family_table() -> str:
+    """Return the Markdown table of all families, as the docs show it."""
+    rows = (f"| `{family.name}` | {family.notes} |" for family in FAMILIES.values())
+    return "\n".join(("| Hugging Face `model_type` | notes |", "|---|---|", *rows))
+
+
+def refuse(config: Config, field: str, valid: tuple[object, ...]) -> None:
+    """Raise CheckpointError unless ``field`` is one of ``valid`` (None: absent)."""
+    if config.get(field) not in valid:
+        names = ", ".join(repr(v) for v in valid if v is not None)
+        raise CheckpointError(f"{field}={config.get(field)!r} of config.json is not supported; valid: {names}.")
+
+
+def number(config: Config, field: str, default: float | None = None) -> float:
+    """Return ``field`` as a float, ``default`` when absent (None: KeyError); raises CheckpointError for no number."""
+    value = config[field] if default is None else config.get(field, default)
+    if not isinstance(value, (int, float)):
+        raise CheckpointError(f"{field}={value!r} of config.json is not a number.")
+    return float(value)
+
+
+def _current_size() -> int:
+    return parallel.tp_size() if parallel.is_initialized() else 1
+
+
+def _check_expressible(shape: Shape, back: Shape) -> None:
+    # Dropout is a training choice, not part of the weights: not every family has a place for it.
+    differing = [f.name for f in fields(Shape) if getattr(shape, f.name) != getattr(back, f.name)]
+    lost = [name for name in differing if not name.endswith("_dropout")]
+    if lost:
+        shown = ", ".join(f"{name}={getattr(shape, name)!r}" for name in lost)
+        raise ConfigError(f"no Hugging Face {shape.family} model has {shown}.")

@@ -1,0 +1,109 @@
+"""What the families of LLaMA's layout share: the spelling of their sizes, and their tensors under ``model.``."""
+
+from graftwork.errors import CheckpointError
+from graftwork.models.shape import Shape
+from graftwork.models.weights.hf import rules
+from graftwork.models.weights.hf.family import Config, Family, ShapeFields, number, refuse
+from graftwork.models.weights.hf.rope import read_rope, write_rope
+from graftwork.models.weights.mapping import Mapping
+
+
+class LlamaLike(Family):
+    """Separate q, k, v (and gate, up) projections, rotary positions; RMSNorm and SwiGLU unless overridden."""
+
+    def read(self, config: Config) -> ShapeFields:
+        """Return the Shape fields of a model with RMSNorm, SwiGLU and biases everywhere or nowhere."""
+        refuse(config, "hidden_act", ("silu",))
+        return {
+            **read_sizes(config),
+            **read_rope(config),
+            "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+            "add_bias_linear": linear_bias(config),
+        }
+
+    def write(self, shape: Shape) -> Config:
+        """Return the config fields of such a model, biases left out."""
+        return {
+            **write_sizes(shape),
+            "hidden_act": "silu",
+            "rms_norm_eps": shape.layernorm_epsilon,
+            **write_rope(shape),
+        }
+
+    def mapping(self, shape: Shape, padded: int) -> Mapping:
+        """Return the rules of LLaMA's tensor names."""
+        layer, attention, embedding = "model.layers.{layer}.", "model.layers.{layer}.self_attn.", "model.embed_tokens."
+        fc1 = ("gate", "up") if shape.gated else ("up",)
+        return Mapping(
+            family=self.name,
+            layers={"decoder": shape.num_layers},
+            rules=(
+                rules.embedding(shape, padded, embedding + "weight"),
+                *rules.norm(shape, rules.QKV_NORM, layer + "input_layernorm."),
+                *rules.qkv(shape, *(f"{attention}{x}_proj." for x in "qkv")),
+                *rules.qk_norms(shape, attention + "q_norm.", attention + "k_norm."),
+                *rules.attention_output(shape, attention + "o_proj."),
+                *rules.norm(shape, rules.FC1_NORM, layer + "post_attention_layernorm."),
+                *rules.fc1(shape, *(f"{layer}mlp.{x}_proj." for x in fc1)),
+                *rules.fc2(shape, layer + "mlp.down_proj."),
+                *rules.norm(shape, rules.FINAL_NORM, "model.norm."),
+                rules.output(shape, padded, embedding + "weight", head="lm_head.weight"),
+            ),
+            prefix="model.",
+            ignored=(r"rotary_emb\.inv_freq$", *rules.tied_head(shape, "lm_head.weight")),
+        )
+
+
+def read_sizes(config: Config) -> ShapeFields:
+    """Return sizes and dropout; raises CheckpointError for a sliding window that is in effect."""
+    refuse(config, "use_sliding_window", (None, False))
+    if config.get("use_sliding_window") is None:
+        _refuse_window(config)
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": config["num_attention_heads"],
+        "num_query_groups": config.get("num_key_value_heads"),
+        "kv_channels": config.get("head_dim"),
+        "vocab_size": config["vocab_size"],
+        "max_position_embeddings": config["max_position_embeddings"],
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "attention_dropout": number(config, "attention_dropout", 0.0),
+    }
+
+
+def write_sizes(shape: Shape) -> Config:
+    """Return the config fields that ``read_sizes`` reads."""
+    return {
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.kv_channels,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "attention_dropout": shape.attention_dropout,
+    }
+
+
+def linear_bias(config: Config) -> bool:
+    """Return whether every linear has a bias; raises CheckpointError when attention and MLP differ."""
+    attention, mlp = (bool(config.get(field)) for field in ("attention_bias", "mlp_bias"))
+    if attention != mlp:
+        raise CheckpointError("attention_bias and mlp_bias differ; both true or both false is supported.")
+    return attention
+
+
+def write_linear_bias(shape: Shape) -> Config:
+    """Return the config fields that ``linear_bias`` reads."""
+    return {"attention_bias": shape.add_bias_linear, "mlp_bias": shape.add_bias_linear}
+
+
+def _refuse_window(config: Config) -> None:
+    window = config.get("sliding_window")
+    if window is not None and number(config, "sliding_window") < number(config, "max_position_embeddings"):
+        raise CheckpointError(
+            f"sliding_window={window} is not supported; valid: null, or at least max_position_embeddings "
+            f"({config['max_position_embeddings']})."
+        )

@@ -1,0 +1,115 @@
+"""Rules for the parameters that every decoder has: a family says what its Hugging Face tensors are called.
+
+Names end in a dot where ``weight`` and ``bias`` follow; ``{layer}`` in them stands for the layer's index.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+from graftwork.models.shape import Shape
+from graftwork.models.weights.mapping import Rule
+from graftwork.models.weights.ops import QKV, Copy, Fused, Gated, Op, Transposed
+from graftwork.parallel.sharding import Sharding
+
+ATTENTION, MLP = "decoder.layers.{layer}.self_attention.", "decoder.layers.{layer}.mlp."
+QKV_NORM, FC1_NORM = ATTENTION + "linear_qkv.layer_norm_", MLP + "linear_fc1.layer_norm_"
+FINAL_NORM = "decoder.final_layernorm."
+
+Tail = tuple[int, ...]
+"""The input dimension of a linear's weight, or nothing for its bias."""
+
+
+def embedding(shape: Shape, padded: int, hf: str) -> Rule:
+    """Return the rule of the word embeddings [v, h], padded to ``padded`` rows; ``hf`` is the whole name."""
+    return Rule("embedding.word_embeddings.weight", (hf,), _vocabulary(shape, padded))
+
+
+def positions(shape: Shape, hf: str) -> Rule:
+    """Return the rule of learned position embeddings [s, h]; ``hf`` is the whole name."""
+    table = Copy(Sharding((shape.max_position_embeddings, shape.hidden_size)))
+    return Rule("embedding.position_embeddings.weight", (hf,), table)
+
+
+def output(shape: Shape, padded: int, embedding: str, head: str) -> Rule:
+    """Return the rule of the output layer: ``head``, or ``embedding`` again when the two are tied."""
+    # A tied model has its own output copy on the last pipeline stage.
+    name = embedding if shape.tie_embeddings else head
+    return Rule("output_layer.weight", (name,), _vocabulary(shape, padded), alias=shape.tie_embeddings)
+
+
+def tied_head(shape: Shape, head: str) -> tuple[str, ...]:
+    """Return the pattern of a redundant ``head`` that some checkpoints of tied models carry, for Mapping.ignored."""
+    return (rf"^{re.escape(head)}$",) if shape.tie_embeddings else ()
+
+
+def norm(shape: Shape, core: str, hf: str, width: int | None = None) -> tuple[Rule, ...]:
+    """Return the rules of a norm over ``width`` channels (None: the hidden size), with a bias if it is a LayerNorm."""
+    names = ("weight", "bias") if shape.normalization == "LayerNorm" else ("weight",)
+    op = Copy(Sharding((width or shape.hidden_size,)))
+    return tuple(Rule(core + name, (hf + name,), op) for name in names)
+
+
+def qk_norms(shape: Shape, query: str, key: str) -> tuple[Rule, ...]:
+    """Return the rules of the norms of each head's query and key, none for a shape without them."""
+    if not shape.qk_layernorm:
+        return ()
+    norms = ((ATTENTION + "q_layernorm.", query), (ATTENTION + "k_layernorm.", key))
+    return tuple(rule for core, hf in norms for rule in norm(shape, core, hf, shape.channels))
+
+
+def qkv(shape: Shape, query: str, key: str, value: str) -> tuple[Rule, ...]:
+    """Return the rules of the qkv projection out of three tensors."""
+    return column(shape, ATTENTION + "linear_qkv.", (query, key, value), _qkv_op(shape), shape.qkv_bias)
+
+
+def fused_qkv(shape: Shape, hf: str) -> tuple[Rule, ...]:
+    """Return the rules of the qkv projection out of one tensor that holds all queries, then keys, then values."""
+    one = _qkv_op(shape)
+    return column(shape, ATTENTION + "linear_qkv.", (hf,), lambda tail: Fused(one(tail)), shape.qkv_bias)
+
+
+def attention_output(shape: Shape, hf: str) -> tuple[Rule, ...]:
+    """Return the rules of the attention's output projection."""
+    return row(shape, ATTENTION + "linear_proj.", hf, shape.num_attention_heads * shape.channels)
+
+
+def fc1(shape: Shape, *hf: str) -> tuple[Rule, ...]:
+    """Return the rules of the MLP's first linear: of (gate, up) for a gated MLP, else of (up,)."""
+    width = shape.ffn_hidden_size
+
+    def op(tail: Tail) -> Op:
+        return Gated(width, tail) if shape.gated else Copy(Sharding((width, *tail), dim=0))
+
+    return column(shape, MLP + "linear_fc1.", hf, op, shape.add_bias_linear)
+
+
+def fc2(shape: Shape, hf: str) -> tuple[Rule, ...]:
+    """Return the rules of the MLP's second linear."""
+    return row(shape, MLP + "linear_fc2.", hf, shape.ffn_hidden_size)
+
+
+def conv1d(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Return ``rules`` for weights that are stored [in, out]; biases stay as they are."""
+    return tuple(replace(r, op=Transposed(r.op)) if r.core.endswith("weight") else r for r in rules)
+
+
+def column(shape: Shape, core: str, hf: tuple[str, ...], op: Callable[[Tail], Op], bias: bool) -> tuple[Rule, ...]:
+    """Return the rules of a column-parallel linear: ``op`` with its input dimension and, for the bias, without."""
+    weight = Rule(core + "weight", tuple(name + "weight" for name in hf), op((shape.hidden_size,)))
+    return (weight, Rule(core + "bias", tuple(name + "bias" for name in hf), op(()))) if bias else (weight,)
+
+
+def row(shape: Shape, core: str, hf: str, inputs: int) -> tuple[Rule, ...]:
+    """Return the rules of a row-parallel linear: a weight [h, inputs] cut along its inputs, a replicated bias."""
+    weight = Rule(core + "weight", (hf + "weight",), Copy(Sharding((shape.hidden_size, inputs), dim=1)))
+    bias = Rule(core + "bias", (hf + "bias",), Copy(Sharding((shape.hidden_size,))))
+    return (weight, bias) if shape.add_bias_linear else (weight,)
+
+
+def _vocabulary(shape: Shape, padded: int) -> Copy:
+    return Copy(Sharding((shape.vocab_size, shape.hidden_size), dim=0, padded=padded))
+
+
+def _qkv_op(shape: Shape) -> Callable[[Tail], Op]:
+    return lambda tail: QKV(shape.num_attention_heads, shape.groups, shape.channels, tail)
