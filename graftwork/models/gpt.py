@@ -1,7 +1,6 @@
 """GPT: a decoder-only megatron-core model as a LightningModule."""
 
 from collections.abc import Iterator
-from typing import Optional
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -15,31 +14,16 @@ from graftwork.models.base import Model
 from graftwork.models.generation.logits import masked_logits
 from graftwork.models.loss import LossFunction, answer_rows, summed_loss, token_losses
 from graftwork.models.recompute import start_gradients
-from graftwork.models.shapes import Shape
 
 
 class GPT(Model):
     """A GPT-style model (GPT-2/3, LLaMA, Nemotron, SmolLM2, ...) over megatron-core's GPTModel.
 
-    Args:
-        shape: Its sizes.
-        checkpoint: Base weights: a Hugging Face directory, a GGUF file or a known name; None starts at random.
-        dtype: ``fp32``, ``bf16`` (bf16 base, fp32 adapters), ``auto`` (what the machine does fast) or None (the
-            checkpoint's own).
-        recompute: Activation recomputation: ``full``, ``selective`` or None.
-        seed: Seed of random base weights and of every adapter's initial values.
+    The arguments are those of ``Model``. While ``forward_step`` runs, it notes the positions that have a target, so
+    that a hook between decoder and output layer can drop all others: most positions of a prompt need no logits.
     """
 
-    def __init__(
-        self,
-        shape: Shape,
-        checkpoint: Optional[str] = None,
-        dtype: Optional[str] = None,
-        recompute: Optional[str] = None,
-        seed: int = 1234,
-    ) -> None:
-        super().__init__(shape, checkpoint, dtype, recompute, seed)
-        self._answer_rows: Tensor | None = None
+    _answer_rows: Tensor | None = None
 
     def build_chunk(self, config: TransformerConfig, vp_stage: int | None) -> nn.Module:
         """Return the GPTModel of one (virtual) pipeline stage, its weights not yet filled."""

@@ -51,6 +51,8 @@ def target_logits(model: CausalModel, tokens: Tensor, labels: Tensor) -> Tensor:
     if not one_piece(model):
         whole = all_logits(model, tokens)
         return whole.reshape(-1, whole.shape[-1])[answer_rows(labels)].float()
+    # The training step lets only positions with a target reach the output layer: over a large vocabulary the logits of
+    # all the others would cost more than the layers.
     output, _ = model.forward_step(iter([Batch.of(tokens, labels)]), model.chunks[0])
     whole = gather_vocabulary(output.reshape(-1, output.shape[-1]))
     return whole[:, : model.shape.vocab_size].float()
