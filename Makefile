@@ -69,7 +69,7 @@ docs: $(STAMP) ## build the documentation site into site/
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	@$(BIN)/mkdocs build --strict -q && echo "site/index.html"
 
-golden: $(STAMP) ## rewrite tests/golden after an intended recipe change (review the diff)
+golden: $(STAMP) ## rewrite tests/golden and derived tables of the docs after an intended change (review the diff)
 	@$(BIN)/python -m tests.helpers.golden
 
 clean: ## remove caches and the built site, keep environments and runs

@@ -1,8 +1,9 @@
-"""Golden texts of the recipes: reviewed like code, rewritten by ``make golden`` after an intended change."""
+"""Golden texts of the recipes: reviewed like code, rewritten by ``make golden`` with the derived blocks of the docs."""
 
 from pathlib import Path
 
 from graftwork.recipes import RECIPES, show
+from tests.helpers import derived
 
 DIRECTORY = Path(__file__).parents[1] / "golden"
 
@@ -18,12 +19,14 @@ def text(name: str) -> str:
 
 
 def rewrite() -> None:
-    """Write every golden text; remove those of recipes that are gone."""
+    """Write every golden text and derived block of the pages; remove the texts of recipes that are gone."""
     for file in DIRECTORY.glob("*.txt"):
         file.unlink()
     for name in RECIPES:
         golden(name).write_text(text(name))
-    print(f"{len(RECIPES)} texts in {DIRECTORY}; review them with git diff")
+    for page in derived.pages():
+        page.write_text(derived.text(page))
+    print(f"{len(RECIPES)} texts in {DIRECTORY}, {len(derived.pages())} pages; review them with git diff")
 
 
 if __name__ == "__main__":

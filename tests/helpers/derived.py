@@ -1,0 +1,52 @@
+"""Blocks of the documentation that follow from the registries: between markers, rewritten by ``make golden``.
+
+A page holds ``<!-- NAME: written by make golden -->`` and ``<!-- end of NAME -->``; between them stands
+``BLOCKS[NAME]()``, with a blank line before and after.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from graftwork.cli.factories import method_name
+from graftwork.executors import EXECUTORS
+from graftwork.peft import METHODS
+from graftwork.recipes import RECIPES
+
+DOCS = Path(__file__).parents[2] / "docs"
+_BLOCK = re.compile(r"<!-- (\w+): written by make golden -->\n.*?<!-- end of \1 -->", re.DOTALL)
+
+
+def names() -> str:
+    """Return what the command line takes by name, as a table."""
+    rows = {"--factory": RECIPES, "peft=": map(method_name, METHODS.values()), "run.executor=": EXECUTORS}
+    return "\n".join(["| where | names |", "|---|---|", *(f"| `{where}` | {code(n)} |" for where, n in rows.items())])
+
+
+def code(words: Iterable[str]) -> str:
+    """Return words as inline code, with commas between."""
+    return ", ".join(f"`{word}`" for word in words)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"names": names}
+"""What each block says."""
+
+
+def pages() -> list[Path]:
+    """Return the pages with such blocks."""
+    return [page for page in sorted(DOCS.rglob("*.md")) if _BLOCK.search(page.read_text())]
+
+
+def blocks(page: Path) -> list[str]:
+    """Return the names of a page's blocks."""
+    return _BLOCK.findall(page.read_text())
+
+
+def text(page: Path) -> str:
+    """Return what the page must say."""
+    return _BLOCK.sub(lambda found: block(found[1]), page.read_text())
+
+
+def block(name: str) -> str:
+    """Return a block with its markers."""
+    return f"<!-- {name}: written by make golden -->\n\n{BLOCKS[name]()}\n\n<!-- end of {name} -->"
