@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 from graftwork.errors import ArtifactError, MatchError, suggest
 from graftwork.models.pending import Load
 from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT
 from graftwork.peft.artifact import directory as artifact
-from graftwork.peft.artifact.fill import fill
+from graftwork.peft.artifact.config import ArtifactConfig
+from graftwork.peft.artifact.tensors import fill
 from graftwork.peft.stack import Stack
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def warn_of_other_prompts(stack: Stack, theirs: Mapping[str, object]) -> None:
                 log.warning("%s is %r, but adapter %r was trained with %r.", key, theirs[key], name, trained[key])
 
 
-def _checked(stack: Stack, asked: Load, config: dict[str, Any], identity: Callable[[], artifact.Base]) -> list[PEFT]:
+def _checked(stack: Stack, asked: Load, config: ArtifactConfig, identity: Callable[[], artifact.Base]) -> list[PEFT]:
     """Return the transforms to load, once they fit what is attached and the base is the one they were trained on."""
     chosen = _named(artifact.transforms(config, asked.path), asked.names, str(asked.path))
     for loaded in chosen:

@@ -34,7 +34,7 @@ from graftwork.models.weights.hub import resolve
 from graftwork.optim import AdamW
 from graftwork.peft import PEFT, report
 from graftwork.peft.artifact import directory as artifact
-from graftwork.peft.host import Host
+from graftwork.peft.sites import Host
 from graftwork.peft.stack import Stack
 from graftwork.virtual_tokens import PromptLayout
 

@@ -6,19 +6,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch import Tensor, nn
 
+from graftwork.parallel.names import in_expert
+from graftwork.parallel.record import Record, mark, record_of
 from graftwork.parallel.sharded_tensor import sharded_tensor
 from graftwork.parallel.sharding import Sharding
-from graftwork.parallel.state import tp_rank, tp_size
 
 Initializer = Callable[[Tensor, torch.Generator], None]
 """Fills a full, un-sharded fp32 CPU tensor in place from a generator."""
 
+Inner = Callable[..., Any]
+"""What an adapter wraps: a megatron-core module's call, or that of the adapter inside of this one."""
+
+Offsets = tuple[tuple[int, int, int], ...]
+"""Places on leading axes, as megatron-core passes them through ``sharded_state_dict``: (axis, index, count)."""
+
 
 @dataclass(frozen=True)
 class Birth:
-    """Where an adapter is born: all that its initial values may depend on, and the device they go to."""
+    """Where an adapter is born: all that its drawn initial values may depend on, and the device they go to."""
 
     seed: int
     adapter: str
@@ -34,52 +42,76 @@ class Birth:
 class Adapter(nn.Module):
     """One adapter at one site: ``forward(inner, *args)`` gets the callable it wraps and its arguments.
 
-    Parameters are fp32 and cast to the activations' dtype at use. ``parallel`` is False inside experts, whose
-    weights are whole on every tensor-parallel rank.
+    Parameters are fp32 and cast to the activations' dtype at use; their records say whose they are and how they are
+    cut. Inside experts, whose weights are whole on every tensor-parallel rank, so are the adapters.
     """
 
     mergeable = False
     why_not_mergeable = "its effect is not a change of one weight"
 
-    def __init__(self, birth: Birth, parallel: bool = True) -> None:
+    def __init__(self, birth: Birth) -> None:
         super().__init__()
         self.birth = birth
-        self.parallel = parallel
         self.enabled = True
         self.merged = False
+        self._underived: dict[str, Callable[[], Tensor]] = {}
 
     @property
-    def tp(self) -> tuple[int, int]:
-        """Return (rank, size) of the tensor-parallel group that cuts this adapter's tensors."""
-        return (tp_rank(), tp_size()) if self.parallel else (0, 1)
+    def parallel(self) -> bool:
+        """Whether it stands outside of experts, where tensor-parallel ranks share it."""
+        return not in_expert(self.birth.site)
 
-    def new_parameter(self, name: str, sharding: Sharding, init: Initializer, summed: bool = False) -> None:
+    def new_parameter(self, name: str, sharding: Sharding, init: Initializer, partial: bool = False) -> None:
         """Register fp32 parameter ``name``: this rank's part of one full tensor drawn independently of the layout.
 
-        ``summed``: its gradient is partial on each tensor-parallel rank and must be summed over the group
-        (megatron-core's ``sequence_parallel`` flag on parameters).
+        ``partial``: its gradient is only a part on each tensor-parallel rank and must be summed over the group.
         """
-        rank, size = self.tp
+        record = self._record(sharding, partial)
+        rank, size = record.place
         if self.birth.device.type == "meta":
             local = torch.empty(sharding.local_shape(size), device="meta")
         else:
             full = torch.empty(sharding.shape, dtype=torch.float32)
             init(full, self.birth.generator(name))
             local = sharding.take(full, rank, size).clone().to(self.birth.device)
-        parameter = nn.Parameter(local)
-        mark(parameter, sharding, summed, expert=not self.parallel)
-        self.register_parameter(name, parameter)
+        self._register(name, local, record)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def derive_parameter(
+        self, name: str, sharding: Sharding, value: Callable[[], Tensor], partial: bool = False
+    ) -> None:
+        """Register fp32 parameter ``name`` whose initial value follows from the base's weights.
+
+        ``value`` returns this rank's part, from this rank's parts of the base. It is called in ``derive``, on all ranks
+        together, so that it may talk to other ranks; never on the meta device.
+        """
+        record = self._record(sharding, partial)
+        local = torch.empty(sharding.local_shape(record.place[1]), dtype=torch.float32, device=self.birth.device)
+        self._register(name, local, record)
+        if self.birth.device.type != "meta":
+            self._underived[name] = value
+
+    def derive(self) -> None:
+        """Compute the initial values that depend on the base; collective over ranks that share this adapter."""
+        with torch.no_grad():
+            for name, value in self._underived.items():
+                parameter, derived = self.get_parameter(name), value()
+                assert derived.shape == parameter.shape, f"{name}: {list(derived.shape)}, not {list(parameter.shape)}"
+                parameter.copy_(derived)
+        self._underived.clear()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, object] | None = None
+    ) -> ShardedStateDict:
         """Return megatron-core ShardedTensors of this adapter's parameters.
 
         megatron-core joins equal layers (and experts) into one tensor with a leading axis and passes this one's place
         on it; adapters may stand in some layers only, so the place becomes part of the key instead.
         """
         place = "".join(f".{index}" for _, index, _ in sharded_offsets)
+        records = [(name, p, record_of(p)) for name, p in self.named_parameters()]
         return {
-            f"{prefix}{name}": sharded_tensor(f"{prefix}{name}{place}", p, sharding_of(p), self.tp)
-            for name, p in self.named_parameters()
+            f"{prefix}{name}": sharded_tensor(f"{prefix}{name}{place}", p, record.sharding, record.place)
+            for name, p, record in records
         }
 
     def merged_weights(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -94,24 +126,13 @@ class Adapter(nn.Module):
         """Tell whether training has changed this adapter from its birth (used by the self check at the end)."""
         return True
 
+    def _record(self, sharding: Sharding, partial: bool) -> Record:
+        return Record(sharding, owner=self.birth.adapter, expert=not self.parallel, partial=partial)
 
-def mark(parameter: nn.Parameter, sharding: Sharding, summed: bool, expert: bool = False) -> None:
-    """Set the attributes that gradient reduction, clipping and checkpoints read from a parameter."""
-    attributes: dict[str, Any] = {
-        "sharding": sharding,
-        "sequence_parallel": summed,
-        "tensor_model_parallel": sharding.dim is not None and not expert,
-        "partition_dim": -1 if sharding.dim is None else sharding.dim,
-        "partition_stride": sharding.blocks,
-        "allreduce": not expert,
-    }
-    for key, value in attributes.items():
-        setattr(parameter, key, value)
-
-
-def sharding_of(parameter: Tensor) -> Sharding:
-    """Return the ``Sharding`` that was attached to an adapter parameter."""
-    return parameter.sharding  # type: ignore[attr-defined]
+    def _register(self, name: str, local: Tensor, record: Record) -> None:
+        parameter = nn.Parameter(local)
+        mark(parameter, record)
+        self.register_parameter(name, parameter)
 
 
 def zeros(tensor: Tensor, generator: torch.Generator) -> None:

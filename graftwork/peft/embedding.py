@@ -1,8 +1,6 @@
 """Adapters around the word embedding: where its output stands under sequence parallelism."""
 
-from typing import Any
-
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftwork.parallel.sharding import Sharding
 from graftwork.parallel.state import tp_rank, tp_size
@@ -17,13 +15,13 @@ class EmbeddingLookup(Adapter):
     gradient of a replicated tensor must be summed over the group; in the first the scatter's backward gathers it.
     """
 
-    def __init__(self, birth: Birth, base: Any) -> None:
+    def __init__(self, birth: Birth, base: nn.Module) -> None:
         super().__init__(birth)
         self.scattered = bool(getattr(base, "reduce_scatter_embeddings", False)) and tp_size() > 1
 
     def new_matrix(self, name: str, shape: tuple[int, ...], init: Initializer) -> None:
         """Register a replicated parameter whose gradient is summed over the group when lookups are scattered."""
-        self.new_parameter(name, Sharding(shape), init, summed=self.scattered)
+        self.new_parameter(name, Sharding(shape), init, partial=self.scattered)
 
     def like_output(self, values: Tensor) -> Tensor:
         """Bring [b, s, ...] into the layout of the embedding's output."""

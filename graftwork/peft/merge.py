@@ -79,6 +79,16 @@ def original_weights(chunks: Sequence[nn.Module]) -> Iterator[None]:
         _exchange(wrappers)
 
 
+def originals(chunks: Sequence[nn.Module]) -> dict[int, Tensor]:
+    """Return the value that each merged parameter, by its id, had before."""
+    return {
+        id(getattr(wrapper.base, key)): tensor
+        for chunk in chunks
+        for _, wrapper in adapted_modules(chunk)
+        for key, tensor in wrapper.originals.items()
+    }
+
+
 def _exchange(wrappers: Sequence[AdaptedModule]) -> None:
     for wrapper in wrappers:
         for key, held in wrapper.originals.items():

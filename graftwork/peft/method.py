@@ -1,24 +1,35 @@
-"""A PEFT transform: one method as a Lightning callback that wraps modules of a model."""
+"""A PEFT transform: one method as a Lightning callback that wraps modules of a model, or trains tensors of its base."""
 
 import inspect
 from collections.abc import Iterable
-from typing import Any, ClassVar, Optional
+from typing import ClassVar, Optional, Protocol, TypeVar, runtime_checkable
 
 import lightning.pytorch as pl
 from torch import nn
 
 from graftwork.errors import ConfigError, suggest
 from graftwork.peft.adapter import Adapter, Birth
-from graftwork.peft.host import Host
-from graftwork.peft.sites import Site
+from graftwork.peft.sites import BaseTensor, Host, Site
 from graftwork.virtual_tokens import PromptSlot
+
+N = TypeVar("N", int, float)
+
+
+@runtime_checkable
+class Adaptable(Protocol):
+    """A model that transforms attach themselves to."""
+
+    def add_adapter(self, transforms: "PEFT") -> None:
+        """Attach a transform, now or as soon as the model is built; idempotent by name."""
+        ...
 
 
 class PEFT(pl.Callback):
     """Base of all methods: hyper-parameters, which sites, and which adapter goes there.
 
-    A subclass says where (``find``) and what (``build``); wrapping, freezing, naming, saving and loading are the
-    same for all. As a callback it attaches itself to the model before the model is built.
+    A subclass says where (``find``) and what (``build``), or which tensors of the base it trains (``selects``);
+    wrapping, freezing, naming, saving and loading are the same for all. As a callback it attaches itself to the model
+    before the model is built.
     """
 
     default_lr: ClassVar[float] = 1e-4
@@ -31,6 +42,11 @@ class PEFT(pl.Callback):
         self.name = name
         self.layers = layers
 
+    @classmethod
+    def short_name(cls) -> str:
+        """Return the method's name on the command line, which is also its adapters' name where none is given."""
+        return str(inspect.signature(cls).parameters["name"].default)
+
     @property
     def state_key(self) -> str:
         """Key of this callback in Lightning's checkpoints: method and name."""
@@ -38,7 +54,9 @@ class PEFT(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Attach this transform to the model that Lightning is about to configure (idempotent by name)."""
-        pl_module.add_adapter(self)  # type: ignore[operator]
+        if not isinstance(pl_module, Adaptable):
+            raise ConfigError(f"{self} cannot be attached: {type(pl_module).__name__} takes no adapters.")
+        pl_module.add_adapter(self)
 
     def find(self, host: Host) -> list[Site]:
         """Return the sites of this method; raises MatchError when a target matches nothing."""
@@ -48,6 +66,10 @@ class PEFT(pl.Callback):
         """Return the adapter module for one site."""
         raise TypeError(f"{type(self).__name__} must say what it builds.")
 
+    def selects(self, host: Host) -> list[BaseTensor]:
+        """Return the base's own tensors that this method trains; most methods train none."""
+        return []
+
     def prompt_slots(self, offset: int) -> list[PromptSlot]:
         """Return the virtual tokens this transform owns, from ``offset``; most methods own none."""
         return []
@@ -56,7 +78,7 @@ class PEFT(pl.Callback):
         """Return the factor on the learning rate of one of this transform's parameters."""
         return 1.0
 
-    def hyperparameters(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, object]:
         """Return the constructor's arguments by name: plain data that rebuild this transform."""
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
         return {n: getattr(self, n) for n in names}
@@ -67,13 +89,13 @@ class PEFT(pl.Callback):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.hyperparameters().items())})"
 
-    def positive(self, field: str, value: Any) -> Any:
+    def positive(self, field: str, value: N) -> N:
         """Return ``value`` or raise ConfigError when it is not a number above zero."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ConfigError(f"{self}: {field} must be above 0, got {value!r}.")
         return value
 
-    def count(self, field: str, value: Any) -> int:
+    def count(self, field: str, value: int) -> int:
         """Return ``value`` or raise ConfigError when it is not a whole number above zero."""
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{self}: {field} must be a whole number above 0, got {value!r}.")

@@ -1,11 +1,11 @@
-"""What a stack adds to a model: sites, shapes and parameters, as numbers and as text."""
+"""What a stack trains in a model: sites, shapes and parameters, as numbers and as text."""
 
 from dataclasses import dataclass
 from math import prod
 
 from graftwork.parallel.collective import all_gather_objects
+from graftwork.parallel.record import record_of
 from graftwork.parallel.state import ep_group, pp_group
-from graftwork.peft.adapter import sharding_of
 from graftwork.peft.stack import Stack
 
 
@@ -25,17 +25,8 @@ class SiteReport:
 
 
 def sites(stack: Stack) -> list[SiteReport]:
-    """Return every adapter site of the whole model (all pipeline stages and experts), in stack order."""
-    found = [
-        SiteReport(
-            item.site.name,
-            name,
-            type(stack.transforms[name]).__name__,
-            {key: sharding_of(p).shape for key, p in item.adapter.named_parameters()},
-        )
-        for name, items in stack.grafted.items()
-        for item in items
-    ]
+    """Return every site of the whole model (all pipeline stages and experts) with what is trained there, in order."""
+    found = [report for name in stack.transforms for report in _sites_of(stack, name)]
     for group in (pp_group(), ep_group()):
         found = [report for part in all_gather_objects(found, group) for report in part]
     return list({(r.adapter, r.site): r for r in found}.values())
@@ -55,3 +46,11 @@ def as_text(stack: Stack, total_parameters: int, limit: int = 12) -> str:
     share = 100 * added / max(total_parameters, 1)
     lines.append(f"{len(rows)} sites, {added:,} adapter parameters, {share:.3f} % of the base's {total_parameters:,}")
     return "\n".join(lines)
+
+
+def _sites_of(stack: Stack, name: str) -> list[SiteReport]:
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for tensor in stack.tensors(name):
+        shapes.setdefault(tensor.site, {})[tensor.name] = record_of(tensor.parameter).sharding.shape
+    method = type(stack.transforms[name]).__name__
+    return [SiteReport(site, name, method, found) for site, found in shapes.items()]

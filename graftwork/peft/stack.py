@@ -7,15 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from graftwork.errors import ConfigError, GraftworkError, MatchError, suggest
-from graftwork.parallel.collective import agree
+from graftwork.errors import ConfigError, MatchError, suggest
+from graftwork.parallel.collective import agreed
 from graftwork.peft.adapter import Adapter, Birth
-from graftwork.peft.host import Host
-from graftwork.peft.merge import Candidate, fold, install, original_weights, unmerge
+from graftwork.peft.merge import Candidate, fold, install, original_weights, originals, unmerge
 from graftwork.peft.method import PEFT
-from graftwork.peft.sites import Site
+from graftwork.peft.sites import BaseTensor, Host, Site
+from graftwork.peft.trained import DerivedTensor, LentTensor, TrainedTensor, check_free
 from graftwork.peft.wrapper import graft, parameter_device, ungraft
 from graftwork.virtual_tokens import PromptLayout
+
+PromptFormat = Mapping[str, Any]
+"""How rows are put to a model: templates, BOS and EOS, by the names of the data module's options."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,26 @@ class Grafted:
     adapter: Adapter
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a transform will change on this rank: modules to graft, tensors of the base to train."""
+
+    grafts: list[Grafted]
+    tensors: list[BaseTensor]
+
+
 class Stack:
-    """All adapters of one model, by name, in the order in which they were added."""
+    """All adapters of one model, by name, in the order in which they were added.
+
+    What it trains are *tensors*: those of the adapter modules that it grafts, and those that the base lends.
+    """
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self.transforms: dict[str, PEFT] = {}
         self.grafted: dict[str, list[Grafted]] = {}
-        self.prompt_formats: dict[str, Mapping[str, Any]] = {}
+        self.lent: dict[str, list[LentTensor]] = {}
+        self.prompt_formats: dict[str, PromptFormat] = {}
         self.layout = PromptLayout()
         self._merged: set[str] = set()
         self._training: set[str] = set()
@@ -53,7 +68,8 @@ class Stack:
     def add(self, transform: PEFT, trainable: bool = True) -> None:
         """Attach one transform: find its sites, freeze the base, graft its adapters (``trainable`` or frozen).
 
-        Raises MatchError when the name is taken or a target matches nothing; on any rank's error no rank is changed.
+        Raises MatchError when the name is taken, a target matches nothing or a tensor is trained by another; on any
+        rank's error no rank is changed.
         """
         self._check_on()
         if transform.name in self.transforms:
@@ -62,15 +78,9 @@ class Stack:
                 "another name or delete the other one first."
             )
         layout = self.layout.appended(transform.prompt_slots(self.layout.size))
-        error: GraftworkError | None = None
-        built: list[Grafted] = []
-        try:
-            built = _build(transform, replace(self._host, prompts=layout))
-        except GraftworkError as refused:
-            error = refused
-        agree(error)
+        plan = agreed(lambda: _planned(transform, replace(self._host, prompts=layout)))
         self.layout = layout
-        self._graft(transform, built, trainable)
+        self._carry_out(plan, transform, trainable)
 
     def remove(self, name: str) -> None:
         """Take adapter ``name`` off the model; the base and other adapters keep every bit.
@@ -81,7 +91,7 @@ class Stack:
         self._check_on()
         if self.merged:
             raise MatchError(f"{self.transforms[name]} cannot be deleted while adapters are merged; unmerge first.")
-        trained = any(p.requires_grad for a in self.adapters(name) for p in a.parameters())
+        trained = any(tensor.parameter.requires_grad for tensor in self.tensors(name))
         self._detach(name)
         if not self.transforms:
             for parameter, flag in self._base_flags if trained else []:
@@ -106,8 +116,8 @@ class Stack:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Make the model its base inside the block, merged weights included; on exit every adapter is as it was."""
-        layout, states = self.layout, [(a, a.enabled) for a in self.adapters()]
-        with original_weights(self._host.chunks if not self._off else []):
+        layout, states, first = self.layout, [(a, a.enabled) for a in self.adapters()], not self._off
+        with original_weights(self._host.chunks if first else []), _shown_as_born(self._lent() if first else []):
             self.layout, self._off = PromptLayout(off=True), self._off + 1
             for adapter, _ in states:
                 adapter.enabled = False
@@ -127,13 +137,7 @@ class Stack:
         self._check_on()
         chosen = self.known(names)
         candidates = [Candidate(str(self.transforms[n]), g.site, g.adapter) for n in chosen for g in self.grafted[n]]
-        error, folded = None, []
-        try:
-            folded = fold(candidates, self._host.chunks)
-        except MatchError as refused:
-            error = refused
-        agree(error)
-        install(folded)
+        install(agreed(lambda: fold(candidates, self._host.chunks)))
         self._merged |= set(chosen)
 
     def unmerge(self) -> None:
@@ -147,6 +151,27 @@ class Stack:
         for key, items in self.grafted.items():
             if name in (None, key):
                 yield from (item.adapter for item in items)
+
+    def tensors(self, name: str) -> Iterator[TrainedTensor]:
+        """Yield the tensors on this rank that adapter ``name`` trains (or would, were it not frozen)."""
+        for item in self.grafted[name]:
+            for key, parameter in item.adapter.named_parameters():
+                yield TrainedTensor(name, item.site.name, key, parameter, parameter.detach())
+        merged = originals(self._host.chunks) if self.merged and self.lent[name] else {}
+        for lent in self.lent[name]:
+            site, _, key = lent.tensor.name.rpartition(".")
+            shown = merged.get(id(lent.parameter), lent.parameter.detach())
+            yield TrainedTensor(name, site, key, lent.parameter, lent.held if self._off else shown)
+
+    def derived(self, name: str) -> Iterator[DerivedTensor]:
+        """Yield the tensors that follow from those of adapter ``name`` and are saved beside them."""
+        for item in self.grafted[name]:
+            for key, value in item.adapter.extra_tensors().items():
+                yield DerivedTensor(f"{name}.{item.site.name}.{key}", value, item.site.in_expert)
+
+    def folded(self, name: str) -> bool:
+        """Tell whether values of ``name`` stand inside merged weights, so that they cannot be changed."""
+        return name in self._merged or (self.merged and bool(self.lent[name]))
 
     def train_only(self, names: Sequence[str]) -> None:
         """Make exactly the named adapters trainable and freeze the others."""
@@ -166,7 +191,7 @@ class Stack:
 
         Raises ConfigError when two of them were trained with different values.
         """
-        found: dict[str, Any] = {}
+        found: dict[str, object] = {}
         source: dict[str, str] = {}
         for name, known in self.prompt_formats.items():
             for key in known.keys() - set(given):
@@ -178,43 +203,65 @@ class Stack:
                 source.setdefault(key, name)
         return found
 
-    def remember_prompt_format(self, prompt: Mapping[str, Any]) -> None:
+    def remember_prompt_format(self, prompt: Mapping[str, object]) -> None:
         """Note, for every adapter that trains, how the training rows are put to the model."""
         self.prompt_formats |= {name: dict(prompt) for name in self._training}
 
-    def _graft(self, transform: PEFT, built: list[Grafted], trainable: bool) -> None:
+    def _carry_out(self, plan: _Plan, transform: PEFT, trainable: bool) -> None:
         if not self.transforms:
             self._base_flags = [(p, p.requires_grad) for chunk in self._host.chunks for p in chunk.parameters()]
             for chunk in self._host.chunks:
                 chunk.requires_grad_(False)
-        for item in built:
+        for item in plan.grafts:
+            item.adapter.derive()
             item.adapter.train(item.site.module.training)
             graft(self._host.chunks[item.site.chunk], item.site.path, transform.name, item.adapter)
         self.transforms[transform.name] = transform
-        self.grafted[transform.name] = built
+        self.grafted[transform.name] = plan.grafts
+        self.lent[transform.name] = [LentTensor(tensor, transform.name) for tensor in plan.tensors]
         self._set_trainable(transform.name, trainable)
 
     def _detach(self, name: str) -> None:
         for item in self.grafted.pop(name):
             ungraft(self._host.chunks[item.site.chunk], item.site.path, name)
+        for lent in self.lent.pop(name):
+            lent.give_back()
         del self.transforms[name]
         self.prompt_formats.pop(name, None)
         self._training.discard(name)
         self.layout = PromptLayout(tuple(s for s in self.layout.slots if s.name != name))
 
     def _set_trainable(self, name: str, trainable: bool) -> None:
-        for adapter in self.adapters(name):
-            adapter.requires_grad_(trainable)
+        for tensor in self.tensors(name):
+            tensor.parameter.requires_grad_(trainable)
         (self._training.add if trainable else self._training.discard)(name)  # also where a rank holds none of it
+
+    def _lent(self) -> list[LentTensor]:
+        return [lent for tensors in self.lent.values() for lent in tensors]
 
     def _check_on(self) -> None:
         if self._off:
             raise MatchError("Adapters are switched off here; leave the adapters_disabled() block first.")
 
 
-def _build(transform: PEFT, host: Host) -> list[Grafted]:
-    built = []
-    for site in transform.find(host):
+def _planned(transform: PEFT, host: Host) -> _Plan:
+    """Look for sites and tensors, which asks all ranks and is refused on all or on none; build what goes there."""
+    sites, tensors = transform.find(host), transform.selects(host)
+    check_free(tensors, originals(host.chunks), str(transform))
+    grafts = []
+    for site in sites:
         birth = Birth(host.seed, transform.name, site.name, parameter_device(host.chunks[site.chunk]))
-        built.append(Grafted(site, transform.build(site, birth, host)))
-    return built
+        grafts.append(Grafted(site, transform.build(site, birth, host)))
+    return _Plan(grafts, tensors)
+
+
+@contextmanager
+def _shown_as_born(lent: Sequence[LentTensor]) -> Iterator[None]:
+    """Exchange trained values of the base's own tensors for the original ones inside the block."""
+    for tensor in lent:
+        tensor.exchange()
+    try:
+        yield
+    finally:
+        for tensor in lent:
+            tensor.exchange()

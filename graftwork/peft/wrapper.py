@@ -5,15 +5,16 @@ out of the module tree. So ``named_parameters()``, ``state_dict()`` and ``sharde
 keys with and without adapters, and only ``adapters.<name>.`` keys are new.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
-from graftwork.peft.adapter import Adapter
+from graftwork.peft.adapter import Adapter, Inner, Offsets
 
 
 class AdaptedModule(nn.Module):
@@ -38,9 +39,9 @@ class AdaptedModule(nn.Module):
         }
         self.adapters = nn.ModuleDict()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """Call the base through every active adapter; the last one added is the outermost."""
-        call: Callable[..., Any] = self.base
+        call: Inner = self.base
         for adapter in self.active():
             call = partial(adapter, call)
         return call(*args, **kwargs)
@@ -52,32 +53,37 @@ class AdaptedModule(nn.Module):
             if adapter.enabled and not adapter.merged:
                 yield adapter
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Return an attribute of the wrapper or of the base, of whatever type; annotated as torch annotates it."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if "base" not in self.__dict__:  # half made, by copy.deepcopy
                 raise
-            return getattr(self.__dict__["base"], name)
+            found: Tensor | nn.Module = getattr(self.__dict__["base"], name)
+            return found
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         """Set a child, or an attribute such as ``training``, also on the base, which is outside the module tree."""
         super().__setattr__(name, value)
         base = self.__dict__.get("base")
         if base is not None and (name in base._modules or name in base.__dict__):
             setattr(base, name, value)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         self.base._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: object) -> None:
         # the base would call the adapters' keys unexpected
         own = {k: v for k, v in state_dict.items() if not k.startswith(f"{prefix}adapters.")}
         self.base._load_from_state_dict(own, prefix, *args)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, object] | None = None
+    ) -> ShardedStateDict:
         """Return the base's sharded state under its own keys, plus every adapter's."""
-        state = dict(sharded_state_dict_default(self.base, prefix, sharded_offsets, metadata))
+        places = cast("tuple[tuple[int, int, int]]", sharded_offsets)  # so annotated; megatron-core passes any number
+        state = dict(sharded_state_dict_default(self.base, prefix, places, metadata))
         for name, adapter in self.adapters.items():
             assert isinstance(adapter, Adapter)
             state.update(adapter.sharded_state_dict(f"{prefix}adapters.{name}.", sharded_offsets, metadata))

@@ -15,6 +15,7 @@ from graftwork.models.generation.decoding import _groups
 from graftwork.models.generation.sampling import Sampler
 from graftwork.models.shapes import Shape
 from graftwork.models.weights import read_config, shape_from_hf
+from graftwork.parallel.record import record_of
 from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning
 from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import layout_of
@@ -54,8 +55,9 @@ def attach(model: GPT) -> None:
     for item in (item for items in model.stack.grafted.values() for item in items):
         for name, parameter in item.adapter.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{item.site.name}.{name}".encode()))
-            noise = torch.randn(parameter.sharding.shape, generator=generator) * 0.1
-            parameter.data.add_(parameter.sharding.take(noise, parallel.tp_rank(), parallel.tp_size()))
+            sharding = record_of(parameter).sharding
+            noise = torch.randn(sharding.shape, generator=generator) * 0.1
+            parameter.data.add_(sharding.take(noise, parallel.tp_rank(), parallel.tp_size()))
 
 
 def transformers_greedy(directory: Path, prompt: list[int], stop: int | None) -> list[int]:

@@ -11,6 +11,7 @@ from graftwork import parallel
 from graftwork.models import GPT
 from graftwork.models.shapes import Shape
 from graftwork.models.weights import read_config, shape_from_hf
+from graftwork.parallel.record import record_of
 from graftwork.parallel.sharding import Sharding
 from tests.contracts.methods import STACKS
 from tests.helpers.tiny_gpt import global_name
@@ -40,7 +41,7 @@ class Lively(GPT):
         fresh = self.module is None
         super().configure_model()
         for parameter in self.parameters() if fresh else ():
-            if parameter.ndim == 2 and not hasattr(parameter, "sharding"):
+            if parameter.ndim == 2 and record_of(parameter).owner is None:
                 parameter.data.mul_(4.0)
 
 
@@ -69,8 +70,7 @@ def shake(model: GPT) -> None:
     for chunk in model.chunks:
         for name, parameter in chunk.named_parameters():
             if ".adapters." in name:
-                sharding = parameter.sharding  # type: ignore[attr-defined]
-                parameter.data.add_(_drawn(global_name(chunk, name), sharding, 0.02))
+                parameter.data.add_(_drawn(global_name(chunk, name), record_of(parameter).sharding, 0.02))
 
 
 def prompt_of(model: Any) -> list[int]:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graftwork import parallel
+from graftwork.parallel.record import record_of
 from tests.helpers.tiny_gpt import cut, global_name
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -30,7 +31,8 @@ def _key(chunk: nn.Module, name: str, parameter: Tensor) -> str:
 
 
 def _joined(chunk: nn.Module, name: str, parameter: Tensor, local: Tensor, vocabulary: int) -> Tensor:
-    own = getattr(parameter, "sharding", None)
+    record = record_of(parameter)
+    own = None if record.owner is None else record.sharding
     sharding = own if own is not None else cut(chunk, name, parameter)
     size = parallel.tp_size() if sharding.dim is not None else 1
     parts = [local.contiguous()]

@@ -1,1 +1,1 @@
-"""The adapter directory on disk."""
+"""The adapter directory on disk: its files, its tensors in and out of a stack, its model card; no adapter's maths."""

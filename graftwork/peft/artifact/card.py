@@ -1,9 +1,10 @@
 """The model card beside an adapter."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
+
+from graftwork.peft.artifact.config import ArtifactConfig, Entry
 
 CARD = """---
 library_name: graftwork
@@ -27,7 +28,7 @@ model.freeze()
 """
 
 
-def model_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def model_card(config: ArtifactConfig, tensors: Mapping[str, Tensor]) -> str:
     """Return a README for the artifact: what it is, what base it needs, how to load it."""
     rows = []
     for adapter in config["adapters"]:
@@ -44,7 +45,7 @@ def model_card(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     )
 
 
-def _asked(adapters: Sequence[Mapping[str, Any]]) -> str:
+def _asked(adapters: Sequence[Entry]) -> str:
     """Return the sentence that tells how the adapters were trained to be asked, or nothing where it is unknown."""
     templates = dict.fromkeys(a["prompt"]["prompt_template"] for a in adapters if "prompt_template" in a["prompt"])
     return f"Trained on the prompt {', '.join(map(repr, templates))}. " if templates else ""

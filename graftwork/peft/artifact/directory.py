@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -19,14 +19,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graftwork.atomic import atomic_directory
-from graftwork.errors import ArtifactError, CheckpointError, GraftworkError, suggest
-from graftwork.parallel.collective import agree, all_gather_objects, broadcast_object
-from graftwork.peft import METHODS, PEFT
+from graftwork.errors import ArtifactError, CheckpointError, suggest
+from graftwork.parallel.collective import agreed, all_gather_objects
 from graftwork.peft.artifact.card import model_card
-from graftwork.peft.artifact.gather import gather_tensors
-from graftwork.peft.stack import Stack
+from graftwork.peft.artifact.config import ArtifactConfig, Entry
+from graftwork.peft.artifact.tensors import TENSORS, bring_together
+from graftwork.peft.method import PEFT
+from graftwork.peft.methods import METHODS
+from graftwork.peft.stack import PromptFormat, Stack
 
-TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+CONFIG, CARD = "adapter_config.json", "README.md"
 SCHEMA = 1
 
 
@@ -36,7 +38,7 @@ class Base:
 
     name: str
     family: str
-    shape: dict[str, Any]
+    shape: dict[str, object]
     fingerprint: str | None
 
 
@@ -56,20 +58,20 @@ def save(
     chosen = stack.known(names)
     if not chosen:
         raise ArtifactError("No adapter was named to be saved; leave names out for all of them.")
-    tensors = gather_tensors(stack, chosen)
-    error: GraftworkError | None = None
-    if tensors is not None:
-        try:
+    tensors = bring_together(stack, chosen)
+
+    def write() -> None:
+        if tensors is not None:
             _write(Path(path).resolve(), tensors, _config(stack, chosen, base, step, recipe))
-        except GraftworkError as refused:
-            error = refused
-        except (OSError, SafetensorError) as refused:
-            error = CheckpointError(f"The adapter was not saved to {str(path)!r}: {refused}.")
-    agree(error)
+
+    def explain(problem: Exception) -> CheckpointError:
+        return CheckpointError(f"The adapter was not saved to {str(path)!r}: {problem}.")
+
+    agreed(write, catch=(OSError, SafetensorError), explain=explain)
     return Path(path)
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path) -> ArtifactConfig:
     """Return ``adapter_config.json`` after checking format, schema and checksum.
 
     Raises ArtifactError with one sentence that says what is wrong.
@@ -81,8 +83,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         if not (directory / file).is_file():
             raise ArtifactError(f"{str(path)!r} is not an adapter or incomplete: it holds no {file}.")
     try:
-        config = json.loads((directory / CONFIG).read_text())
-        _check_format(config, path)
+        config = _checked_format(json.loads((directory / CONFIG).read_text()), path)
         checksum = _checksum(config, directory / TENSORS)
     except ValueError as error:
         raise ArtifactError(f"{CONFIG} in {str(path)!r} is damaged: it is not valid JSON ({error}).") from error
@@ -95,7 +96,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def _check_format(config: Any, path: str | Path) -> None:
+def _checked_format(config: object, path: str | Path) -> ArtifactConfig:
     if not isinstance(config, dict) or config.get("format") != "graftwork":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         known = f" but a Hugging Face PEFT {kind} adapter, which needs import-hf (not in this version)" if kind else ""
@@ -105,23 +106,18 @@ def _check_format(config: Any, path: str | Path) -> None:
             f"{str(path)!r} has schema {config.get('schema')!r}, but this version reads at most {SCHEMA}; "
             "update graftwork."
         )
+    return cast(ArtifactConfig, config)
 
 
-def read_everywhere(path: str | Path) -> dict[str, Any]:
+def read_everywhere(path: str | Path) -> ArtifactConfig:
     """Return ``read_config``; raises ArtifactError on every rank when one cannot read it, or reads another adapter."""
-    config: dict[str, Any] = {}
-    error: GraftworkError | None = None
-    try:
-        config = read_config(path)
-    except GraftworkError as refused:
-        error = refused
-    agree(error)
+    config = agreed(lambda: read_config(path))
     if len(set(all_gather_objects(config["checksum"]))) > 1:
         raise ArtifactError(f"{str(path)!r} is not the same adapter on every machine; copy one of them to all.")
     return config
 
 
-def check_base(config: Mapping[str, Any], base: Base, path: str | Path) -> None:
+def check_base(config: ArtifactConfig, base: Base, path: str | Path) -> None:
     """Raise ArtifactError when the artifact was trained on another base."""
     theirs = config["base"]
     fields = [k for k, v in theirs["shape"].items() if base.shape.get(k) != v]
@@ -135,7 +131,7 @@ def check_base(config: Mapping[str, Any], base: Base, path: str | Path) -> None:
         )
 
 
-def transforms(config: Mapping[str, Any], path: str | Path) -> list[PEFT]:
+def transforms(config: ArtifactConfig, path: str | Path) -> list[PEFT]:
     """Return the stack that an artifact was saved from; raises ArtifactError for a method or option unknown here."""
     found = []
     for entry in config["adapters"]:
@@ -149,13 +145,13 @@ def transforms(config: Mapping[str, Any], path: str | Path) -> list[PEFT]:
     return found
 
 
-def prompt_formats(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def prompt_formats(config: ArtifactConfig, names: Sequence[str]) -> dict[str, PromptFormat]:
     """Return, by name, how the named adapters of an artifact were trained to be asked, where that is known."""
-    entries = {a["hyperparameters"]["name"]: a.get("prompt") for a in config["adapters"]}
-    return {name: dict(entries[name]) for name in names if entries.get(name)}
+    prompts = {str(entry["hyperparameters"]["name"]): entry.get("prompt") for entry in config["adapters"]}
+    return {name: dict(prompt) for name in names if (prompt := prompts.get(name))}
 
 
-def _write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], config: ArtifactConfig) -> None:
     _check_place(path)
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -180,8 +176,8 @@ def _check_place(path: Path) -> None:
         )
 
 
-def _config(stack: Stack, names: Sequence[str], base: Base, step: int | None, recipe: str | None) -> dict[str, Any]:
-    adapters = [
+def _config(stack: Stack, names: Sequence[str], base: Base, step: int | None, recipe: str | None) -> ArtifactConfig:
+    adapters: list[Entry] = [
         {
             "method": type(stack.transforms[n]).__name__,
             "hyperparameters": stack.transforms[n].hyperparameters(),
@@ -194,7 +190,7 @@ def _config(stack: Stack, names: Sequence[str], base: Base, step: int | None, re
         "peft_type": "GRAFTWORK",
         "schema": SCHEMA,
         "adapters": adapters,
-        "base": vars(base),
+        "base": {"name": base.name, "family": base.family, "shape": base.shape, "fingerprint": base.fingerprint},
         "dtype": "float32",
         "step": step,
         "recipe": recipe,
@@ -202,7 +198,7 @@ def _config(stack: Stack, names: Sequence[str], base: Base, step: int | None, re
     }
 
 
-def _checksum(config: Mapping[str, Any], tensors: Path) -> str:
+def _checksum(config: Mapping[str, object], tensors: Path) -> str:
     """Return the SHA-256 of the tensor file followed by the canonical configuration without its checksum."""
     digest = hashlib.sha256()
     with tensors.open("rb") as file:
@@ -218,8 +214,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def exists(path: str | Path) -> bool:
-    """Tell, the same on every rank, whether ``path`` holds an adapter."""
-    return bool(broadcast_object((Path(path) / CONFIG).is_file()))

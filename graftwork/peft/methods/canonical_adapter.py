@@ -1,19 +1,17 @@
 """Canonical adapters: a bottleneck with a skip after each sub-layer (Houlsby et al. 2019, arXiv 1902.00751)."""
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Optional
 
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from graftwork.errors import ConfigError, ParallelismError
 from graftwork.parallel.sharding import Sharding
-from graftwork.peft.adapter import INITIALIZERS, Adapter, Birth, ones, zeros
-from graftwork.peft.cuts import LinearInfo, into_column, out_of_row
-from graftwork.peft.host import Host
+from graftwork.peft.adapter import INITIALIZERS, Adapter, Birth, Inner, ones, zeros
+from graftwork.peft.cuts import Region, drop
 from graftwork.peft.method import PEFT
-from graftwork.peft.sites import Site
+from graftwork.peft.sites import Host, Site
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "relu": F.relu, "gelu": F.gelu}
 SITES = {"attention": "self_attention", "mlp": "mlp"}
@@ -32,16 +30,16 @@ class Bottleneck(Adapter):
     linear_in: nn.Parameter
     linear_out: nn.Parameter
 
-    def __init__(self, birth: Birth, method: "CanonicalAdapter", hidden_size: int, info: LinearInfo) -> None:
+    def __init__(self, birth: Birth, method: "CanonicalAdapter", hidden_size: int, region: Region) -> None:
         super().__init__(birth)
-        self.info, self.method = info, method
+        self.region, self.method = region, method
         dim, h = method.dim, hidden_size
-        self.new_parameter("norm_weight", Sharding((h,)), ones, summed=info.sums_replicated)
-        self.new_parameter("norm_bias", Sharding((h,)), zeros, summed=info.sums_replicated)
+        self.new_parameter("norm_weight", Sharding((h,)), ones, partial=region.partial)
+        self.new_parameter("norm_bias", Sharding((h,)), zeros, partial=region.partial)
         self.new_parameter("linear_in", Sharding((dim, h), dim=0), INITIALIZERS[method.column_init_method])
         self.new_parameter("linear_out", Sharding((h, dim), dim=1), INITIALIZERS[method.row_init_method])
 
-    def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def forward(self, inner: Inner, *args: object, **kwargs: object) -> tuple[Tensor | None, ...]:
         """Adapt the first output of the sub-layer [s, b, h] and hand the rest (its bias) on."""
         output, *rest = inner(*args, **kwargs)
         return (output + self.update(output).to(output.dtype), *rest)
@@ -50,21 +48,15 @@ class Bottleneck(Adapter):
         """Return W_out act(W_in LN(h)), without the skip."""
         method = self.method
         x = self._norm(h) if method.norm_position == "pre" else h
-        x = F.linear(into_column(x, self.info), self.linear_in.to(x.dtype))
-        x = self._drop(ACTIVATIONS[method.activation](x))
-        x = out_of_row(F.linear(x, self.linear_out.to(x.dtype)), self.info)
+        x = F.linear(self.region.enter(x), self.linear_in.to(x.dtype))
+        # every rank holds its own part of the bottleneck
+        x = drop(ACTIVATIONS[method.activation](x), method.dropout, self.training, differ=self.region.cut)
+        x = self.region.leave(F.linear(x, self.linear_out.to(x.dtype)))
         return self._norm(x) if method.norm_position == "post" else x
 
     def _norm(self, x: Tensor) -> Tensor:
         dtype = x.dtype
         return F.layer_norm(x, x.shape[-1:], self.norm_weight.to(dtype), self.norm_bias.to(dtype), 1e-5)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        """Drop values of the cut bottleneck: every rank draws its own mask."""
-        if not (self.training and self.tp[1] > 1):
-            return F.dropout(x, self.method.dropout, self.training)
-        with tensor_parallel.get_cuda_rng_tracker().fork():
-            return F.dropout(x, self.method.dropout, True)
 
     def moved(self) -> bool:
         """A trained bottleneck has a non-zero W_out (or did not start from zero)."""
@@ -115,7 +107,7 @@ class CanonicalAdapter(PEFT):
 
     def find(self, host: Host) -> list[Site]:
         """Return each layer's attention and MLP sub-layers."""
-        sublayers = [s for s in host.sites() if s.layer is not None and s.name.count(".") == 3]
+        sublayers = [s for s in host.sites() if s.inside in SITES.values()]
         wanted = [SITES[s] for s in self.sites or SITES]
         return host.select(sublayers, wanted, self.layers, str(self))
 
@@ -124,5 +116,4 @@ class CanonicalAdapter(PEFT):
         config, size = host.config, host.config.tensor_model_parallel_size
         if self.dim % size:
             raise ParallelismError(f"{self}: dim {self.dim} is not a multiple of tensor_model_parallel_size {size}.")
-        info = LinearInfo("column", config.hidden_size, self.dim, sequence_parallel=config.sequence_parallel)
-        return Bottleneck(birth, self, config.hidden_size, info)
+        return Bottleneck(birth, self, config.hidden_size, Region.of(config))

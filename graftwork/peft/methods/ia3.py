@@ -1,19 +1,18 @@
 """(IA)3: learned vectors scale keys, values and MLP activations (Liu et al. 2022, arXiv 2205.05638)."""
 
-from collections.abc import Callable
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
 from graftwork.errors import ConfigError, ParallelismError
+from graftwork.parallel.fused import QKVRows
 from graftwork.parallel.sharding import Sharding
 from graftwork.parallel.state import tp_size
-from graftwork.peft.adapter import Adapter, Birth, ones
-from graftwork.peft.cuts import local_widths
-from graftwork.peft.host import Host
+from graftwork.peft.adapter import Adapter, Birth, Inner, ones
+from graftwork.peft.cuts import Cut, cut_of, qkv_rows
 from graftwork.peft.method import PEFT
-from graftwork.peft.sites import Site
+from graftwork.peft.sites import Host, Site
 
 TARGETS = ("k", "v", "ffn")
 
@@ -21,32 +20,26 @@ TARGETS = ("k", "v", "ffn")
 class ScaledKeyValue(Adapter):
     """Scales the key and value rows of a fused qkv linear's output, before RoPE.
 
-    The rows are laid out as [groups, heads/groups + 2, head width] (queries, key, value of each group). A vector has
-    groups * head width values, cut over the tensor-parallel ranks as the groups are.
+    A vector has one value per key (or value) row, cut over the tensor-parallel ranks as the groups are.
     """
 
     mergeable = True
 
-    def __init__(self, birth: Birth, config: Any, targets: list[str]) -> None:
+    def __init__(self, birth: Birth, rows: QKVRows, targets: list[str]) -> None:
         super().__init__(birth)
-        self.groups = config.num_query_groups // self.tp[1]
-        self.heads_per_group = config.num_attention_heads // config.num_query_groups
-        self.width = config.kv_channels
-        self.targets = targets
+        self.rows = rows
+        _, keys, _ = rows.counts
         for target in targets:
-            sharding = Sharding((config.num_query_groups * self.width,), dim=0)
-            self.new_parameter(f"scale_{target}", sharding, ones)
+            self.new_parameter(f"scale_{target}", Sharding((keys,), dim=0), ones)
 
     def row_scale(self) -> Tensor:
-        """Return this rank's factor on every row of the fused linear [groups * (heads/groups + 2) * width]."""
-        unit = next(self.parameters()).new_ones(self.groups, 1, self.width)
-        parts = [unit.expand(-1, self.heads_per_group, -1)]
-        for target in ("k", "v"):
-            held = target in self.targets
-            parts.append(getattr(self, f"scale_{target}").view(self.groups, 1, self.width) if held else unit)
-        return torch.cat(parts, dim=1).reshape(-1)
+        """Return this rank's factor on every row of the fused linear."""
+        held = dict(self.named_parameters())
+        unit = torch.ones_like(next(iter(held.values())))  # as many key rows as value rows
+        queries = unit.new_ones(len(unit) * self.rows.heads // self.rows.groups)
+        return self.rows.join(queries, held.get("scale_k", unit), held.get("scale_v", unit))
 
-    def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def forward(self, inner: Inner, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """Scale (output, bias) of the fused linear."""
         output, bias = inner(*args, **kwargs)
         scale = self.row_scale()
@@ -68,14 +61,15 @@ class ScaledNormalizedKey(Adapter):
     why_not_mergeable = 'it scales keys after k_layernorm; key_position="pre_norm" merges'
     scale_k: nn.Parameter
 
-    def __init__(self, birth: Birth, config: Any) -> None:
+    def __init__(self, birth: Birth, rows: QKVRows) -> None:
         super().__init__(birth)
-        self.width = config.kv_channels
-        self.new_parameter("scale_k", Sharding((config.num_query_groups * self.width,), dim=0), ones)
+        self.width = rows.width
+        _, keys, _ = rows.counts
+        self.new_parameter("scale_k", Sharding((keys,), dim=0), ones)
 
-    def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def forward(self, inner: Inner, *args: object, **kwargs: object) -> Tensor:
         """Scale the normalised keys."""
-        key = inner(*args, **kwargs)
+        key: Tensor = inner(*args, **kwargs)
         return key * self.scale_k.view(-1, self.width).to(key.dtype)
 
     def moved(self) -> bool:
@@ -89,11 +83,11 @@ class ScaledHidden(Adapter):
     mergeable = True
     scale_ffn: nn.Parameter
 
-    def __init__(self, birth: Birth, ffn_local: int, parallel: bool) -> None:
-        super().__init__(birth, parallel)
-        self.new_parameter("scale_ffn", Sharding((ffn_local * self.tp[1],), dim=0 if parallel else None), ones)
+    def __init__(self, birth: Birth, cut: Cut) -> None:
+        super().__init__(birth)
+        self.new_parameter("scale_ffn", cut.input_vector(), ones)
 
-    def forward(self, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, inner: Inner, x: Tensor, *args: object, **kwargs: object) -> object:
         """Scale the linear's input."""
         return inner(x * self.scale_ffn.to(x.dtype), *args, **kwargs)
 
@@ -143,17 +137,17 @@ class IA3(PEFT):
 
     def build(self, site: Site, birth: Birth, host: Host) -> Adapter:
         """Build the vectors of one site."""
-        config, size = host.config, tp_size()
         if site.leaf == "linear_fc2":
-            return ScaledHidden(birth, local_widths(site.module)[1], parallel=not site.in_expert)
-        if config.num_query_groups % size:
+            return ScaledHidden(birth, cut_of(site, host))
+        rows, size = qkv_rows(host.config), tp_size()
+        if rows.groups % size:
             raise ParallelismError(
-                f"{self}: {config.num_query_groups} query groups cannot be cut over "
+                f"{self}: {rows.groups} query groups cannot be cut over "
                 f"tensor_model_parallel_size {size}; use a size that divides them."
             )
         if site.leaf == "k_layernorm":
-            return ScaledNormalizedKey(birth, config)
-        return ScaledKeyValue(birth, config, self._fused_targets(host))
+            return ScaledNormalizedKey(birth, rows)
+        return ScaledKeyValue(birth, rows, self._fused_targets(host))
 
     def _leaves(self, host: Host) -> list[str]:
         chosen = self.targets or TARGETS

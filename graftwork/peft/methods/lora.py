@@ -1,21 +1,18 @@
 """LoRA: a low-rank update beside a frozen linear (Hu et al. 2021, arXiv 2106.09685)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Optional
 
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from graftwork.core.layers import normalized_input
 from graftwork.errors import ConfigError, suggest
-from graftwork.peft.adapter import INITIALIZERS, Adapter, Birth, normal
-from graftwork.peft.cuts import LinearInfo, describe, into_column, is_embedding, linear_kind, out_of_row
+from graftwork.peft.adapter import INITIALIZERS, Adapter, Birth, Inner, normal
+from graftwork.peft.cuts import Cut, cut_of, drop, is_embedding, is_linear
 from graftwork.peft.embedding import EmbeddingLookup
-from graftwork.peft.host import Host
 from graftwork.peft.method import PEFT
-from graftwork.peft.sites import Site, matches
+from graftwork.peft.sites import Host, Site, matches
 
 DEFAULT_TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
@@ -40,43 +37,30 @@ class LoRALinear(Adapter):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def __init__(self, birth: Birth, base: Any, info: LinearInfo, low_rank: LowRank) -> None:
-        super().__init__(birth, info.parallel)
+    def __init__(self, birth: Birth, base: nn.Module, cut: Cut, low_rank: LowRank) -> None:
+        super().__init__(birth)
         self.__dict__["base"] = base  # read for its fused LayerNorm; it stays where it is in the module tree
-        self.info, self.low_rank = info, low_rank
-        row, dim = info.kind == "row", low_rank.dim
-        self.new_parameter(
-            "lora_A", info.input_sharding(dim), INITIALIZERS[low_rank.init_A], summed=not row and info.sums_replicated
-        )
-        self.new_parameter(
-            "lora_B", info.output_sharding(dim), INITIALIZERS[low_rank.init_B], summed=row and info.sums_replicated
-        )
+        self.cut, self.low_rank = cut, low_rank
+        init_A, init_B = INITIALIZERS[low_rank.init_A], INITIALIZERS[low_rank.init_B]
+        self.new_parameter("lora_A", cut.input_factor(low_rank.dim), init_A, partial=cut.input_partial)
+        self.new_parameter("lora_B", cut.output_factor(low_rank.dim), init_B, partial=cut.output_partial)
 
-    def forward(self, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, inner: Inner, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor | None, ...]:
         """Add the update to the first output of ``inner`` (megatron-core linears return (output, bias))."""
         output, *rest = inner(x, *args, **kwargs)
         return (output + self.update(x).to(output.dtype), *rest)
 
     def update(self, x: Tensor) -> Tensor:
         """Return scale * B A x for the base's input x [s, b, in]."""
-        plan, info = self.low_rank, self.info
+        plan, cut = self.low_rank, self.cut
         x = normalized_input(self.base, x)
         if plan.dropout and plan.dropout_position == "pre":
-            x = self._drop(x, cut=info.kind == "row")
-        low = F.linear(x, self.lora_A.to(x.dtype))
-        low = out_of_row(low, info) if info.kind == "row" else into_column(low, info)
+            x = drop(x, plan.dropout, self.training, cut.inputs_differ)
+        low = cut.between(F.linear(x, self.lora_A.to(x.dtype)))
         out = F.linear(low * plan.scale, self.lora_B.to(x.dtype))  # r values a token to scale, not the whole output
         if plan.dropout and plan.dropout_position == "post":
-            out = self._drop(out, cut=info.kind == "column")
+            out = drop(out, plan.dropout, self.training, cut.outputs_differ)
         return out
-
-    def _drop(self, x: Tensor, cut: bool) -> Tensor:
-        """Drop values; ranks that hold different parts draw different masks, ranks that hold the same the same one."""
-        different = (cut or self.info.sequence_parallel) and self.tp[1] > 1
-        if not (self.training and different):
-            return F.dropout(x, self.low_rank.dropout, self.training)
-        with tensor_parallel.get_cuda_rng_tracker().fork():
-            return F.dropout(x, self.low_rank.dropout, True)
 
     def merged_weights(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W' = W + scale * B A on this rank's part, in fp32."""
@@ -94,16 +78,16 @@ class LoRAEmbedding(EmbeddingLookup):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def __init__(self, birth: Birth, base: Any, low_rank: LowRank, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, birth: Birth, base: nn.Module, low_rank: LowRank, vocab_size: int, hidden_size: int) -> None:
         super().__init__(birth, base)
         self.low_rank = low_rank
         # as in Hugging Face PEFT the looked-up factor starts at zero and the output factor at random
         self.new_matrix("lora_A", (vocab_size, low_rank.dim), INITIALIZERS[low_rank.init_B])
         self.new_matrix("lora_B", (hidden_size, low_rank.dim), normal(1.0))
 
-    def forward(self, inner: Callable[..., Any], ids: Tensor) -> Tensor:
+    def forward(self, inner: Inner, ids: Tensor) -> Tensor:
         """Add the update to the embeddings of ``ids`` [b, s]; virtual ids get none."""
-        output = inner(ids)
+        output: Tensor = inner(ids)
         known = ids.clamp(max=self.lora_A.shape[0] - 1)
         rows = F.embedding(known, self.lora_A) * (ids < self.lora_A.shape[0]).unsqueeze(-1)
         return output + (self.like_output(rows) @ self.lora_B.t() * self.low_rank.scale).to(output.dtype)
@@ -172,7 +156,7 @@ class LoRA(PEFT):
 
     def find(self, host: Host) -> list[Site]:
         """Return the linears (and embedding) that the targets name."""
-        linears = [s for s in host.sites() if linear_kind(s.module) or is_embedding(s.module)]
+        linears = [s for s in host.sites() if is_linear(s.module) or is_embedding(s.module)]
         chosen = host.select(linears, self.target_modules or DEFAULT_TARGETS, self.layers, str(self))
         self._check_patterns([s.name for s in chosen], host)
         return chosen
@@ -182,8 +166,7 @@ class LoRA(PEFT):
         plan = self.low_rank(site.name)
         if is_embedding(site.module):
             return LoRAEmbedding(birth, site.module, plan, host.vocab_size, host.config.hidden_size)
-        info = describe(site.module, site.leaf, site.in_expert, host.config, host.vocab_size)
-        return LoRALinear(birth, site.module, info, plan)
+        return LoRALinear(birth, site.module, cut_of(site, host), plan)
 
     def low_rank(self, site_name: str) -> LowRank:
         """Return rank and scale of the site, after ``rank_pattern`` and ``alpha_pattern``."""

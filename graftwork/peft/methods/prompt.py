@@ -1,17 +1,13 @@
 """P-tuning: virtual tokens whose embeddings come from a small encoder (Liu et al. 2021, arXiv 2103.10385)."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftwork.peft.adapter import Adapter, Birth, normal, zeros
+from graftwork.peft.adapter import Adapter, Birth, Inner, normal, zeros
 from graftwork.peft.embedding import EmbeddingLookup
-from graftwork.peft.host import Host
 from graftwork.peft.method import PEFT
-from graftwork.peft.sites import Site
+from graftwork.peft.sites import Host, Site
 from graftwork.virtual_tokens import PLACEMENTS, VIRTUAL_BASE, PromptSlot
 
 
@@ -23,7 +19,7 @@ class PromptTable(EmbeddingLookup):
 
     why_not_mergeable = "virtual tokens are rows that the base does not have"
 
-    def __init__(self, birth: Birth, base: Any, slot: PromptSlot) -> None:
+    def __init__(self, birth: Birth, base: nn.Module, slot: PromptSlot) -> None:
         super().__init__(birth, base)
         self.first = VIRTUAL_BASE + slot.offset
         self.length = slot.length
@@ -32,7 +28,7 @@ class PromptTable(EmbeddingLookup):
         """Return the [length, hidden] rows."""
         raise TypeError(f"{type(self).__name__} must say how its rows are made.")
 
-    def forward(self, inner: Callable[..., Any], ids: Tensor) -> Tensor:
+    def forward(self, inner: Inner, ids: Tensor) -> Tensor:
         """Look virtual ids up in the table and all others in ``inner``."""
         mine = (ids >= self.first) & (ids < self.first + self.length)
         output = inner(ids.masked_fill(mine, 0))
@@ -54,7 +50,7 @@ class PromptEncoder(PromptTable):
     linear_out: nn.Parameter
     bias_out: nn.Parameter
 
-    def __init__(self, birth: Birth, base: Any, slot: PromptSlot, method: "PTuning", hidden_size: int) -> None:
+    def __init__(self, birth: Birth, base: nn.Module, slot: PromptSlot, method: "PTuning", hidden_size: int) -> None:
         super().__init__(birth, base, slot)
         init, e, b = normal(method.init_std), method.embedding_dim, method.bottleneck_dim
         self.new_matrix("slots", (slot.length, e), init)
