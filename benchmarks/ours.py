@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from workload import RANK, Batch, Case, microbatches
+from workload import RANK, Case, microbatches
+from workload import Batch as Work
 
 from graftwork import models
+from graftwork.batch import Batch
 from graftwork.data.collate import Collator
 from graftwork.data.packing import best_fit_decreasing
 from graftwork.data.rows import Sample
@@ -22,7 +24,7 @@ LORAS: dict[str, Callable[[], PEFT]] = {
 class Ours:
     """One case: a model, its optimizer, its batch laid out once (data loading is not what is measured)."""
 
-    def __init__(self, checkpoint: Path, case: Case, batch: Batch) -> None:
+    def __init__(self, checkpoint: Path, case: Case, batch: Work) -> None:
         self.model = load(checkpoint, case.dtype)
         if case.adapters is not None:
             self.model.add_adapter(LORAS[case.adapters]())
@@ -64,7 +66,7 @@ def load(checkpoint: Path, dtype: str = "fp32") -> Any:
     return models.load(checkpoint, dtype=dtype)
 
 
-def padded(batch: Batch) -> list[dict[str, Any]]:
+def padded(batch: Work) -> list[Batch]:
     """Microbatches padded to their own longest row."""
     collate = Collator(pad=0, micro_batch_size=batch.micro, packed=False)
     samples = _samples(batch)
@@ -72,7 +74,7 @@ def padded(batch: Batch) -> list[dict[str, Any]]:
     return [collate([[s] for s in part], max(len(s.tokens) for s in part)) for part in parts]
 
 
-def packed(batch: Batch) -> list[dict[str, Any]]:
+def packed(batch: Work) -> list[Batch]:
     """The same rows, bin-packed into rows of the full length, one a microbatch."""
     samples = _samples(batch)
     bins = best_fit_decreasing([len(s.tokens) for s in samples], batch.length)
@@ -80,7 +82,7 @@ def packed(batch: Batch) -> list[dict[str, Any]]:
     return [collate([[samples[i] for i in members]], batch.length) for members in bins]
 
 
-def through_the_trainer(checkpoint: Path, case: Case, batch: Batch, steps: int) -> float:
+def through_the_trainer(checkpoint: Path, case: Case, batch: Work, steps: int) -> float:
     """Least seconds a step through ``trainer.fit`` with MegatronStrategy: what Lightning and the schedule add."""
     import lightning.pytorch as pl
 
@@ -100,20 +102,20 @@ def through_the_trainer(checkpoint: Path, case: Case, batch: Batch, steps: int) 
     )
     model = models.load(checkpoint, trainer=trainer, dtype=case.dtype)
     model.add_adapter(LORAS[case.adapters or "lora"]())
-    model.optim = AdamW(schedule="constant")
+    model.prepare(AdamW(schedule="constant"))
     (only,) = padded(batch)
     trainer.fit(model, train_dataloaders=_Repeat(only, steps))
     return min(clock.seconds)
 
 
 class _Repeat:
-    def __init__(self, batch: dict[str, Any], times: int) -> None:
+    def __init__(self, batch: Batch, times: int) -> None:
         self.batch, self.times = batch, times
 
     def __len__(self) -> int:
         return self.times
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         return iter([self.batch] * self.times)
 
 
@@ -135,6 +137,6 @@ def _clock() -> Any:
     return Clock()
 
 
-def _samples(batch: Batch) -> list[Sample]:
+def _samples(batch: Work) -> list[Sample]:
     rows = zip(batch.tokens, batch.targets)
     return [Sample(tokens.numpy(), labels.numpy(), i) for i, (tokens, labels) in enumerate(rows)]

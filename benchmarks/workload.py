@@ -8,7 +8,8 @@ import numpy
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from graftwork.batch import IGNORED
+
 RANK = 16
 MIX_MEDIAN, MIX_SPREAD = 90, 0.9
 """Row lengths of the mix: log-normal, as instruction data are (a long tail of long rows)."""

@@ -1,9 +1,8 @@
 """AdamW over what trains: one learning rate per adapter, fp32 masters for low-precision weights, warm-up and decay."""
 
 import math
-import re
-from collections.abc import Callable, Iterable
-from typing import Any, Optional
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Optional, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,27 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LRScheduler
 
 from graftwork.errors import ConfigError, suggest
+from graftwork.parallel.record import record_of
 
 FULL_FINE_TUNING_LR = 2e-5
 SCHEDULES = ("constant", "cosine", "linear")
-_ADAPTER = re.compile(r"\.adapters\.([^.]+)\.")
+MAIN_GRAD = "main_grad"
+"""megatron-core's name for a low-precision parameter's fp32 accumulator."""
+Group: TypeAlias = dict[str, Any]
+"""A parameter group of torch's optimizers."""
+
+
+class Transform(Protocol):
+    """What the optimizer asks of the transform that owns a parameter."""
+
+    @property
+    def default_lr(self) -> float:
+        """Peak learning rate of its method."""
+        ...
+
+    def lr_scale(self, parameter_name: str) -> float:
+        """Return the factor on the learning rate of one of its parameters."""
+        ...
 
 
 class AdamW:
@@ -54,7 +70,7 @@ class AdamW:
         self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, (beta1, beta2), eps
         self.warmup_steps, self.schedule, self.min_lr_ratio = warmup_steps, schedule, min_lr_ratio
 
-    def build(self, model: Any, total_steps: float) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    def build(self, model: nn.Module, total_steps: float) -> tuple[torch.optim.Optimizer, LRScheduler]:
         """Return the optimizer over ``model``'s trainable parameters and its schedule over ``total_steps`` steps.
 
         A rank that holds no trainable parameter (a later pipeline stage under P-tuning) gets an optimizer of nothing.
@@ -64,16 +80,15 @@ class AdamW:
         optimizer = (MasterAdamW if low else torch.optim.AdamW)(groups, betas=self.betas, eps=self.eps)
         return optimizer, WarmupDecay(optimizer, self.factor(total_steps))
 
-    def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
-        """Group the trainable parameters by adapter, learning rate and decay; ``name`` labels the group in logs."""
-        groups: dict[tuple, dict[str, Any]] = {}
-        adapters = getattr(model, "adapters", {})
+    def parameter_groups(self, model: nn.Module) -> list[Group]:
+        """Group the trainable parameters by owner, learning rate and decay; ``name`` labels the group in logs."""
+        groups: dict[tuple[str, float, float], Group] = {}
+        transforms: Mapping[str, Transform] = getattr(model, "adapters", {})
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            owner = adapter_of(name)
-            transform = adapters.get(owner) if owner else None
-            lr = self._peak(transform, name)
+            owner = record_of(parameter).owner
+            lr = self._peak(transforms.get(owner) if owner else None, name)
             decay = self.weight_decay if parameter.ndim > 1 else 0.0
             label = owner or "base"
             group = groups.setdefault(
@@ -100,21 +115,15 @@ class AdamW:
         shape = 0.5 * (1.0 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1.0 - done
         return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * shape
 
-    def _peak(self, transform: Any, parameter_name: str) -> float:
+    def _peak(self, transform: Transform | None, parameter_name: str) -> float:
         if transform is None:
             return self.lr if self.lr is not None else FULL_FINE_TUNING_LR
         return (self.lr if self.lr is not None else transform.default_lr) * transform.lr_scale(parameter_name)
 
 
-def adapter_of(parameter_name: str) -> str | None:
-    """Return the adapter's name in ``...adapters.<name>...``, None for a parameter of the base."""
-    found = _ADAPTER.search(parameter_name)
-    return found.group(1) if found else None
-
-
 def gradient_of(parameter: nn.Parameter) -> Tensor | None:
     """Return the gradient to step with: the fp32 accumulator of a low-precision parameter, else ``.grad``."""
-    main: Tensor | None = getattr(parameter, "main_grad", None)
+    main: Tensor | None = getattr(parameter, MAIN_GRAD, None)
     return parameter.grad if main is None else main
 
 
@@ -129,11 +138,11 @@ class WarmupDecay(LRScheduler):
         """Return one learning rate per parameter group."""
         return [peak * self.factor(self.last_epoch) for peak in self.base_lrs]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, int]:
         """Return the step."""
         return {"step": self.last_epoch}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go to the saved step."""
         self.last_epoch = self._step_count = state_dict["step"]
         self._last_lr = self.get_lr()
@@ -145,7 +154,7 @@ class MasterAdamW(torch.optim.AdamW):
     """torch's AdamW whose low-precision parameters step on fp32 masters, kept in the state as ``master``."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Evaluate ``closure`` if given, then step the masters and round them into the parameters."""
         loss = None
         if closure is not None:
@@ -155,7 +164,7 @@ class MasterAdamW(torch.optim.AdamW):
             self._step_group(group, [p for p in group["params"] if gradient_of(p) is not None])
         return loss
 
-    def _step_group(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    def _step_group(self, group: Group, parameters: list[nn.Parameter]) -> None:
         states = [self._state(p) for p in parameters]
         masters = [state.get("master", p) for state, p in zip(states, parameters)]
         adamw(
@@ -177,8 +186,8 @@ class MasterAdamW(torch.optim.AdamW):
             if master is not parameter:
                 parameter.copy_(master)
 
-    def _state(self, parameter: nn.Parameter) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[parameter]
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
@@ -194,7 +203,7 @@ class MasterAdamW(torch.optim.AdamW):
         for index, saved in state_dict["state"].items():
             self._put_back(parameters[index], saved.items())
 
-    def _put_back(self, parameter: nn.Parameter, saved: Iterable[tuple[str, Any]]) -> None:
+    def _put_back(self, parameter: nn.Parameter, saved: Iterable[tuple[str, object]]) -> None:
         for key, value in saved:
             if key != "step" and isinstance(value, Tensor):
                 self.state[parameter][key] = value.detach().clone().to(parameter.device)

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from graftwork.errors import ConfigError
-from graftwork.optim import FULL_FINE_TUNING_LR, AdamW, MasterAdamW, adapter_of
+from graftwork.optim import FULL_FINE_TUNING_LR, AdamW, MasterAdamW
+from graftwork.parallel.record import Record, mark, record_of
+from graftwork.parallel.sharding import Sharding
 
 
 class Transform:
@@ -29,6 +31,9 @@ class Model(nn.Module):
         self.site = nn.ModuleDict({"adapters": nn.ModuleDict({"lora": low_rank})})
         self.other = nn.ModuleDict({"adapters": nn.ModuleDict({"ia3": nn.ParameterDict({"scale": torch.ones(4)})})})
         self.adapters = {"lora": Transform(1e-3, ratio=4.0), "ia3": Transform(1e-2)}
+        for owner, holder in (("lora", self.site), ("ia3", self.other)):
+            for parameter in holder.parameters():
+                mark(parameter, Record(Sharding(tuple(parameter.shape)), owner=owner))
 
 
 def peft_model() -> Model:
@@ -188,6 +193,11 @@ def test_mixed_precision_group_steps_fp32_parameters_themselves() -> None:
     assert torch.equal(optimizer.state[low]["master"], full)
 
 
-def test_adapter_names_are_read_from_parameter_names() -> None:
-    assert adapter_of("module.decoder.layers.0.mlp.linear_fc1.adapters.my_lora.lora_A") == "my_lora"
-    assert adapter_of("module.decoder.layers.0.mlp.linear_fc1.weight") is None
+def test_whose_a_parameter_is_stands_in_its_record_not_in_its_name() -> None:
+    model = Model()
+    model.bias.requires_grad_(False)
+    mark(model.weight, Record(Sharding((4, 4)), owner="ia3"))
+    rates = {group["name"]: group["lr"] for group in AdamW().parameter_groups(nn.ModuleDict({"renamed": model}))}
+    assert rates.keys() == {"lora", "ia3"} and record_of(model.bias).owner is None
+    groups = AdamW().parameter_groups(model)
+    assert any(p is model.weight for g in groups if g["name"] == "ia3" and g["lr"] == 1e-2 for p in g["params"])

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import numpy
 import torch
@@ -18,13 +18,17 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
     TQDMProgressBar,
 )
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from graftwork.errors import ConfigError
 from graftwork.optim import AdamW
 from graftwork.peft import PEFT
 from graftwork.training.callbacks import AdapterCheckpoint, Progress, Report, SelfCheck, Throughput, TrainingState
+from graftwork.training.run import RunFacts, WritesRunDown
 from graftwork.training.run_directory import discard, latest, locked, states
+from graftwork.training.strategy import MegatronStrategy
+from graftwork.training.summary import Summary
+from graftwork.training.trainee import callbacks_of, trainee
 
 
 def finetune(
@@ -36,7 +40,7 @@ def finetune(
     resume: bool = True,
     seed: int = 1234,
     recipe_text: Optional[str] = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Train ``model`` on ``data`` with a stack of transforms and return the fields of ``summary.json``.
 
     The run directory is ``trainer.default_root_dir``: ``adapter/`` (or ``model/`` in full fine-tuning), ``logs/``,
@@ -48,31 +52,26 @@ def finetune(
     """
     stack = as_stack(peft)
     seed_everything(seed)
-    model.optim = optim or AdamW()  # type: ignore[assignment]
-    if not getattr(model, "chunks", None):
-        model.seed = seed  # type: ignore[assignment]
-    if hasattr(trainer.strategy, "drives_backward"):
-        trainer.strategy.seed = seed  # type: ignore[attr-defined]
-    report = equip(trainer, stack, recipe_text, seed)
+    trainee(model).prepare(optim=optim or AdamW(), seed=seed)
+    report = equip(trainer, stack, RunFacts(seed, recipe_text))
     root = Path(trainer.default_root_dir).resolve()
     with locked(root) if trainer.is_global_zero else nullcontext(), _quiet():
-        trainer.fit(model, datamodule=data, ckpt_path=_resume_from(root, resume, trainer))
+        resume_from = _resume_from(root, resume, trainer)
+        if isinstance(trainer.strategy, MegatronStrategy):
+            trainer.strategy.begin(seed, resume_from)
+        trainer.fit(model, datamodule=data, ckpt_path=resume_from)
     return report.summary
 
 
 def _resume_from(root: Path, resume: bool, trainer: Trainer) -> str | None:
     """Return the training state to go on from, None to start anew."""
-    drives = getattr(trainer.strategy, "drives_backward", False)
-    found = latest(root) if drives and resume else None
+    found = latest(root) if resume and isinstance(trainer.strategy, MegatronStrategy) else None
     if found is not None and trainer.is_global_zero:
         print(f"resuming from {found}", flush=True)
     if not resume and trainer.is_global_zero:
         for path in states(root):
             discard(path)
-    chosen = str(found) if found is not None else None
-    if drives:
-        trainer.strategy.resume_from = chosen  # type: ignore[attr-defined]
-    return chosen
+    return str(found) if found is not None else None
 
 
 @contextmanager
@@ -105,24 +104,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def equip(trainer: Trainer, stack: Sequence[PEFT], recipe_text: str | None, seed: int) -> Report:
+def equip(trainer: Trainer, stack: Sequence[PEFT], facts: RunFacts) -> Report:
     """Give ``trainer`` what every run has; a callback or logger that the user has set is kept, not doubled."""
-    callbacks: list[Callback] = [c for c in trainer.callbacks if not _is_default(c)]  # type: ignore[attr-defined]
-    bar = any(type(c) in (TQDMProgressBar, RichProgressBar) for c in trainer.callbacks)  # type: ignore[attr-defined]
-    states_too = [TrainingState] if hasattr(trainer.strategy, "drives_backward") else []
+    given = callbacks_of(trainer)
+    callbacks: list[Callback] = [c for c in given if not _is_default(c)]
+    bar = any(type(c) in (TQDMProgressBar, RichProgressBar) for c in given)
+    states_too = [TrainingState] if isinstance(trainer.strategy, MegatronStrategy) else []
     for made in (Throughput, SelfCheck, AdapterCheckpoint, Report, *([Progress] if bar else []), *states_too):
         if not any(isinstance(c, made) for c in callbacks):
             callbacks.append(made())
     callbacks.sort(key=lambda c: isinstance(c, TrainingState))  # last: it saves what the others have become
-    trainer.callbacks = [*(t for t in stack if t not in callbacks), *callbacks]  # type: ignore[attr-defined]
-    report = next(c for c in callbacks if isinstance(c, Report))
-    report.seed = seed
+    given[:] = [*(t for t in stack if t not in callbacks), *callbacks]
     for callback in callbacks:
-        if isinstance(callback, AdapterCheckpoint | Report):
-            callback.recipe_text = recipe_text
+        if isinstance(callback, WritesRunDown):
+            callback.begin(facts)
     if all(_is_default_logger(logger) for logger in trainer.loggers):
         _set_loggers(trainer)
-    return report
+    return next(c for c in callbacks if isinstance(c, Report))
 
 
 def _set_loggers(trainer: Trainer) -> None:
@@ -138,5 +136,5 @@ def _is_default(callback: Callback) -> bool:
     return type(callback) in (TQDMProgressBar, RichProgressBar, ModelSummary, RichModelSummary)
 
 
-def _is_default_logger(logger: Any) -> bool:
+def _is_default_logger(logger: Logger) -> bool:
     return isinstance(logger, CSVLogger | TensorBoardLogger) and logger.name == "lightning_logs"

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import graftwork.compat  # noqa: F401  (accommodations must precede any megatron import)
 from graftwork import parallel
-from graftwork.errors import ParallelismError
+from graftwork.batch import Batch
+from graftwork.models.loss import LossFunction
 
-IGNORED = -100
-ForwardStep = Callable[[Iterator[dict[str, Any]], nn.Module], tuple[Tensor, Callable[..., Any]]]
+ForwardStep: TypeAlias = Callable[[Iterator[Batch], nn.Module], tuple[Tensor, LossFunction]]
+"""Takes the next microbatch; returns a chunk's output and the function that reads its loss."""
 
 
 @dataclass
@@ -34,20 +34,16 @@ class StepLoss:
         return (self.loss_sum / self.tokens.clamp(min=1)).float()
 
 
-def run_schedule(
-    forward_step: ForwardStep, chunks: Sequence[nn.Module], batch: dict[str, Any], forward_only: bool
-) -> StepLoss:
+def run_schedule(forward_step: ForwardStep, chunks: Sequence[nn.Module], batch: Batch, forward_only: bool) -> StepLoss:
     """Run ``batch`` (all rows of one step of this data-parallel rank) forward, and backward unless ``forward_only``.
 
     Gradients are those of the loss *sum* of this rank's rows: nothing divides them yet.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    parts = microbatches(batch)
+    parts = batch.microbatches()
     tokens = count_tokens(batch)
-    rows, length = parts[0]["tokens"].shape
-    if batch.get("packed"):  # the model lays a microbatch's packed rows in one line
-        rows, length = 1, rows * length
+    rows, length = parts[0].sequence_shape
     iterators = [iter(parts) for _ in chunks]
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -62,29 +58,16 @@ def run_schedule(
     return StepLoss(_loss_sum(sums, tokens.device), tokens, sums)
 
 
-def microbatches(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """Cut every tensor of ``batch`` along its rows into parts of ``micro_batch_size``; other values are shared."""
-    rows = batch["tokens"].shape[0]
-    size = int(batch.get("micro_batch_size", rows))
-    if rows % size:
-        raise ParallelismError(
-            f"a step of {rows} rows on a data-parallel rank cannot be cut into microbatches of "
-            f"micro_batch_size={size}: make global_batch_size a multiple of micro_batch_size x data-parallel ranks."
-        )
-    starts = range(0, rows, size)
-    return [{k: v[i : i + size] if isinstance(v, Tensor) else v for k, v in batch.items()} for i in starts]
-
-
-def count_tokens(batch: dict[str, Any]) -> Tensor:
+def count_tokens(batch: Batch) -> Tensor:
     """Return the number of answer tokens in the whole global batch, int64."""
     # Every rank holds whole rows here (context-parallel ranks cut them later), so only data-parallel ranks add up.
-    tokens = (batch["labels"] != IGNORED).sum()
+    tokens = batch.count_targets()
     if parallel.dp_size() > 1:
         dist.all_reduce(tokens, group=parallel.dp_group())
     return tokens
 
 
-def _loss_sum(sums: list[Tensor], device: torch.device) -> Tensor:
+def _loss_sum(sums: Sequence[Tensor], device: torch.device) -> Tensor:
     """Add up microbatches, data- and context-parallel ranks, and hand the last stage's sum to every stage."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for part in sums:

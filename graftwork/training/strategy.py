@@ -1,31 +1,50 @@
-"""Lightning strategy over megatron-core: its parallel state, its forward-backward schedule, our gradient sums."""
+"""Lightning strategy over megatron-core: its parallel state, its forward-backward schedule, one update."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from graftwork import parallel
+from graftwork.batch import Batch
 from graftwork.errors import CheckpointError, ConfigError, ParallelismError
-from graftwork.layout import Layout
+from graftwork.layout import Dimensions, Layout
+from graftwork.models.fitting import SchedulesSteps
 from graftwork.parallel.collective import all_gather_objects
 from graftwork.training.optimizer.clipping import ModelParallelPrecision
-from graftwork.training.optimizer.gradients import Gradients
 from graftwork.training.optimizer.shards import chunks_of
+from graftwork.training.optimizer.update import Update
 from graftwork.training.run_directory import discard
 from graftwork.training.schedule import StepLoss, run_schedule
 from graftwork.training.state import checkpoint as training_state
 from graftwork.training.state import random_state
+from graftwork.training.trainee import data_of, trainee
 
 
-class MegatronStrategy(DDPStrategy):
+@runtime_checkable
+class DealtRows(Protocol):
+    """Data that deal rows to data-parallel ranks in microbatches."""
+
+    global_batch_size: int
+    micro_batch_size: int
+
+
+@runtime_checkable
+class PackedRows(Protocol):
+    """Data that may pack rows of one length."""
+
+    packing: bool
+    seq_length: int
+
+
+class MegatronStrategy(SchedulesSteps, DDPStrategy):
     """Trains a model that has ``module`` (megatron-core GPTModel, or a list of virtual stages) and ``forward_step``.
 
     One ``training_step`` runs the batch's microbatches forward and backward through megatron-core's schedule, so
@@ -40,8 +59,6 @@ class MegatronStrategy(DDPStrategy):
         sequence_parallel: Also cut activations between the tensor-parallel regions along the sequence.
     """
 
-    drives_backward = True
-
     def __init__(
         self,
         tensor_model_parallel_size: int = 1,
@@ -51,7 +68,8 @@ class MegatronStrategy(DDPStrategy):
         expert_model_parallel_size: int = 1,
         sequence_parallel: bool = False,
     ) -> None:
-        super().__init__(precision_plugin=ModelParallelPrecision())
+        self._precision = ModelParallelPrecision()
+        super().__init__(precision_plugin=self._precision)
         self.layout = Layout(
             tensor_model_parallel_size,
             pipeline_model_parallel_size,
@@ -60,12 +78,16 @@ class MegatronStrategy(DDPStrategy):
             expert_model_parallel_size,
             sequence_parallel,
         )
-        self.seed = 1234
-        self.resume_from: str | None = None
-        self.gradients: Gradients | None = None
         self.last_step: StepLoss | None = None
-        self._resumed: tuple[Path, dict[str, Any]] | None = None
+        self._seed = 1234
+        self._resume_from: str | None = None
+        self._update: Update | None = None
+        self._resumed: tuple[Path, training_state.Facts] | None = None
         self._random_state: random_state.State | None = None
+
+    def begin(self, seed: int, resume_from: str | None) -> None:
+        """Take what the run decides: the seed of random weights and dropout, the training state to go on from."""
+        self._seed, self._resume_from = seed, resume_from
 
     @property
     def sequence_parallel(self) -> bool:
@@ -85,15 +107,21 @@ class MegatronStrategy(DDPStrategy):
     @property
     def chunks(self) -> Sequence[nn.Module]:
         """This rank's model chunks: one, or one per virtual pipeline stage."""
-        return chunks_of(self._module)
+        return chunks_of(trainee(self.lightning_module))
+
+    @property
+    def update(self) -> Update:
+        """The update of what trains; made when the model has been set up."""
+        assert self._update is not None, "the model is not set up yet"
+        return self._update
 
     def setup_environment(self) -> None:
         """Check the layout, then make the process groups; called before data and model are set up."""
         self._check()
         if self.num_nodes * self.num_processes == 1:  # a world of one needs no network port
-            parallel.ensure_initialized(self.seed)
+            parallel.ensure_initialized(self._seed)
         super().setup_environment()
-        parallel.initialize(self.layout, self.seed)
+        parallel.initialize(self.layout, self._seed)
         self._check_resume()
 
     def setup(self, trainer: Trainer) -> None:
@@ -102,42 +130,43 @@ class MegatronStrategy(DDPStrategy):
         self.accelerator.setup(trainer)
         self.precision_plugin.convert_module(self.model)
         self.model_to_device()
+        self._update = Update(self.chunks)
         if trainer.state.fn == TrainerFn.FITTING:
-            self._setup_gradients()
+            self._update.accumulate()
             self.setup_optimizers(trainer)
-            _optimizers_to_device(self.optimizers, self.root_device)
+            self._update.step_with(self.optimizers)
+            self._precision.serve(self._update)
             # The weights exist and agree; from here on dropout may differ between replicas.
-            parallel.seed_rng(self.seed, per_data_rank=True)
+            parallel.seed_rng(self._seed, per_data_rank=True)
         self.setup_precision_plugin()
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # type: ignore[override]
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Forward, backward and gradient sums of one optimizer step; returns the mean loss of an answer token."""
-        module, gradients = self._module, self.gradients
-        assert gradients is not None
+        model, update = self._lightning, self.update
         if self._random_state is not None:  # as late as can be: whatever ran before must not have drawn from it
             random_state.restore(self._random_state)
             self._random_state = None
-        gradients.zero()
+        update.zero()
         with self.precision_plugin.train_step_context():
-            self.last_step = run_schedule(module.forward_step, self.chunks, batch, forward_only=False)
-        gradients.finish(self.last_step.tokens)
+            self.last_step = run_schedule(trainee(model).forward_step, self.chunks, batch, forward_only=False)
+        update.finish(self.last_step.tokens)
         loss = self.last_step.mean
-        module.log("train_loss", loss.clone(), prog_bar=True, batch_size=1)
-        module.log("grad_norm", gradients.norm.clone(), batch_size=1)
-        module.log_dict(self._learning_rates(), batch_size=1)
+        model.log("train_loss", loss.clone(), prog_bar=True, batch_size=1)
+        model.log("grad_norm", update.norm.clone(), batch_size=1)
+        model.log_dict(_by_metric(update.learning_rates()), batch_size=1)
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # type: ignore[override]
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Log ``val_loss``: the mean over all answer tokens of the validation set, not over batches."""
         return self._evaluation_step("val_loss", batch)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # type: ignore[override]
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Log ``test_loss`` likewise."""
         return self._evaluation_step("test_loss", batch)
 
-    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: object, **kwargs: object) -> Tensor:
         """Only call the hooks: the schedule has run the backward already."""
-        return self.precision_plugin.post_backward(closure_loss, self._module)
+        return self.precision_plugin.post_backward(closure_loss, self._lightning)
 
     # ---- training state: a directory, see training.state.checkpoint ----------------------------------------------
 
@@ -145,21 +174,22 @@ class MegatronStrategy(DDPStrategy):
         """Nothing here: trained weights are saved as shards."""
         return {}
 
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Nothing here: the optimizer's state is saved as shards."""
         return {}
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object | None = None
+    ) -> None:
         """Write the training state directory, from every rank together."""
-        optimizers = [getattr(o, "optimizer", o) for o in self.optimizers]
-        training_state.save(Path(filepath), checkpoint, self._module, optimizers, self.layout)
+        training_state.save(Path(filepath), checkpoint, self.update, self.layout)
 
-    def remove_checkpoint(self, filepath: Any) -> None:
+    def remove_checkpoint(self, filepath: str | Path) -> None:
         """Delete a training state."""
         if self.is_global_zero:
             discard(Path(filepath))
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read what is common to all ranks; weights and optimizer follow when Lightning asks for them."""
         path = Path(checkpoint_path)
         checkpoint, state = training_state.read_common(path)
@@ -167,56 +197,38 @@ class MegatronStrategy(DDPStrategy):
         self._random_state = training_state.read_random_state(path, state, self.layout)
         return checkpoint
 
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """Fill the trained parameters."""
+    def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
+        """Fill the trained parameters; Lightning asks for it before the model is set up."""
         assert self._resumed is not None
-        training_state.read_weights(*self._resumed, self._module)
+        training_state.read_weights(*self._resumed, Update(self.chunks))
 
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
         """Fill moments and masters."""
         assert self._resumed is not None
-        for optimizer in self.optimizers:
-            training_state.read_optimizer(*self._resumed, self._module, optimizer)
+        training_state.read_optimizer(*self._resumed, self.update)
 
     def teardown(self) -> None:
         """Free the gradient buffers; the process groups stay, so the model works on after the fit."""
-        if self.gradients is not None:
-            self.gradients.release()
-            self.gradients = None
+        if self._update is not None:
+            self._update.release()
         super().teardown()
 
-    def _evaluation_step(self, name: str, batch: dict[str, Any]) -> Tensor:
+    def _evaluation_step(self, name: str, batch: Batch) -> Tensor:
+        model = self._lightning
         with self.precision_plugin.val_step_context(), torch.no_grad():
-            result = run_schedule(self._module.forward_step, self.chunks, batch, forward_only=True)
+            result = run_schedule(trainee(model).forward_step, self.chunks, batch, forward_only=True)
         # Lightning weighs each batch by its batch_size: with tokens as weight the epoch's mean is exact.
         weight = int(result.tokens)
-        self._module.log(name, result.mean, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
+        model.log(name, result.mean, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
         return result.mean
 
     @property
-    def _module(self) -> Any:
+    def _lightning(self) -> LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
 
-    def _learning_rates(self) -> dict[str, float]:
-        rates = {group["name"]: float(group["lr"]) for o in self.optimizers for group in o.param_groups}
-        # The largest of a group's rates stands for it (LoRA+ has a second one).
-        return {f"lr/{name}": rate for name, rate in rates.items()} if len(rates) > 1 else {"lr": max(rates.values())}
-
-    def _setup_gradients(self) -> None:
-        self.gradients = Gradients(self.chunks)
-        count = torch.tensor(len(self.gradients.parameters), device=self.root_device)
-        dist.all_reduce(count)
-        if not int(count):
-            raise ConfigError(
-                "nothing to train: every parameter is frozen; give a peft stack, or none of it for full fine-tuning."
-            )
-        plugin = self.precision_plugin
-        assert isinstance(plugin, ModelParallelPrecision)
-        plugin.gradients = self.gradients
-
     def _check(self) -> None:
-        module = self._module
+        model = self._lightning
         world = self.num_nodes * self.num_processes
         self.layout.data_parallel_size(world)
         if dist.is_initialized() and dist.get_world_size() != world:
@@ -224,21 +236,21 @@ class MegatronStrategy(DDPStrategy):
                 f"this process already belongs to a world of {dist.get_world_size()} rank(s), but the trainer asks for "
                 f"{world}: build the model with models.load(..., trainer=trainer)."
             )
-        if getattr(module, "shape", None) is not None:
-            self.layout.check_shape(module.shape)
-        self._check_trainer(module, world)
+        shape: Dimensions | None = getattr(model, "shape", None)
+        if shape is not None:
+            self.layout.check_shape(shape)
+        self._check_trainer(model.trainer, world)
 
     def _check_resume(self) -> None:
         """Refuse, on every rank, to go on from a state that only some ranks see: the others would start anew."""
-        seen = {str(path) for path in all_gather_objects(self.resume_from)}
+        seen = {str(path) for path in all_gather_objects(self._resume_from)}
         if len(seen) > 1:
             raise CheckpointError(
                 f"the ranks see different training states to resume from ({', '.join(sorted(seen))}): "
                 "the run directory must be on a file system that all nodes share."
             )
 
-    def _check_trainer(self, module: LightningModule, world: int) -> None:
-        trainer, data = module.trainer, getattr(module.trainer, "datamodule", None)
+    def _check_trainer(self, trainer: Trainer, world: int) -> None:
         if trainer.accumulate_grad_batches != 1:
             raise ConfigError(
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must stay 1: "
@@ -246,7 +258,12 @@ class MegatronStrategy(DDPStrategy):
             )
         if trainer._accelerator_connector._precision_flag != "32-true":
             raise ConfigError("trainer.precision must stay unset: the model's dtype ('fp32', 'bf16') decides.")
-        if data is not None and hasattr(data, "global_batch_size") and hasattr(data, "micro_batch_size"):
+        data = data_of(trainer)
+        if isinstance(data, DealtRows):
             self.layout.check_batch(data.global_batch_size, data.micro_batch_size, world)
-        if data is not None and getattr(data, "packing", False):
+        if isinstance(data, PackedRows) and data.packing:
             self.layout.check_packing(data.seq_length)
+
+
+def _by_metric(rates: Mapping[str, float]) -> dict[str, float]:
+    return {f"lr/{name}": rate for name, rate in rates.items()} if len(rates) > 1 else {"lr": max(rates.values())}

@@ -4,35 +4,55 @@ import hashlib
 import math
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import SupportsFloat, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from graftwork import parallel
-from graftwork.optim import adapter_of
-from graftwork.training.optimizer.gradients import is_expert
+from graftwork.parallel.record import record_of
+from graftwork.training.run import RunFacts
+
+Metrics = dict[str, dict[str, float]]
+"""{name: {"before": value, "after": value}}."""
+
+
+class Summary(TypedDict):
+    """The fields of ``summary.json`` in their documented order; losses are per answer token, in nats."""
+
+    recipe_sha256: str | None
+    seed: int | None
+    steps: int
+    train_loss: float | None
+    val_loss: float | None
+    metrics: Metrics
+    tokens_per_second: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    total_parameters: int
+    adapter_path: str | None
 
 
 def summary(
     *,
-    recipe_text: str | None,
-    seed: int | None,
+    facts: RunFacts,
     steps: int,
     train_loss: float | None,
     val_loss: float | None,
-    metrics: dict[str, dict[str, float]],
+    metrics: Metrics,
     tokens_per_second: float,
     parameters: tuple[int, int],
     adapter_path: Path | None,
-) -> dict[str, Any]:
-    """Return the fields in their documented order; losses are per answer token, in nats."""
+) -> Summary:
+    """Return the fields; ``parameters``: (trainable, total), ``adapter_path``: what the run has made."""
     trainable, total = parameters
+    text = facts.recipe_text
     return {
-        "recipe_sha256": hashlib.sha256(recipe_text.encode()).hexdigest() if recipe_text is not None else None,
-        "seed": seed,
+        "recipe_sha256": hashlib.sha256(text.encode()).hexdigest() if text is not None else None,
+        "seed": facts.seed,
         "steps": steps,
         "train_loss": train_loss,
         "val_loss": val_loss,
@@ -53,39 +73,30 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def count_parameters(module: Any) -> tuple[int, int]:
-    """Return (trainable, total) un-sharded parameter counts of the whole model; collective over all ranks."""
-    named = list(module.named_parameters())
-    adapters = [(n, p) for n, p in named if adapter_of(n)]
-    trained = whole([(n, p) for n, p in named if p.requires_grad])
-    shape = getattr(module, "shape", None)
-    # The shape's arithmetic leaves out vocabulary padding, which depends on the layout.
-    base = shape.total_parameters() if shape is not None else whole([(n, p) for n, p in named if not adapter_of(n)])
-    total = base + whole(adapters)
-    return (trained if adapters or trained < total else total), total
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Return (trainable, total) parameter counts of the whole model, without padding; collective over all ranks."""
+    parameters = list(module.parameters())
+    return whole(p for p in parameters if p.requires_grad), whole(parameters)
 
 
-def whole(named: list[tuple[str, nn.Parameter]]) -> int:
-    """Return the un-sharded number of elements of ``named``, summed over pipeline stages and expert ranks."""
-    dense = sum(_full(p) for n, p in named if not is_expert(n, p) and not getattr(p, "shared", False))
-    expert = sum(p.numel() for n, p in named if is_expert(n, p))
+def whole(parameters: Iterable[nn.Parameter]) -> int:
+    """Return the number of elements of the full tensors, summed over pipeline stages and expert ranks."""
+    dense = expert = 0
+    for parameter in parameters:
+        record = record_of(parameter)
+        if record.expert:
+            expert += parameter.numel()
+        elif not record.copy:
+            dense += math.prod(record.sharding.shape)
     if not parallel.is_initialized():
         return dense + expert
     return _sum(dense, parallel.pp_group()) + _sum(expert, parallel.model_parallel_group(expert=True))
 
 
-def finite(value: Any) -> float | None:
+def finite(value: SupportsFloat | None) -> float | None:
     """Return ``value`` as a float, None when it is missing or not finite (JSON has no NaN)."""
     number = float(value) if value is not None else math.nan
     return number if math.isfinite(number) else None
-
-
-def _full(parameter: nn.Parameter) -> int:
-    sharding = getattr(parameter, "sharding", None)
-    if sharding is not None:
-        return math.prod(sharding.shape)
-    cut = getattr(parameter, "tensor_model_parallel", False)
-    return parameter.numel() * (parallel.tp_size() if cut and parallel.is_initialized() else 1)
 
 
 def _sum(value: int, group: dist.ProcessGroup) -> int:

@@ -1,35 +1,37 @@
 """Deliberate mistakes, each of which another library has shipped: the matrix must notice every one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from graftwork import parallel
 from graftwork.models import GPT
+from graftwork.parallel.record import Record, record_of
 from graftwork.parallel.sharding import Sharding
-from graftwork.peft.artifact import gather
+from graftwork.peft.artifact import tensors
 from graftwork.training import schedule
 from graftwork.training.optimizer import gradients
 
 
 def drop_the_sequence_sum() -> None:
     """Leave gradients partial that every tensor-parallel rank has seen a part of the sequence for."""
-    gradients.is_partial = lambda name, parameter: False
+    gradients.record_of = lambda parameter: replace(record_of(parameter), partial=False)
 
 
 def sum_what_is_whole() -> None:
     """Sum every replicated gradient over the tensor-parallel ranks, also those that are whole already."""
-    gradients.is_partial = lambda name, parameter: not getattr(parameter, "tensor_model_parallel", False)
+    gradients.record_of = lambda parameter: replace(record_of(parameter), partial=not record_of(parameter).cut)
 
 
 def save_first_rank_only() -> None:
     """Write the first tensor-parallel rank's parts as if they were the tensors."""
 
-    def whole(parameter: Tensor) -> Sharding:
-        return Sharding(tuple(parameter.shape))
+    def whole(parameter: Tensor) -> Record:
+        return replace(record_of(parameter), sharding=Sharding(tuple(parameter.shape)))
 
-    gather.sharding_of = whole
+    tensors.record_of = whole
 
 
 def mean_per_microbatch() -> None:
@@ -51,16 +53,16 @@ def mean_per_microbatch() -> None:
 
 def mean_per_replica() -> None:
     """Average the loss over each replica's own answer tokens, then over replicas."""
-    schedule.count_tokens = lambda batch: (batch["labels"] != schedule.IGNORED).sum() * parallel.dp_size()
+    schedule.count_tokens = lambda batch: batch.count_targets() * parallel.dp_size()
 
 
 def average_over_replicas() -> None:
     """Average gradients over replicas that have been divided by the whole batch's tokens already."""
     exact = gradients.all_reduce
 
-    def all_reduce(tensors: list[Tensor], group: Any) -> None:
-        exact(tensors, group)
-        for tensor in tensors:
+    def all_reduce(summed: list[Tensor], group: Any) -> None:
+        exact(summed, group)
+        for tensor in summed:
             tensor.div_(group.size())
 
     gradients.all_reduce = all_reduce

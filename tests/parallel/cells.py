@@ -46,7 +46,7 @@ def run_cells(
 def run_cell(rank: int, world: int, cell: Cell, sizes: dict[str, Any], root: Path) -> Outcome:
     """Train one cell; the base is only validated."""
     model, probe = model_of(cell, root), Probe()
-    model.optim = AdamW(**LEARNING)
+    model.prepare(AdamW(**LEARNING))
     options = {"max_steps": STEPS, "gradient_clip_val": CLIP, "limit_val_batches": 0} if cell.subject != "base" else {}
     trainer = trainer_for(sizes, world, rank, callbacks=[probe], **options)
     if cell.subject == "base":

@@ -4,17 +4,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from graftwork import parallel
+from graftwork.batch import IGNORED, Batch
 from tests.parallel.models import prompt_of
 
 LENGTH, ROWS, MICRO, STEPS = 16, 8, 2, 3
 SECOND = 9
 """Where the second sample of a packed row starts."""
-IGNORED = -100
-Batch = dict[str, Any]
 
 
 class Rows(LightningDataModule):
@@ -41,25 +39,27 @@ class Rows(LightningDataModule):
 def mine(batch: Batch) -> Batch:
     """Return this data-parallel rank's rows."""
     rank, size = parallel.dp_rank(), parallel.dp_size()
-    return {k: v[rank::size].contiguous() if isinstance(v, Tensor) else v for k, v in batch.items()}
+    tokens, labels, positions = (t[rank::size].contiguous() for t in (batch.tokens, batch.labels, batch.position_ids))
+    bounds = None if batch.cu_seqlens is None else batch.cu_seqlens[rank::size].contiguous()
+    return Batch(tokens, labels, positions, bounds, micro_batch_size=batch.micro_batch_size)
 
 
 def global_batch(model: Any, step: int, packed: bool = False) -> Batch:
     """Return all rows of one step; in the second step a microbatch, and every second row, has no answer at all."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(model.shape.vocab_size, (ROWS, LENGTH + 1), generator=generator)
-    batch: Batch = {"tokens": ids[:, :-1].clone(), "labels": ids[:, 1:].clone()}
-    batch["position_ids"] = torch.arange(LENGTH).expand(ROWS, -1).clone()
+    positions = torch.arange(LENGTH).expand(ROWS, -1).clone()
+    batch = Batch(ids[:, :-1].clone(), ids[:, 1:].clone(), positions, micro_batch_size=MICRO)
     for start in samples(packed):
         _put_prompt(batch, start, prompt_of(model))
     for row in range(ROWS):
-        batch["labels"][row, : int(torch.randint(LENGTH - 1, (), generator=generator))] = IGNORED
+        batch.labels[row, : int(torch.randint(LENGTH - 1, (), generator=generator))] = IGNORED
     if step == 1:
-        batch["labels"][1::2] = IGNORED
-        batch["labels"][:MICRO] = IGNORED
+        batch.labels[1::2] = IGNORED
+        batch.labels[:MICRO] = IGNORED
     if packed:
-        batch["cu_seqlens"] = torch.tensor([*samples(packed), LENGTH], dtype=torch.int32).repeat(ROWS, 1)
-    return {**batch, "packed": packed, "micro_batch_size": MICRO}
+        batch.cu_seqlens = torch.tensor([*samples(packed), LENGTH], dtype=torch.int32).repeat(ROWS, 1)
+    return batch
 
 
 def samples(packed: bool) -> list[int]:
@@ -69,6 +69,6 @@ def samples(packed: bool) -> list[int]:
 
 def _put_prompt(batch: Batch, start: int, prompt: list[int]) -> None:
     end = start + len(prompt)
-    batch["tokens"][:, start:end] = torch.tensor(prompt, dtype=torch.long)
-    batch["labels"][:, max(start - 1, 0) : max(start, end - 1)] = IGNORED  # never predict across samples, or a prompt
-    batch["position_ids"][:, start:] = torch.arange(LENGTH - start)
+    batch.tokens[:, start:end] = torch.tensor(prompt, dtype=torch.long)
+    batch.labels[:, max(start - 1, 0) : max(start, end - 1)] = IGNORED  # never predict across samples, or a prompt
+    batch.position_ids[:, start:] = torch.arange(LENGTH - start)

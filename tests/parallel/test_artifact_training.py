@@ -15,7 +15,7 @@ from graftwork.errors import ArtifactError
 from graftwork.models import GPT
 from graftwork.optim import AdamW
 from graftwork.parallel.collective import barrier
-from graftwork.peft.artifact import fill
+from graftwork.peft.artifact import tensors
 from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import layout_of
 from tests.helpers.standin import trainer_for
@@ -64,7 +64,7 @@ def go_on(rank: int, world: int, places: Places, root: Path) -> Continued:
 def one_step(model: GPT, rank: int, world: int, name: str) -> Any:
     """Train one step without moving the initial values; return what a Probe saw."""
     probe = Probe(shaken=False)
-    model.optim = AdamW(**LEARNING)
+    model.prepare(AdamW(**LEARNING))
     sizes = {} if name == "one" else LAYOUTS[name].sizes
     trainer_for(sizes, world, rank, callbacks=[probe], max_steps=1, limit_val_batches=0).fit(model, datamodule=Rows())
     return probe.outcome
@@ -147,7 +147,7 @@ class CountedFile:
 
 def read_slices(rank: int, world: int, layouts: list[str], root: Path) -> list[tuple[int, int, int]]:
     """Return, per layout, elements read from the file, elements of this rank's adapters, elements of the whole file."""
-    fill.safe_open, found = CountedFile, []
+    tensors.safe_open, found = CountedFile, []
     for name in layouts:
         model, path = model_of(Cell("llama", "base"), root), root / "saved" / "llama-one"
         CountedSlice.read = 0

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graftwork import parallel
+from graftwork.batch import IGNORED, Batch
 from graftwork.models import GPT
 from tests.parallel.cells import CLIP, LEARNING, Outcome
 from tests.parallel.compare import assert_faithful, differences
 from tests.parallel.layouts import Cell, cells_of
 from tests.parallel.models import model_of, shake
-from tests.parallel.rows import IGNORED, STEPS, Batch, global_batch, samples
+from tests.parallel.rows import STEPS, global_batch, samples
 from tests.parallel.whole import whole
 
 CELLS = sorted({cell for layout in ("tp2", "ep2") for cell in cells_of(layout) if cell.subject != "base"}, key=str)
@@ -47,9 +48,9 @@ def plain_loop(cell: Cell, root: Path) -> Outcome:
 def mean_loss(model: GPT, batch: Batch, packed: bool) -> Tensor:
     """Return the mean over the batch's answer tokens; each sample of a packed row is a row of its own."""
     starts = samples(packed)
-    edges = list(zip(starts, [*starts[1:], batch["tokens"].shape[1]]))
-    logits = torch.cat([model(batch["tokens"][:, start:end]) for start, end in edges], dim=1)
-    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
+    edges = list(zip(starts, [*starts[1:], batch.tokens.shape[1]]))
+    logits = torch.cat([model(batch.tokens[:, start:end]) for start, end in edges], dim=1)
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from graftwork import parallel
+from graftwork.batch import IGNORED
 from graftwork.data.sft import SFTDataModule
 from graftwork.models import GPT
 from graftwork.models.weights import read_config, shape_from_hf
@@ -22,7 +23,7 @@ from tests.parallel.cells import Outcome
 from tests.parallel.compare import assert_faithful, differences
 from tests.parallel.layouts import LAYOUTS, Cell
 from tests.parallel.models import model_of
-from tests.parallel.rows import IGNORED, MICRO, global_batch
+from tests.parallel.rows import MICRO, global_batch
 
 ROWS = 11
 """Two batches of four rows and one of three."""
@@ -43,7 +44,7 @@ def test_a_rank_without_trainable_parameters(
 
 def test_the_matrix_holds_steps_in_which_replicas_and_microbatches_have_no_answer(checkpoints: Path) -> None:
     model = model_of(Cell("llama", "full"), checkpoints)
-    answers = [(global_batch(model, step)["labels"] != IGNORED).sum(1) for step in range(3)]
+    answers = [(global_batch(model, step).labels != IGNORED).sum(1) for step in range(3)]
     assert all(step[0::2].sum() != step[1::2].sum() for step in answers)
     assert answers[1][1::2].sum() == 0 and answers[1][:MICRO].sum() == 0 and answers[1].sum() > 0
 
@@ -108,10 +109,10 @@ def plain_validation_loss(root: Path) -> float:
     total, tokens, seen = 0.0, 0, []
     for batch in data.val_dataloader():
         with torch.no_grad():
-            logits = model(batch["tokens"])
-        total += float(F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum"))
-        tokens += int((batch["labels"] != IGNORED).sum())
-        seen += batch["rows"].flatten().tolist()
+            logits = model(batch.tokens)
+        total += float(F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum"))
+        tokens += int((batch.labels != IGNORED).sum())
+        seen += batch.rows.flatten().tolist()
     assert sorted(seen) == list(range(ROWS))
     parallel.destroy()
     return total / tokens

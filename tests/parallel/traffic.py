@@ -57,7 +57,7 @@ class SpyOnStep(Callback):
     def on_train_batch_start(self, trainer: Any, model: Any, batch: Any, batch_idx: int) -> None:
         """Start to listen; count the answer tokens of this replica's rows."""
         if batch_idx == self.step:
-            self.tokens = int((batch["labels"] != -100).sum())
+            self.tokens = int(batch.count_targets())
             self.spy.__enter__()
 
     def on_train_batch_end(self, trainer: Any, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

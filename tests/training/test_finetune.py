@@ -16,6 +16,7 @@ from graftwork.training import finetune
 from graftwork.training.callbacks import AdapterCheckpoint, BeforeAfter, Report
 from graftwork.training.checksums import checksums
 from graftwork.training.finetune import equip
+from graftwork.training.run import RunFacts
 from tests.helpers import tiny_run
 
 
@@ -88,7 +89,7 @@ def test_lightnings_defaults_are_replaced_and_the_users_callbacks_kept(run: dict
     ]  # fmt: skip
     mine = [ModelCheckpoint(dirpath=tmp_path), Callback(), AdapterCheckpoint(monitor="other")]
     trainer = tiny_run.trainer(tmp_path, callbacks=list(mine), enable_progress_bar=False)
-    equip(trainer, [], None, 1)
+    equip(trainer, [], RunFacts(seed=1))
     assert set(mine) <= set(trainer.callbacks)
     kinds = [type(c).__name__ for c in trainer.callbacks]
     assert kinds.count("AdapterCheckpoint") == 1 and "Progress" not in kinds

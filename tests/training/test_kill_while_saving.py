@@ -17,6 +17,8 @@ from torch import nn
 
 from graftwork import parallel
 from graftwork.layout import Layout
+from graftwork.training.optimizer import Update
+from graftwork.training.optimizer.shards import chunks_of
 from graftwork.training.run_directory import latest, prune, state_path, states
 from graftwork.training.state import checkpoint
 
@@ -31,6 +33,10 @@ def trained() -> tuple[Any, torch.optim.Optimizer]:
     module(torch.ones(300)).sum().backward()
     optimizer.step()
     return SimpleNamespace(module=module), optimizer
+
+
+def update_of(model: Any, optimizer: torch.optim.Optimizer) -> Update:
+    return Update(chunks_of(model), [optimizer])
 
 
 def mark(model: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -51,7 +57,7 @@ def save_forever(root: str) -> None:
     while True:
         step += 1
         mark(model, optimizer, step)
-        checkpoint.save(state_path(Path(root), step), {"global_step": step}, model, [optimizer], Layout())
+        checkpoint.save(state_path(Path(root), step), {"global_step": step}, update_of(model, optimizer), Layout())
         prune(Path(root), keep=2)
 
 
@@ -59,8 +65,9 @@ def loaded_step(path: Path) -> int:
     """Load a state and return its step, which every number of it must tell."""
     model, optimizer = trained()
     common, state = checkpoint.read_common(path)
-    checkpoint.read_weights(path, state, model)
-    checkpoint.read_optimizer(path, state, model, optimizer)
+    update = update_of(model, optimizer)
+    checkpoint.read_weights(path, state, update)
+    checkpoint.read_optimizer(path, state, update)
     values = list(model.module.parameters()) + [
         optimizer.state[p][k] for p in model.module.parameters() for k in ("exp_avg", "exp_avg_sq")
     ]

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from graftwork import parallel
+from graftwork.batch import Batch
 from graftwork.parallel.collective import barrier
 from graftwork.parallel.names import global_name
 from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning
@@ -51,9 +52,9 @@ class Rows(Callback):
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: dict, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         """Note the batch's rows."""
-        self.seen.append(batch["rows"].tolist())
+        self.seen.append(batch.rows.tolist())
 
 
 def train(rank: int, data: Path, root: Path, layout: str, method: str, batch: str, stop: int | None = None) -> dict:

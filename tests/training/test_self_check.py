@@ -59,7 +59,7 @@ class PoisonedRow(StandIn):
     def forward_step(self, iterator: Any, module: Any) -> Any:
         batch = next(iterator)
         output, loss_func = super().forward_step(iter([batch]), module)
-        bad = float("inf") if 2003 in batch["rows"] else 1.0
+        bad = float("inf") if 2003 in batch.rows else 1.0
         return output, lambda losses: loss_func(losses * bad)
 
 

@@ -18,6 +18,7 @@ from graftwork.models import GPT
 from graftwork.optim import AdamW
 from graftwork.parallel.collective import barrier
 from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning
+from graftwork.training.optimizer import Update
 from graftwork.training.state import checkpoint
 from tests.contracts.methods import shape
 from tests.helpers.distributed import run_ranks
@@ -64,13 +65,14 @@ def made(name: str, seed: int) -> tuple[GPT, torch.optim.Optimizer]:
 
 
 def save(model: GPT, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    checkpoint.save(path, {"global_step": 3}, model, [optimizer], Layout())
+    checkpoint.save(path, {"global_step": 3}, Update(model.chunks, [optimizer]), Layout())
 
 
 def load(model: GPT, optimizer: torch.optim.Optimizer, path: Path) -> None:
     _, state = checkpoint.read_common(path)
-    checkpoint.read_weights(path, state, model)
-    checkpoint.read_optimizer(path, state, model, optimizer)
+    update = Update(model.chunks, [optimizer])
+    checkpoint.read_weights(path, state, update)
+    checkpoint.read_optimizer(path, state, update)
 
 
 def walk(rank: int, world_size: int, root: Path) -> None:
@@ -133,13 +135,14 @@ def refusals(rank: int, world_size: int, root: Path) -> dict[str, str]:
     """Break reading and writing on one rank at a time; return the error that this rank got."""
     parallel.initialize(layout_of(tensor=2))
     model, optimizer = made("adapters", seed=5)
+    update = Update(model.chunks, [optimizer])
     save(model, optimizer, root / "good")
     found = {}
     for culprit in (0, 1):
         elsewhere = root / ("missing" if rank == culprit else "good")
         found[f"read {culprit}"] = _error(lambda at=elsewhere: checkpoint.read_common(at))
         state = checkpoint.read_common(root / "good")[1]
-        found[f"weights {culprit}"] = _error(lambda at=elsewhere, s=state: checkpoint.read_weights(at, s, model))
+        found[f"weights {culprit}"] = _error(lambda at=elsewhere, s=state: checkpoint.read_weights(at, s, update))
         found[f"random {culprit}"] = _error(lambda at=elsewhere, s=state: _read_random(at, s))
     for what in ("_write_item", "finish", "save_config"):
         for culprit in (0, 1) if what == "_write_item" else (0,):

@@ -4,12 +4,15 @@ import math
 from pathlib import Path
 from typing import Any, Optional
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from graftwork.training.run import WritesRunDown
+from graftwork.training.trainee import Trainee, trainee
 
-class AdapterCheckpoint(Checkpoint):
+
+class AdapterCheckpoint(WritesRunDown, Checkpoint):
     """Keeps ``adapter/`` the best by validation loss; ``adapter-last/`` appears when the end is worse than the best.
 
     Without validation ``adapter/`` is the last. Full fine-tuning writes ``model/`` (a Hugging Face directory) at the
@@ -23,7 +26,6 @@ class AdapterCheckpoint(Checkpoint):
     def __init__(self, directory: Optional[str] = None, monitor: str = "val_loss") -> None:
         self.directory = directory
         self.monitor = monitor
-        self.recipe_text: str | None = None
         self.best: float | None = None
         self.best_step: int | None = None
         self.path: Path | None = None
@@ -33,7 +35,7 @@ class AdapterCheckpoint(Checkpoint):
         """One per directory and metric."""
         return f"AdapterCheckpoint[{self.monitor}]"
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Remember the best for a resumed run."""
         return {"best": self.best, "best_step": self.best_step, "path": str(self.path) if self.path else None}
 
@@ -42,35 +44,33 @@ class AdapterCheckpoint(Checkpoint):
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
         self.path = Path(state_dict["path"]) if state_dict["path"] else None
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the adapters if they are the best so far."""
-        value = trainer.callback_metrics.get(self.monitor)
+        value, model = trainer.callback_metrics.get(self.monitor), trainee(pl_module)
         if value is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         found = float(value)
-        if math.isfinite(found) and (self.best is None or found < self.best) and pl_module.adapters:
-            self._save(trainer, pl_module, "adapter")
+        if math.isfinite(found) and (self.best is None or found < self.best) and model.adapters:
+            self.path = self._save(trainer, model, "adapter")
             self.best, self.best_step = found, trainer.global_step
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last adapters, or the fine-tuned model."""
-        root = self._root(trainer)
-        if not pl_module.adapters:
+        root, model = self._root(trainer), trainee(pl_module)
+        if not model.adapters:
             self.path = root / "model"
-            pl_module.export_hf(self.path)
+            model.export_hf(self.path)
         elif self.best_step is None:
-            self._save(trainer, pl_module, "adapter")
+            self.path = self._save(trainer, model, "adapter")
         else:
             self.path = root / "adapter"
             if self.best_step != trainer.global_step:
-                pl_module.save_adapters(root / "adapter-last", **self._about(trainer))
+                self._save(trainer, model, "adapter-last")
 
-    def _save(self, trainer: Trainer, pl_module: Any, name: str) -> None:
-        self.path = self._root(trainer) / name
-        pl_module.save_adapters(self.path, **self._about(trainer))
-
-    def _about(self, trainer: Trainer) -> dict[str, Any]:
-        return {"step": trainer.global_step, "recipe": self.recipe_text}
+    def _save(self, trainer: Trainer, model: Trainee, name: str) -> Path:
+        path = self._root(trainer) / name
+        model.save_adapters(path, step=trainer.global_step, recipe=self.facts.recipe_text)
+        return path
 
     def _root(self, trainer: Trainer) -> Path:
         return Path(self.directory or trainer.default_root_dir).resolve()

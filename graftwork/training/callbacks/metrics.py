@@ -5,6 +5,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from graftwork.training.summary import Metrics
+
 Evaluate = Callable[[Trainer, LightningModule], Mapping[str, float]]
 
 
@@ -16,9 +18,9 @@ class BeforeAfter(Callback):
 
     def __init__(self, evaluate: Evaluate) -> None:
         self.evaluate = evaluate
-        self.metrics: dict[str, dict[str, float]] = {}
+        self.metrics: Metrics = {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Keep what was measured."""
         return {"metrics": self.metrics}
 

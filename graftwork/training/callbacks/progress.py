@@ -5,11 +5,13 @@ import sys
 import time
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from tqdm import tqdm  # type: ignore[import-untyped]
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from tqdm import tqdm
 
 from graftwork.training.callbacks.throughput import Throughput
+from graftwork.training.trainee import callbacks_of
 
 
 class Progress(ProgressBar):
@@ -40,14 +42,16 @@ class Progress(ProgressBar):
         text = kwargs.get("sep", " ").join(map(str, args))
         tqdm.write(text) if self._bar is not None else print(text, flush=True)
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar where there is a terminal."""
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
                 total=_total(trainer), initial=trainer.global_step, unit="step", dynamic_ncols=True, smoothing=0.1
             )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
+    ) -> None:
         """Show the step that has just ended."""
         if not self._enabled:
             return
@@ -58,17 +62,17 @@ class Progress(ProgressBar):
             self._last_line = time.monotonic()
             print(line(trainer), flush=True)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the validation loss."""
         loss = trainer.callback_metrics.get("val_loss")
         if self._enabled and loss is not None and not trainer.sanity_checking:
             self.print(f"step {trainer.global_step}: val_loss {float(loss):.4f}")
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
         self._close()
 
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the bar, so that the error stands on a line of its own."""
         self._close()
 
@@ -110,7 +114,7 @@ def _parts(trainer: Trainer) -> list[str]:
 
 
 def _throughput(trainer: Trainer) -> Throughput | None:
-    return next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+    return next((c for c in callbacks_of(trainer) if isinstance(c, Throughput)), None)
 
 
 def _total(trainer: Trainer) -> int | None:

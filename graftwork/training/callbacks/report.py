@@ -4,21 +4,24 @@ import json
 from pathlib import Path
 from typing import Any, Optional
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from graftwork.atomic import atomic_write_bytes, atomic_write_text
 from graftwork.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from graftwork.training.callbacks.metrics import BeforeAfter
 from graftwork.training.callbacks.throughput import Throughput
 from graftwork.training.plot import loss_curve
-from graftwork.training.summary import count_parameters, finite, summary
+from graftwork.training.run import WritesRunDown
+from graftwork.training.summary import Summary, count_parameters, finite, summary
+from graftwork.training.trainee import callbacks_of, trainee
 
 MAX_POINTS = 4000
 """Longer curves drop every second point, so that a training state never grows with the run."""
 
 
-class Report(Callback):
+class Report(WritesRunDown, Callback):
     """Collects the losses and writes ``summary.json`` and ``loss.png`` when the fit ends; a resumed run goes on.
 
     Args:
@@ -27,15 +30,19 @@ class Report(Callback):
 
     def __init__(self, directory: Optional[str] = None) -> None:
         self.directory = directory
-        self.recipe_text: str | None = None
-        self.seed: int | None = None
         self.train: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
-        self.summary: dict[str, Any] = {}
+        self._summary: Summary | None = None
         self._every = 1
         self._parameters = (0, 0)
 
-    def state_dict(self) -> dict[str, Any]:
+    @property
+    def summary(self) -> Summary:
+        """The fields of ``summary.json``, once the fit has ended."""
+        assert self._summary is not None, "the summary is made at the end of the fit"
+        return self._summary
+
+    def state_dict(self) -> dict[str, object]:
         """Keep the curve."""
         curve = {"train": self.train, "validation": self.validation, "every": self._every}
         return {**curve, "parameters": self._parameters}
@@ -45,14 +52,16 @@ class Report(Callback):
         self.train, self.validation = list(state_dict["train"]), list(state_dict["validation"])
         self._every, self._parameters = state_dict["every"], state_dict["parameters"]
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count parameters and tell them."""
         self._parameters = trained, total = count_parameters(pl_module)
-        names = ", ".join(str(t) for t in pl_module.adapters.values()) or "full fine-tuning"
+        names = ", ".join(str(t) for t in trainee(pl_module).adapters.values()) or "full fine-tuning"
         if trainer.is_global_zero:
             print(f"training {names}: {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)", flush=True)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
+    ) -> None:
         """Add a point."""
         loss = trainer.callback_metrics.get("train_loss")
         if loss is None or trainer.global_step % self._every:
@@ -61,30 +70,29 @@ class Report(Callback):
         if len(self.train) > MAX_POINTS:
             self.train, self._every = self.train[1::2], self._every * 2
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a validation point."""
         loss = trainer.callback_metrics.get("val_loss")
         if loss is not None and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
             self.validation.append((trainer.global_step, float(loss)))
 
-    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write both files; by now every other callback has done its part."""
-        self.summary = self._summarise(trainer)
+        self._summary = self._summarise(trainer)
         if trainer.is_global_zero:
             root = Path(self.directory or trainer.default_root_dir).resolve()
-            atomic_write_text(root / "summary.json", json.dumps(self.summary, indent=2) + "\n")
-            names = " + ".join(type(t).__name__ for t in pl_module.adapters.values()) or "full fine-tuning"
+            atomic_write_text(root / "summary.json", json.dumps(self._summary, indent=2) + "\n")
+            names = " + ".join(type(t).__name__ for t in trainee(pl_module).adapters.values()) or "full fine-tuning"
             atomic_write_bytes(root / "loss.png", loss_curve(self.train, self.validation, f"{root.name}: {names}"))
 
-    def _summarise(self, trainer: Trainer) -> dict[str, Any]:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    def _summarise(self, trainer: Trainer) -> Summary:
+        callbacks = callbacks_of(trainer)
         checkpoint = next((c for c in callbacks if isinstance(c, AdapterCheckpoint)), None)
         rate = next((c for c in callbacks if isinstance(c, Throughput)), None)
         metrics = {k: v for c in callbacks if isinstance(c, BeforeAfter) for k, v in c.metrics.items()}
         best = checkpoint.best if checkpoint is not None else None
         return summary(
-            recipe_text=self.recipe_text,
-            seed=self.seed,
+            facts=self.facts,
             steps=trainer.global_step,
             train_loss=finite(self.train[-1][1] if self.train else None),
             val_loss=finite(best if best is not None else (self.validation[-1][1] if self.validation else None)),

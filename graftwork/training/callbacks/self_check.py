@@ -1,22 +1,38 @@
 """Self checks, on by default: what must never pass silently stops the run with one sentence."""
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 import torch
-import torch.distributed as dist
-from lightning.pytorch import Callback, Trainer
-from torch import Tensor, nn
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.optim import Optimizer
 
 from graftwork import parallel
+from graftwork.batch import Batch
 from graftwork.errors import TrainingError
-from graftwork.optim import adapter_of, gradient_of
+from graftwork.optim import gradient_of
 from graftwork.parallel.collective import agree, all_gather_objects
+from graftwork.parallel.record import record_of
+from graftwork.peft.adapter import Adapter
+from graftwork.peft.stack import Stack
+from graftwork.training.callbacks.ranks import largest
 from graftwork.training.checksums import changed, checksums
-from graftwork.training.optimizer.gradients import is_expert
+from graftwork.training.strategy import MegatronStrategy
+from graftwork.training.trainee import data_of, trainee
 
+BASE = "base"
 Named = Iterator[tuple[str, nn.Parameter]]
+
+
+@runtime_checkable
+class KnowsWhere(Protocol):
+    """Data that can name the places their rows come from."""
+
+    def where(self, rows: list[int], /) -> list[str]:
+        """Return file and line of each dataset row."""
+        ...
 
 
 class SelfCheck(Callback):
@@ -27,22 +43,22 @@ class SelfCheck(Callback):
     """
 
     def __init__(self) -> None:
-        self._batch: dict[str, Any] = {}
+        self._batch: Batch | None = None
         self._base: dict[str, tuple[int, int]] = {}
         self._trained: dict[str, tuple[int, int]] = {}
         self._first_step: int | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember base and adapters as training finds them."""
         self._first_step = trainer.global_step
         self._base = checksums(frozen(pl_module))
         self._trained = checksums(trainable(pl_module))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Keep the batch at hand: a loss that is not finite must name its rows."""
         self._batch = batch
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check loss and gradients while the weights are still good."""
         step = trainer.global_step + 1
         loss = float(trainer.callback_metrics.get("train_loss", 0.0))
@@ -56,7 +72,7 @@ class SelfCheck(Callback):
         if trainer.global_step == self._first_step:
             self._check_first_gradients(pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what moved."""
         if trainer.global_step == self._first_step:
             return
@@ -66,48 +82,47 @@ class SelfCheck(Callback):
         problem = _replicas_differ(pl_module)
         agree(TrainingError(problem) if problem else None)
 
-    def _check_first_gradients(self, pl_module: Any) -> None:
-        names = [*sorted(pl_module.adapters), "base"]
+    def _check_first_gradients(self, pl_module: LightningModule) -> None:
+        names = [*sorted(trainee(pl_module).adapters), BASE]
         holds, alive = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-        for name, parameter in trainable(pl_module):
-            owner, gradient = adapter_of(name) or "base", gradient_of(parameter)
+        for _, parameter in trainable(pl_module):
+            owner, gradient = _owner(parameter), gradient_of(parameter)
             holds[owner] = 1.0
             if gradient is not None and bool(gradient.any()):
                 alive[owner] = 1.0
-        held, living = _over_ranks([holds[n] for n in names]), _over_ranks([alive[n] for n in names])
+        held, living = largest([holds[n] for n in names]), largest([alive[n] for n in names])
         dead = [n for n, h, a in zip(names, held, living) if h and not a]
         if dead:
             raise TrainingError(f"no gradient reaches {_some(dead)}: it would stay at its initial values.")
         stray = [n for n, p in frozen(pl_module) if p.grad is not None]
         agree(TrainingError(f"frozen parameters have gradients: {_some(stray)}.") if stray else None)
 
-    def _unmoved(self, pl_module: Any) -> str | None:
-        moved = set(changed(self._trained, checksums(trainable(pl_module))))
-        owners = {adapter_of(n) or "base" for n in self._trained}
-        still = owners - {adapter_of(n) or "base" for n in moved}
-        adapters = pl_module.adapters
-        stack: Any = getattr(pl_module, "stack", None) if adapters else None
-        for owner in owners & set(adapters) if stack is not None else ():
+    def _unmoved(self, pl_module: LightningModule) -> str | None:
+        owners = {name: _owner(parameter) for name, parameter in trainable(pl_module)}
+        moved = changed(self._trained, checksums(trainable(pl_module)))
+        still = set(owners.values()) - {owners[name] for name in moved if name in owners}
+        adapters = trainee(pl_module).adapters
+        stack: Stack | None = getattr(pl_module, "stack", None) if adapters else None
+        if stack is not None:
             # An expert that no token chose rightly stays where it was.
-            still |= {owner for a in stack.adapters(owner) if a.parallel and not a.moved()}
+            still |= {o for o in set(owners.values()) & set(adapters) if _any_unmoved(stack.adapters(o))}
         return f"training has not moved {_some(sorted(still))}; is the learning rate 0?" if still else None
 
     def _rows(self, trainer: Trainer) -> str:
         """Name the rows of the microbatches that are not finite, on whichever rank they were."""
-        rows = [r for found in all_gather_objects(self._bad_rows(trainer)) for r in found]
+        rows = sorted({r for found in all_gather_objects(self._bad_rows(trainer)) for r in found})
         if not rows:
             return "its rows are unknown"
-        where = getattr(trainer.datamodule, "where", None)  # type: ignore[attr-defined]
-        names = where(sorted(set(rows))) if where is not None else [str(r) for r in sorted(set(rows))]
+        data = data_of(trainer)
+        names = data.where(rows) if isinstance(data, KnowsWhere) else [str(r) for r in rows]
         return f"look at the rows {_some(names)}"
 
     def _bad_rows(self, trainer: Trainer) -> list[int]:
-        rows = self._batch.get("rows")
-        if rows is None:
+        batch = self._batch
+        if batch is None or batch.rows is None:
             return []
-        last = getattr(trainer.strategy, "last_step", None)
-        size = int(self._batch.get("micro_batch_size", len(rows)))
-        parts: list[Tensor] = list(rows.split(size))
+        parts = list(batch.rows.split(batch.micro_batch_size or len(batch.rows)))
+        last = trainer.strategy.last_step if isinstance(trainer.strategy, MegatronStrategy) else None
         if last is not None:
             sums = last.microbatches
             parts = [part for part, total in zip(parts, sums) if not bool(torch.isfinite(total))] if sums else []
@@ -128,8 +143,8 @@ def _replicas_differ(module: nn.Module) -> str | None:
     """Compare trained parameters that several ranks hold: over data-parallel ranks, and replicated ones over tensor."""
     if not parallel.is_initialized():
         return None
-    mine = {n: p for n, p in trainable(module) if not is_expert(n, p)}
-    copies = {n: p for n, p in mine.items() if not getattr(p, "tensor_model_parallel", False)}
+    mine = {n: p for n, p in trainable(module) if not record_of(p).expert}
+    copies = {n: p for n, p in mine.items() if not record_of(p).cut}
     groups = {
         "data-parallel": (mine, parallel.dp_group(with_context_parallel=True)),
         "tensor-parallel": (copies, parallel.tp_group()),
@@ -142,13 +157,12 @@ def _replicas_differ(module: nn.Module) -> str | None:
     return None
 
 
-def _over_ranks(values: list[float]) -> list[float]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
-    tensor = torch.tensor(values, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.tolist()
+def _owner(parameter: nn.Parameter) -> str:
+    return record_of(parameter).owner or BASE
+
+
+def _any_unmoved(adapters: Iterable[Adapter]) -> bool:
+    return any(not a.moved() for a in adapters if not any(record_of(p).expert for p in a.parameters()))
 
 
 def _some(names: list[str], limit: int = 5) -> str:

@@ -4,10 +4,12 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from graftwork import parallel
+from graftwork.batch import IGNORED, Batch
 
 
 class Throughput(Callback):
@@ -34,7 +36,7 @@ class Throughput(Callback):
         recent = self._steps[-20:]
         return sum(s for _, s in recent) / len(recent) if recent else 0.0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Keep the average, for a finished run that is started again."""
         return {"average": self.average}
 
@@ -42,13 +44,15 @@ class Throughput(Callback):
         """Restore the average."""
         self._before = state_dict["average"]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
+    ) -> None:
         """Stop the clock and log."""
-        tokens = real_tokens(batch["labels"]) * (parallel.dp_size() if parallel.is_initialized() else 1)
+        tokens = real_tokens(batch.labels) * (parallel.dp_size() if parallel.is_initialized() else 1)
         seconds = max(time.perf_counter() - self._started, 1e-9)
         self._steps.append((tokens, seconds))
         pl_module.log("tokens_per_second", tokens / seconds, batch_size=1)
@@ -56,5 +60,5 @@ class Throughput(Callback):
 
 def real_tokens(labels: Tensor) -> int:
     """Count the positions of ``labels`` [b, s] up to each row's last target: what follows is padding."""
-    ends = torch.arange(1, labels.shape[1] + 1, device=labels.device) * (labels != -100)
+    ends = torch.arange(1, labels.shape[1] + 1, device=labels.device) * (labels != IGNORED)
     return int(ends.amax(dim=1).sum())

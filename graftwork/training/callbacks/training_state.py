@@ -4,15 +4,16 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any, Optional
+from types import FrameType
+from typing import Optional
 
-import torch
-import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from graftwork.errors import ConfigError
+from graftwork.training.callbacks.ranks import largest
 from graftwork.training.run_directory import prune, state_path
 
 RESUMABLE_EXIT_CODE = 75
@@ -54,24 +55,26 @@ class TrainingState(Checkpoint):
         self._last_save = time.monotonic()
         self._saved_step = -1
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen from the start."""
         self._listen()
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen, and count time from here; a restored state need not be saved again."""
         self._listen()
         self._last_save, self._saved_step = time.monotonic(), trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
+    ) -> None:
         """Save when it is time, stop when asked to: after the validation if one is due now. All ranks decide alike."""
-        self._asked, self._wanted = _any_rank(self._signal is not None, self._due(trainer.global_step))
+        self._asked, self._wanted = map(bool, largest([self._signal is not None, self._due(trainer.global_step)]))
         if not _validation_is_due(trainer):
             self._settle(trainer)
         elif self._asked:  # the time that is left may be shorter than the validation
             self.save(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save with the validation's result: a resumed run does not validate this step again."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._settle(trainer)
@@ -85,7 +88,7 @@ class TrainingState(Checkpoint):
                 f"(exit code {RESUMABLE_EXIT_CODE})."
             )
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end, so that a finished run can be continued with more steps."""
         if trainer.global_step != self._saved_step:
             self.save(trainer)
@@ -110,21 +113,13 @@ class TrainingState(Checkpoint):
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, self._note)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
 
 
 def _validation_is_due(trainer: Trainer) -> bool:
     # Lightning skips a validation that was due at the step of a state saved here, so such a state waits for it.
-    loop: Any = trainer.fit_loop
-    enabled = trainer.enable_validation and not loop.epoch_loop.val_loop.skip
-    return bool(enabled and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
-
-
-def _any_rank(*flags: bool) -> list[bool]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return list(flags)
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
-    tensor = torch.tensor([float(f) for f in flags], device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return [bool(f) for f in tensor.tolist()]
+    loop = trainer.fit_loop
+    fetcher, epoch = loop._data_fetcher, loop.epoch_loop
+    enabled = trainer.enable_validation and not epoch.val_loop.skip
+    return enabled and fetcher is not None and epoch._should_check_val_fx(fetcher)

@@ -1,15 +1,16 @@
 """Gradients of what trains on this rank: summed over the ranks that share a parameter, scaled, measured, clipped."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.hooks import RemovableHandle
 
 from graftwork import parallel
-from graftwork.optim import adapter_of, gradient_of
+from graftwork.optim import MAIN_GRAD, gradient_of
+from graftwork.parallel.record import record_of
 
 BUCKET_ELEMENTS = 2**25
 """One all-reduce carries at most this many gradient elements (128 MiB in fp32)."""
@@ -22,15 +23,15 @@ class Gradients:
     """
 
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
-        # Names repeat from one virtual stage to the next.
-        named = [(n, p) for chunk in chunks for n, p in chunk.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in named]
-        self.experts = [p for n, p in named if is_expert(n, p)]
-        self.dense = [p for n, p in named if not is_expert(n, p)]
-        self.partial = [p for n, p in named if is_partial(n, p)]
+        self.parameters = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+        self.experts = [p for p in self.parameters if record_of(p).expert]
+        self.dense = [p for p in self.parameters if not record_of(p).expert]
+        self.partial = [p for p in self.parameters if record_of(p).partial]
         self.tied = _tied_embedding(chunks)
         self.has_experts = getattr(chunks[0].config, "num_moe_experts", None) is not None
         self.norm = torch.zeros(())
+        self._measured = [p for p in self.dense if _counts(p)]
+        self._device = next(chunks[0].parameters()).device
         self._hooks = [_accumulate_in_fp32(p) for p in self.parameters if p.dtype != torch.float32]
 
     def zero(self) -> None:
@@ -38,7 +39,7 @@ class Gradients:
         for parameter in self.parameters:
             parameter.grad = None
             if parameter.dtype != torch.float32:
-                parameter.main_grad.zero_()  # type: ignore[attr-defined]
+                getattr(parameter, MAIN_GRAD).zero_()
 
     def finish(self, tokens: Tensor) -> None:
         """Turn gradients of this rank's loss *sum* into those of the global batch's mean over ``tokens``."""
@@ -68,8 +69,8 @@ class Gradients:
         for hook in self._hooks:
             hook.remove()
         for parameter in self.parameters:
-            if hasattr(parameter, "main_grad"):
-                del parameter.main_grad
+            if hasattr(parameter, MAIN_GRAD):
+                delattr(parameter, MAIN_GRAD)
 
     def _sum(self) -> None:
         all_reduce(self._of(self.partial), parallel.tp_group())
@@ -80,7 +81,7 @@ class Gradients:
 
     def _global_norm(self) -> Tensor:
         """L2 norm over the whole model: copies on other tensor ranks and of tied embeddings count once."""
-        squares = self._squares([p for p in self.dense if _counts(p)])
+        squares = self._squares(self._measured)
         dist.all_reduce(squares, group=parallel.model_parallel_group())
         if self.has_experts:
             expert = self._squares(self.experts)
@@ -88,10 +89,9 @@ class Gradients:
             squares = squares + expert
         return squares.sqrt()
 
-    def _squares(self, parameters: list[nn.Parameter]) -> Tensor:
-        device = self.parameters[0].device if self.parameters else _device()
+    def _squares(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         if not parameters:
-            return torch.zeros((), device=device)
+            return torch.zeros((), device=self._device)
         return torch.stack(torch._foreach_norm(self._of(parameters), 2)).float().square().sum()
 
     @staticmethod
@@ -99,7 +99,7 @@ class Gradients:
         return [g for g in map(gradient_of, parameters) if g is not None]
 
 
-def all_reduce(tensors: list[Tensor], group: ProcessGroup) -> None:
+def all_reduce(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
     """Sum ``tensors`` in place over ``group``, in flat buckets of one dtype; nothing is sent for nothing to sum."""
     if group.size() == 1:
         return
@@ -110,24 +110,7 @@ def all_reduce(tensors: list[Tensor], group: ProcessGroup) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def is_expert(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether a parameter belongs to one expert: its replicas are the expert-data-parallel ranks."""
-    # megatron-core marks experts only when they are spread over ranks, but with whole experts on every tensor rank
-    # (expert tensor parallel size 1) each of those ranks has a partial gradient too.
-    return ".experts." in name or not getattr(parameter, "allreduce", True)
-
-
-def is_partial(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether each tensor-parallel rank holds only its part of the gradient's sum.
-
-    True for parameters flagged ``sequence_parallel`` and for the base's q/k norms, which see only local heads.
-    """
-    if getattr(parameter, "sequence_parallel", False):
-        return True
-    return adapter_of(name) is None and ("q_layernorm" in name or "k_layernorm" in name)
-
-
-def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         bucket: list[Tensor] = []
         for tensor in (t for t in tensors if t.dtype == dtype):
@@ -139,31 +122,31 @@ def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
 
 
 def _counts(parameter: nn.Parameter) -> bool:
-    """Return whether this rank's copy enters the norm; ``shared`` marks the last stage's tied embedding."""
-    cut = getattr(parameter, "tensor_model_parallel", False)
-    return (cut or parallel.tp_rank() == 0) and not getattr(parameter, "shared", False)
+    """Return whether this rank's copy enters the norm."""
+    record = record_of(parameter)
+    return (record.cut or parallel.tp_rank() == 0) and not record.copy
 
 
 def _tied_embedding(chunks: Sequence[nn.Module]) -> nn.Parameter | None:
     """Return the trainable embedding that the first and the last pipeline stage both hold, if this rank holds it."""
     if parallel.pp_size() == 1 or not (parallel.is_first_stage() or parallel.is_last_stage()):
         return None
-    chunk: Any = chunks[0] if parallel.is_first_stage() else chunks[-1]
-    if not getattr(chunk, "share_embeddings_and_output_weights", False):
+    chunk = chunks[0] if parallel.is_first_stage() else chunks[-1]
+    shared: Callable[[], nn.Parameter] | None = getattr(chunk, "shared_embedding_or_output_weight", None)
+    if shared is None or not getattr(chunk, "share_embeddings_and_output_weights", False):
         return None
-    weight = chunk.shared_embedding_or_output_weight()
+    weight = shared()
     return weight if weight.requires_grad else None
 
 
-def _accumulate_in_fp32(parameter: nn.Parameter) -> Any:
-    parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+def _accumulate_in_fp32(parameter: nn.Parameter) -> RemovableHandle:
+    accumulator = torch.zeros_like(parameter, dtype=torch.float32)
+    setattr(parameter, MAIN_GRAD, accumulator)
 
     def move(p: Tensor) -> None:
-        p.main_grad.add_(p.grad)  # type: ignore[attr-defined]
+        assert p.grad is not None
+        accumulator.add_(p.grad)
         p.grad = None
 
-    return parameter.register_post_accumulate_grad_hook(move)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    hook: RemovableHandle = parameter.register_post_accumulate_grad_hook(move)
+    return hook

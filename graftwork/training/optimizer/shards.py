@@ -1,12 +1,14 @@
 """What trains as megatron-core's sharded state: weights under their own keys, moments and masters beside them."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from graftwork import parallel
 from graftwork.errors import CheckpointError
@@ -17,22 +19,33 @@ OPTIMIZER = "optimizer.state."
 """How megatron-core's own checkpoints begin the keys of an optimizer's tensors."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
+AGAIN = "resume with the same recipe, or start anew with resume=False."
 
 
-def chunks_of(module: Any) -> list[nn.Module]:
+class HoldsModule(Protocol):
+    """Holds this rank's megatron-core module, or a list of virtual pipeline stages, as ``module``."""
+
+    @property
+    def module(self) -> object:
+        """The module or modules; None before the model is built."""
+        ...
+
+
+def chunks_of(model: HoldsModule) -> list[nn.Module]:
     """Return this rank's model chunks: one, or one per virtual pipeline stage."""
-    inner = module.module
-    return list(inner) if isinstance(inner, nn.ModuleList | list) else [inner]
+    inner = model.module
+    found = list(inner) if isinstance(inner, nn.ModuleList | list) else [inner]
+    return [chunk for chunk in found if isinstance(chunk, nn.Module)]
 
 
-def trained(module: Any) -> dict[str, tuple[nn.Parameter, Entry]]:
-    """Return what trains on this rank of ``module`` (with ``module``: a chunk, or a list of them), with its place."""
+def trained(chunks: Sequence[nn.Module]) -> dict[str, tuple[nn.Parameter, Entry]]:
+    """Return what trains on this rank in ``chunks``, with its place."""
     # Each layer and each expert has a key of its own: adapters may stand in, and train, only some of them.
     metadata = {"dp_cp_group": parallel.dp_group(with_context_parallel=True), "singleton_local_shards": True}
     found: dict[str, tuple[nn.Parameter, Entry]] = {}
-    for index, chunk in enumerate(chunks_of(module)):
+    for index, chunk in enumerate(chunks):
         parameters = {n: p for n, p in chunk.named_parameters() if p.requires_grad}
-        entries = sharded_state_dict_default(chunk, "", (), metadata)
+        entries = sharded_state_dict_default(chunk, "", metadata=metadata)
         lost = sorted(set(parameters) - set(entries))
         if lost:
             raise CheckpointError(f"{lost[0]!r} ({len(lost)} such) trains but has no sharded state to be saved.")
@@ -40,10 +53,10 @@ def trained(module: Any) -> dict[str, tuple[nn.Parameter, Entry]]:
     return found
 
 
-def state_to_save(module: Any, optimizers: list[torch.optim.Optimizer]) -> State:
-    """Return the sharded state of ``module`` and of ``optimizers``."""
+def state_to_save(chunks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> State:
+    """Return the sharded state of what trains in ``chunks`` and of ``optimizers``."""
     state: State = {}
-    for name, (parameter, entry) in trained(module).items():
+    for name, (parameter, entry) in trained(chunks).items():
         state[name] = entry
         for kind, value in _tensors(parameter, optimizers).items():
             if kind != "step":
@@ -51,9 +64,9 @@ def state_to_save(module: Any, optimizers: list[torch.optim.Optimizer]) -> State
     return state
 
 
-def optimizer_step(module: Any, optimizers: list[torch.optim.Optimizer]) -> float:
+def steps_made(chunks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> float:
     """Return the number of steps that every trained parameter has made; all ranks must call this together."""
-    parameters = [p for chunk in chunks_of(module) for p in chunk.parameters() if p.requires_grad]
+    parameters = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
     mine = {float(_tensors(p, optimizers).get("step", 0.0)) for p in parameters}
     steps = sorted({step for found in all_gather_objects(mine) for step in found})
     if len(steps) > 1:
@@ -61,9 +74,9 @@ def optimizer_step(module: Any, optimizers: list[torch.optim.Optimizer]) -> floa
     return steps[0] if steps else 0.0
 
 
-def load_weights(module: Any, directory: Path, name: str) -> None:
+def load_weights(chunks: Sequence[nn.Module], directory: Path, name: str) -> None:
     """Fill what trains from the state ``name``; CheckpointError on every rank when it does not fit the model."""
-    places = trained(module)
+    places = trained(chunks)
     state = {key: entry for key, (_, entry) in places.items()}
     _check_fit(state, directory, name, optimizer=False)
     loaded = load(state, directory)
@@ -72,13 +85,12 @@ def load_weights(module: Any, directory: Path, name: str) -> None:
             parameter.copy_(loaded[key])
 
 
-def load_optimizer(module: Any, optimizer: torch.optim.Optimizer, step: float, directory: Path, name: str) -> None:
+def load_optimizer(chunks: Sequence[nn.Module], optimizer: Optimizer, step: float, directory: Path, name: str) -> None:
     """Fill ``optimizer``'s state bit for bit; learning rate and other settings stay the recipe's."""
-    places = trained(module)
     held = {p for group in optimizer.param_groups for p in group["params"]}
     wanted = {
         f"{key}/{kind}": (parameter, kind, entry)
-        for key, (parameter, entry) in places.items()
+        for key, (parameter, entry) in trained(chunks).items()
         if parameter in held
         for kind in _kinds(parameter)
     }
@@ -94,7 +106,7 @@ def load_optimizer(module: Any, optimizer: torch.optim.Optimizer, step: float, d
         of_parameter[kind] = loaded[key].to(parameter.device)
 
 
-def _tensors(parameter: nn.Parameter, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def _tensors(parameter: nn.Parameter, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for optimizer in optimizers:
         state = optimizer.state.get(parameter, {})
@@ -113,21 +125,20 @@ def _check_fit(state: State, directory: Path, name: str, optimizer: bool) -> Non
         part.key: (tuple(part.global_shape), part.allow_shape_mismatch) for e in state.values() for part in parts_of(e)
     }
     wanted = {key: place for found in all_gather_objects(mine) for key, place in found.items()}
-    again = "resume with the same recipe, or start anew with resume=False."
     for key in sorted(set(wanted) - set(saved)):
         raise CheckpointError(
             f"the training state {name!r} has no {key!r}: it was saved with other adapters, other trainable "
-            f"parameters or another dtype; {again}"
+            f"parameters or another dtype; {AGAIN}"
         )
     extra = sorted(set(saved) - set(wanted))
     if extra:
         raise CheckpointError(
             f"the training state {name!r} holds {extra[0]!r} ({len(extra)} such), which the model does not train: "
-            f"{again}"
+            f"{AGAIN}"
         )
     for key, (shape, padded) in sorted(wanted.items()):
         # A padded vocabulary has another length in another layout.
         if saved[key] != shape and not (padded and saved[key][1:] == shape[1:]):
             raise CheckpointError(
-                f"{key!r} has shape {saved[key]} in the training state {name!r} and {shape} in the model; {again}"
+                f"{key!r} has shape {saved[key]} in the training state {name!r} and {shape} in the model; {AGAIN}"
             )

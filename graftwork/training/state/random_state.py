@@ -1,21 +1,34 @@
 """Every random generator of this rank, as plain tensors and numbers."""
 
 import random
-from typing import Any, cast
+from typing import Any, TypedDict
 
 import numpy
 import torch
-from megatron.core import tensor_parallel
+from torch import Tensor
 
 import graftwork.compat  # noqa: F401  (accommodations must precede any megatron import)
 
-State = dict[str, Any]
+# isort: split
+from megatron.core import tensor_parallel
+
+
+class State(TypedDict):
+    """The generators of one rank, in what ``torch.load(weights_only=True)`` reads; ``tracker``: megatron-core's."""
+
+    python: list[Any]
+    numpy: list[Any]
+    torch: Tensor
+    cuda: Tensor | None
+    tracker: dict[str, Tensor]
 
 
 def capture() -> State:
     """Return the state of Python's, NumPy's, torch's and megatron-core's generators."""
     version, internal, gauss = random.getstate()
-    algorithm, keys, position, has_gauss, cached = cast(tuple, numpy.random.get_state(legacy=True))
+    legacy = numpy.random.get_state(legacy=True)
+    assert isinstance(legacy, tuple)
+    algorithm, keys, position, has_gauss, cached = legacy
     return {
         "python": [version, list(internal), gauss],
         "numpy": [algorithm, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached],
