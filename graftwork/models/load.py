@@ -6,7 +6,7 @@ from typing import TypedDict, Unpack
 import lightning.pytorch as pl
 
 from graftwork.models.base import Model
-from graftwork.models.weights import read_config, shape_from_hf
+from graftwork.models.weights import family_of, read_config, shape_from_hf
 from graftwork.models.weights.hub import resolve
 from graftwork.registry import Registry
 
@@ -36,8 +36,8 @@ def load(
     """
     directory = resolve(str(path_or_name))
     config = read_config(directory)
-    shape = shape_from_hf(config)
-    model = MODELS["gpt"](shape, checkpoint=str(path_or_name), dtype=dtype, **options)
+    kind = MODELS[family_of(config).kind]
+    model = kind(shape_from_hf(config), checkpoint=str(path_or_name), dtype=dtype, **options)
     if trainer is None:
         model.configure_model()
     return model
