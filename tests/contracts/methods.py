@@ -4,12 +4,14 @@ A new method is one line in STACKS.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from graftwork.batch import IGNORED, Batch
 from graftwork.models import GPT
 from graftwork.models.shapes import Shape
 from graftwork.peft import IA3, PEFT, CanonicalAdapter, LoRA, PTuning
@@ -108,13 +110,12 @@ def prompted(model: GPT, ids: Tensor) -> Tensor:
     return torch.cat([torch.tensor(prompt, dtype=torch.long).expand(len(ids), -1), ids], dim=1)
 
 
-def batch(model: GPT, seed: int = 3) -> dict[str, Any]:
+def batch(model: GPT, seed: int = 3) -> Batch:
     """Return a training batch whose answers are the last six positions, prompts in front."""
     ids = prompted(model, tokens(seed=seed))
-    labels = ids.roll(-1, 1).masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 6, -100)
+    labels = ids.roll(-1, 1).masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 6, IGNORED)
     labels[:, -1] = 5
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    return {"tokens": ids, "labels": labels, "position_ids": positions, "packed": False, "micro_batch_size": 2}
+    return replace(Batch.of(ids, labels), micro_batch_size=2)
 
 
 def loss(model: GPT, seed: int = 3) -> Tensor:
