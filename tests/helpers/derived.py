@@ -10,6 +10,7 @@ from pathlib import Path
 
 from graftwork.cli.factories import method_name
 from graftwork.executors import EXECUTORS
+from graftwork.models.weights import family_table
 from graftwork.peft import METHODS
 from graftwork.recipes import RECIPES
 
@@ -28,7 +29,7 @@ def code(words: Iterable[str]) -> str:
     return ", ".join(f"`{word}`" for word in words)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"names": names}
+BLOCKS: dict[str, Callable[[], str]] = {"families": family_table, "names": names}
 """What each block says."""
 
 

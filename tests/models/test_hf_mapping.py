@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from graftwork.errors import ConfigError, MatchError
 from graftwork.models import shapes
-from graftwork.models.weights import mapping_for, read_config, shape_from_hf
+from graftwork.models.weights import Mapping, Rule, mapping_for, read_config, shape_from_hf
 from graftwork.models.weights.load import base_parameters, open_checkpoint, read
 from graftwork.models.weights.ops import QKV, Copy, Fused, Gated, Op, Transposed
 from graftwork.models.weights.writer import Entry, write_sharded
@@ -167,6 +167,21 @@ def test_names() -> None:
         mapping.rule("decoder.layers.1.mlp.linear_fc3.weight")
     with pytest.raises(MatchError):
         mapping.rule("decoder.layers.2.mlp.linear_fc1.weight")
+
+
+def test_two_stacks_have_layers_of_their_own() -> None:
+    op = OPS["replicated"]
+    patterns = ("encoder.layers.{layer}.a", "encoder.layers.{layer}.b", "encoder.norm", "decoder.layers.{layer}.a")
+    rules = tuple(Rule(core, (f"hf.{core}",), op) for core in patterns)
+    mapping = Mapping("t5", {"encoder": 2, "decoder": 3}, rules)
+    assert [rule.core for rule in mapping.expanded()] == [
+        *("encoder.layers.0.a", "encoder.layers.0.b", "encoder.layers.1.a", "encoder.layers.1.b", "encoder.norm"),
+        *(f"decoder.layers.{layer}.a" for layer in range(3)),
+    ]
+    assert mapping.rule("decoder.layers.2.a").hf == ("hf.decoder.layers.2.a",)
+    for unknown in ("encoder.layers.2.a", "decoder.layers.3.a", "decoder.layers.0.b"):
+        with pytest.raises(MatchError, match=f"no t5 parameter is called '{unknown}'"):
+            mapping.rule(unknown)
 
 
 def test_moe_has_no_mapping() -> None:

@@ -5,7 +5,17 @@ One declarative mapping a family, in ``hf``, serves every direction. Nothing her
 
 from graftwork.models.weights.export import export_weights
 from graftwork.models.weights.fingerprint import fingerprint
-from graftwork.models.weights.hf import FAMILIES, Family, family_of, hf_config, mapping_for, read_config, shape_from_hf
+from graftwork.models.weights.hf import (
+    FAMILIES,
+    Family,
+    family_named,
+    family_of,
+    family_table,
+    hf_config,
+    mapping_for,
+    read_config,
+    shape_from_hf,
+)
 from graftwork.models.weights.load import load_weights
 from graftwork.models.weights.mapping import Mapping, Rule
 
@@ -15,7 +25,9 @@ __all__ = [
     "Mapping",
     "Rule",
     "export_weights",
+    "family_named",
     "family_of",
+    "family_table",
     "fingerprint",
     "hf_config",
     "load_weights",
