@@ -56,11 +56,6 @@ class Adapter(nn.Module):
         self.merged = False
         self._underived: dict[str, Callable[[], Tensor]] = {}
 
-    @property
-    def parallel(self) -> bool:
-        """Whether it stands outside of experts, where tensor-parallel ranks share it."""
-        return not in_expert(self.birth.site)
-
     def new_parameter(self, name: str, sharding: Sharding, init: Initializer, partial: bool = False) -> None:
         """Register fp32 parameter ``name``: this rank's part of one full tensor drawn independently of the layout.
 
@@ -127,7 +122,7 @@ class Adapter(nn.Module):
         return True
 
     def _record(self, sharding: Sharding, partial: bool) -> Record:
-        return Record(sharding, owner=self.birth.adapter, expert=not self.parallel, partial=partial)
+        return Record(sharding, owner=self.birth.adapter, expert=in_expert(self.birth.site), partial=partial)
 
     def _register(self, name: str, local: Tensor, record: Record) -> None:
         parameter = nn.Parameter(local)

@@ -1,10 +1,12 @@
 """Every method and stack, every model family: what the contract tests are parametrized over.
 
-A new method is one line in STACKS.
+A new method is tested as soon as it is in the registry.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,23 +16,33 @@ from torch import Tensor, nn
 from graftwork.batch import IGNORED, Batch
 from graftwork.models import GPT
 from graftwork.models.shapes import Shape
-from graftwork.peft import IA3, PEFT, CanonicalAdapter, LoRA, PTuning
+from graftwork.parallel.record import record_of
+from graftwork.peft import IA3, METHODS, PEFT, CanonicalAdapter, LoRA, PTuning
+
+TINY: dict[str, Any] = {"dim": 4, "virtual_tokens": 3, "embedding_dim": 12, "bottleneck_dim": 10, "init_std": 0.3}
+"""Values of hyper-parameters for the tiny models, wherever a method has them."""
+OTHER: dict[type[PEFT], dict[str, Any]] = {CanonicalAdapter: {"dim": 6}}
+IDS = {"canonical_adapter": "canonical"}
 
 
-def _prompt() -> PTuning:
-    return PTuning(virtual_tokens=3, embedding_dim=12, bottleneck_dim=10, init_std=0.3)
+def tiny(method: type[PEFT]) -> PEFT:
+    """Return a transform of this method for the tiny models."""
+    known = inspect.signature(method).parameters
+    return method(**{n: v for n, v in {**TINY, **OTHER.get(method, {})}.items() if n in known})
+
+
+def stack(*methods: type[PEFT]) -> list[PEFT]:
+    """Return a fresh stack, inner to outer."""
+    return [tiny(method) for method in methods]
 
 
 STACKS: dict[str, Callable[[], list[PEFT]]] = {
-    "lora": lambda: [LoRA(dim=4)],
-    "canonical": lambda: [CanonicalAdapter(dim=6)],
-    "ia3": lambda: [IA3()],
-    "ptuning": lambda: [_prompt()],
-    "lora+ia3": lambda: [LoRA(dim=4), IA3()],
-    "ia3+lora": lambda: [IA3(), LoRA(dim=4)],
-    "lora+canonical": lambda: [LoRA(dim=4), CanonicalAdapter(dim=6)],
-    "ptuning+canonical": lambda: [_prompt(), CanonicalAdapter(dim=6)],
-    "all": lambda: [LoRA(dim=4), IA3(), CanonicalAdapter(dim=6), _prompt()],
+    **{IDS.get(method.short_name(), method.short_name()): partial(stack, method) for method in METHODS.values()},
+    "lora+ia3": partial(stack, LoRA, IA3),
+    "ia3+lora": partial(stack, IA3, LoRA),
+    "lora+canonical": partial(stack, LoRA, CanonicalAdapter),
+    "ptuning+canonical": partial(stack, PTuning, CanonicalAdapter),
+    "all": partial(stack, LoRA, IA3, CanonicalAdapter, PTuning),
 }
 
 VOCABULARY = 61
@@ -91,12 +103,12 @@ def roughen(model: nn.Module) -> None:
 
 
 def shake(model: GPT, scale: float = 0.3, only: str | None = None) -> None:
-    """Move every adapter value by noise, so that each adapter changes the output."""
+    """Move every trained value by noise, so that each adapter changes the output."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for adapter in model.stack.adapters(only):
-            for parameter in adapter.parameters():
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+        for name in model.adapters if only is None else [only]:
+            for tensor in model.stack.tensors(name):
+                tensor.parameter.add_(scale * torch.randn(tensor.parameter.shape, generator=generator))
 
 
 def tokens(rows: int = 2, length: int = 9, seed: int = 3) -> Tensor:
@@ -127,12 +139,12 @@ def loss(model: GPT, seed: int = 3) -> Tensor:
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters that adapters own."""
-    yield from ((n, p) for n, p in model.named_parameters() if ".adapters." in n)
+    yield from ((n, p) for n, p in model.named_parameters() if record_of(p).owner is not None)
 
 
 def base_values(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of the base's parameters by name."""
-    return {n: p.detach().clone() for n, p in model.named_parameters() if ".adapters." not in n}
+    return {n: p.detach().clone() for n, p in model.named_parameters() if record_of(p).owner is None}
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

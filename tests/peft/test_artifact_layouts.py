@@ -15,8 +15,7 @@ from graftwork.models import GPT
 from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning
 from graftwork.peft.adapter import Adapter, Birth
 from graftwork.peft.artifact import directory as artifact
-from graftwork.peft.sites import Host
-from graftwork.peft.sites import Site
+from graftwork.peft.sites import Host, Site
 from graftwork.training import Layout
 from tests.contracts.methods import STACKS, prompted, shake, tokens
 from tests.helpers.distributed import run_ranks
