@@ -1,7 +1,6 @@
 """What names mean on the command line: every recipe, PEFT method and executor of the registries."""
 
 import functools
-import inspect
 from collections.abc import Callable
 
 import nemo_run as run
@@ -17,14 +16,9 @@ def register() -> None:
     for name, recipe in RECIPES.items():
         run.cli.factory(_named(recipe.finetune_recipe, name), target=finetune)
     for method in METHODS.values():
-        run.cli.factory(_named(_config_of(method), method_name(method)), target=PEFT)
+        run.cli.factory(_named(_config_of(method), method.short_name()), target=PEFT)
     for name, executor in EXECUTORS.items():
         run.cli.factory(_named(_as_config(executor), name), target=run.Executor)
-
-
-def method_name(method: type[PEFT]) -> str:
-    """Return the name that ``peft=[NAME(...)]`` takes for a method: the one its adapter has by default."""
-    return str(inspect.signature(method).parameters["name"].default)
 
 
 def _config_of(method: type[PEFT]) -> Callable[..., run.Config]:

@@ -3,13 +3,12 @@
 What several recipes share is in ``parts``; where a recipe runs, in ``graftwork.executors``.
 """
 
-from types import ModuleType
-from typing import Optional, Protocol, runtime_checkable
+from typing import Optional, Protocol
 
 import nemo_run as run
 
 from graftwork.peft import PEFT
-from graftwork.recipes import (  # noqa: F401  # one line a recipe: the registry reads them
+from graftwork.recipes import (
     gpt2_124m,
     gpt3_175b,
     llama2_7b,
@@ -25,7 +24,6 @@ from graftwork.recipes.show import diff, show
 from graftwork.registry import Registry
 
 
-@runtime_checkable
 class Recipe(Protocol):
     """What the module of a base model offers."""
 
@@ -49,10 +47,17 @@ class Recipe(Protocol):
 
 
 RECIPES: Registry[Recipe] = Registry("recipe")
-"""Every recipe module by the name that ``--factory`` takes: its own."""
+"""Every recipe module by the name that ``--factory`` takes."""
 
-for _name, _module in list(globals().items()):
-    if isinstance(_module, ModuleType) and isinstance(_module, Recipe):
-        RECIPES.enter(_name, _module)
+RECIPES.enter("smollm2_135m", smollm2_135m)
+RECIPES.enter("gpt2_124m", gpt2_124m)
+RECIPES.enter("gpt3_175b", gpt3_175b)
+RECIPES.enter("llama2_7b", llama2_7b)
+RECIPES.enter("llama2_13b", llama2_13b)
+RECIPES.enter("llama2_70b", llama2_70b)
+RECIPES.enter("llama3_8b", llama3_8b)
+RECIPES.enter("llama3_70b", llama3_70b)
+RECIPES.enter("nemotron3_8b", nemotron3_8b)
+RECIPES.enter("nemotron4_340b", nemotron4_340b)
 
 __all__ = ["RECIPES", "Recipe", *RECIPES, "diff", "show"]

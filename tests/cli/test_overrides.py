@@ -8,7 +8,7 @@ import nemo_run as run
 import pytest
 
 from graftwork.cli.context import GraftContext
-from graftwork.cli.factories import method_name, register
+from graftwork.cli.factories import register
 from graftwork.executors import EXECUTORS, local
 from graftwork.peft import METHODS, CanonicalAdapter, LoRA, PTuning
 from graftwork.recipes import RECIPES, smollm2_135m
@@ -97,7 +97,7 @@ def test_factory_arguments() -> None:
 
 def test_every_method_can_be_named() -> None:
     for method in METHODS.values():
-        assert parse(f"peft=[{method_name(method)}]").peft == [run.Config(method)]
+        assert parse(f"peft=[{method.short_name()}]").peft == [run.Config(method)]
 
 
 def test_a_new_recipe_method_or_executor_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,11 @@ A page holds ``<!-- NAME: written by make golden -->`` and ``<!-- end of NAME --
 ``BLOCKS[NAME]()``, with a blank line before and after.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from graftwork.cli.factories import method_name
 from graftwork.executors import EXECUTORS
 from graftwork.models.weights import family_table
 from graftwork.peft import METHODS
@@ -20,8 +20,19 @@ _BLOCK = re.compile(r"<!-- (\w+): written by make golden -->\n.*?<!-- end of \1 
 
 def names() -> str:
     """Return what the command line takes by name, as a table."""
-    rows = {"--factory": RECIPES, "peft=": map(method_name, METHODS.values()), "run.executor=": EXECUTORS}
+    rows = {"--factory": RECIPES, "peft=": (m.short_name() for m in METHODS.values()), "run.executor=": EXECUTORS}
     return "\n".join(["| where | names |", "|---|---|", *(f"| `{where}` | {code(n)} |" for where, n in rows.items())])
+
+
+def methods() -> str:
+    """Return the methods with the names, learning rates and summaries that their classes give, as a table."""
+    rows = [
+        f"| `{name}` | `{method.short_name()}` | {method.default_lr:.0e} | {inspect.getdoc(method).splitlines()[0]} |"
+        for name, method in METHODS.items()
+    ]
+    return "\n".join(["| method | on the command line | default lr | |", "|---|---|---|---|", *rows]).replace(
+        "e-0", "e-"
+    )
 
 
 def code(words: Iterable[str]) -> str:
@@ -29,7 +40,7 @@ def code(words: Iterable[str]) -> str:
     return ", ".join(f"`{word}`" for word in words)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"families": family_table, "names": names}
+BLOCKS: dict[str, Callable[[], str]] = {"families": family_table, "methods": methods, "names": names}
 """What each block says."""
 
 
