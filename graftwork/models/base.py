@@ -28,7 +28,7 @@ from graftwork.models.pending import Add, Freeze, Load, Pending, Request
 from graftwork.models.precision import common_dtype
 from graftwork.models.recompute import recompute_fields
 from graftwork.models.shapes import Shape
-from graftwork.models.weights import export_weights, fingerprint, load_weights
+from graftwork.models.weights import export_weights, family_named, fingerprint, load_weights
 from graftwork.models.weights.drawn import draw
 from graftwork.models.weights.hub import resolve
 from graftwork.optim import AdamW
@@ -63,7 +63,8 @@ class Model(pl.LightningModule):
         seed: int = 1234,
     ) -> None:
         super().__init__()
-        recompute_fields(recompute)  # a wrong name is told at once
+        family_named(shape.family)  # wrong names are told at once
+        recompute_fields(recompute)
         self.shape, self.checkpoint, self.dtype_name = shape, checkpoint, dtype
         self.recompute, self.seed = recompute, seed
         self.module: nn.Module | None = None
