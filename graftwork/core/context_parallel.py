@@ -42,7 +42,7 @@ def gather_rows(local: Tensor, row: list[Segment], group: ProcessGroup) -> Tenso
 
 
 def slice_batch(batch: Batch) -> Batch:
-    """Return the zig-zag part of every row that this context-parallel rank holds; raises ParallelismError when packed."""
+    """Return this context-parallel rank's zig-zag part of every row; raises ParallelismError when they are packed."""
     if cp_size() == 1:
         return batch
     if batch.packed:
