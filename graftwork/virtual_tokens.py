@@ -61,8 +61,3 @@ class PromptLayout:
     def appended(self, slots: Iterable[PromptSlot]) -> "PromptLayout":
         """Return a layout with ``slots`` added."""
         return PromptLayout((*self.slots, *slots))
-
-
-def is_virtual(token: int) -> bool:
-    """Tell whether ``token`` names a row of a prompt table."""
-    return token >= VIRTUAL_BASE

@@ -1,4 +1,7 @@
-"""``nemorun graft VERB``: importing this module (NeMo Run's entry point does) registers verbs and factories."""
+"""``nemorun graft VERB``: importing this module (NeMo Run's entry point does) registers verbs and factories.
+
+Here belongs what is typed and printed. What a verb does stands in ``training`` and ``inference``.
+"""
 
 import nemo_run as run
 

@@ -1,4 +1,4 @@
-"""megatron-core seen from graftwork; importing this package makes megatron-core run on machines without CUDA.
+"""Patches of megatron-core: importing this package makes it run on machines without CUDA. Nothing of our own is here.
 
 Every module that touches megatron-core imports ``graftwork.compat`` first: megatron-core binds compiled functions
 and autocast devices while it is being imported, so the accommodations must already be in place.
