@@ -1,7 +1,12 @@
 """Every user-facing error: one sentence that says what was wrong and what would be valid."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from pathlib import PurePath
+
+_BRIEF = reprlib.Repr()
+"""Looks at a few elements of a collection and at a few levels of it."""
 
 
 class GraftworkError(Exception):
@@ -40,6 +45,17 @@ class LaunchError(GraftworkError, RuntimeError):
     """A launched task failed, or could not be started."""
 
 
+def quoted(value: object, limit: int = 120, bare: bool = False) -> str:
+    """Return ``value`` as an error quotes it: on one line, its middle cut out beyond ``limit`` characters.
+
+    Whatever a file may hold goes through here: it can be of any length. ``bare`` leaves out quotation marks.
+    """
+    if not isinstance(value, (str, PurePath)):
+        return _shortened(_BRIEF.repr(value), limit)
+    shown = repr(_shortened(str(value), limit))
+    return shown[1:-1] if bare else shown
+
+
 def suggest(name: str, valid: Iterable[str], limit: int = 8) -> str:
     """Return ``did you mean ...`` for a near miss, else the list of valid names (at most ``limit``)."""
     names = sorted(set(valid))
@@ -48,3 +64,7 @@ def suggest(name: str, valid: Iterable[str], limit: int = 8) -> str:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
     shown = ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
     return f"valid: {shown}." if names else "there are none."
+
+
+def _shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-(limit // 4) :]}"
