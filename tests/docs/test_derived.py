@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.derived import BLOCKS, blocks, names, pages, text
+from tests.helpers.derived import BLOCKS, blocks, faults, names, pages, text
+from tests.parallel.breaks import BREAKS as MISTAKES
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
@@ -19,3 +20,10 @@ def test_every_block_stands_somewhere() -> None:
 def test_names_are_those_the_command_line_takes() -> None:
     factory, peft, executor = names().splitlines()[2:]
     assert "`smollm2_135m`" in factory and "`canonical_adapter`" in peft and "`local`" in executor
+
+
+def test_a_planted_fault_is_told_once_on_one_line_and_stands_in_a_test() -> None:
+    assert len({fault.told for fault in faults()}) == len(faults())
+    for told, caught, file, function in faults():
+        assert all(words and "\n" not in words and "|" not in words for words in (told, caught)), function
+        assert function.startswith("test_") or function in MISTAKES, f"{file}: {function} is no test"

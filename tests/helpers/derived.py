@@ -4,17 +4,20 @@ A page holds ``<!-- NAME: written by make golden -->`` and ``<!-- end of NAME --
 ``BLOCKS[NAME]()``, with a blank line before and after.
 """
 
+import ast
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from graftwork.executors import EXECUTORS
 from graftwork.models.weights import family_table
 from graftwork.peft import METHODS
 from graftwork.recipes import RECIPES
 
-DOCS = Path(__file__).parents[2] / "docs"
+TESTS = Path(__file__).parents[1]
+DOCS = TESTS.parent / "docs"
 _BLOCK = re.compile(r"<!-- (\w+): written by make golden -->\n.*?<!-- end of \1 -->", re.DOTALL)
 
 
@@ -35,12 +38,51 @@ def methods() -> str:
     )
 
 
+class Fault(NamedTuple):
+    """A fault that a test plants, as ``@pytest.mark.fault(told, caught)`` says: how it is told, and what catches it."""
+
+    told: str
+    caught: str
+    file: str
+    function: str
+
+
+def faults() -> list[Fault]:
+    """Return the planted faults of all tests, by file."""
+    return [fault for file in sorted(TESTS.rglob("*.py")) for fault in _faults_in(file)]
+
+
+def _faults_in(file: Path) -> Iterator[Fault]:
+    text = file.read_text()
+    if "mark.fault(" not in text:
+        return
+    for function in ast.walk(ast.parse(text)):
+        for mark in function.decorator_list if isinstance(function, ast.FunctionDef) else ():
+            if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.fault":
+                told, caught = (ast.literal_eval(argument) for argument in mark.args)
+                yield Fault(told, caught, file.relative_to(TESTS.parent).as_posix(), function.name)
+
+
+def planted() -> str:
+    """Return the planted faults as a table."""
+    rows = [
+        f"| {i} | {fault.told} | {fault.caught} | `{fault.file.removeprefix('tests/')}`: `{fault.function}` |"
+        for i, fault in enumerate(faults(), 1)
+    ]
+    return "\n".join(["| | the fault | what catches it | planted in `tests/` |", "|---|---|---|---|", *rows])
+
+
 def code(words: Iterable[str]) -> str:
     """Return words as inline code, with commas between."""
     return ", ".join(f"`{word}`" for word in words)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"families": family_table, "methods": methods, "names": names}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "families": family_table,
+    "faults": planted,
+    "methods": methods,
+    "names": names,
+}
 """What each block says."""
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from torch import Tensor
 
 from graftwork import parallel
@@ -15,16 +16,28 @@ from graftwork.training import schedule
 from graftwork.training.optimizer import gradients
 
 
+@pytest.mark.fault(
+    "a replicated LoRA factor's gradient is not summed over tensor-parallel ranks under sequence parallelism",
+    "the record on the parameter says that its gradient is partial; the sums read nothing else",
+)
 def drop_the_sequence_sum() -> None:
     """Leave gradients partial that every tensor-parallel rank has seen a part of the sequence for."""
     gradients.record_of = lambda parameter: replace(record_of(parameter), partial=False)
 
 
+@pytest.mark.fault(
+    "a gradient that is whole on every tensor-parallel rank is summed again",
+    "the record on the parameter says that its gradient is whole",
+)
 def sum_what_is_whole() -> None:
     """Sum every replicated gradient over the tensor-parallel ranks, also those that are whole already."""
     gradients.record_of = lambda parameter: replace(record_of(parameter), partial=not record_of(parameter).cut)
 
 
+@pytest.mark.fault(
+    "an adapter-only save keeps one tensor-parallel rank's part",
+    "every tensor is written whole; loading compares each shape with the model's",
+)
 def save_first_rank_only() -> None:
     """Write the first tensor-parallel rank's parts as if they were the tensors."""
 
@@ -34,6 +47,10 @@ def save_first_rank_only() -> None:
     tensors.record_of = whole
 
 
+@pytest.mark.fault(
+    "the loss is a mean per microbatch, then a mean of means",
+    "sums of losses are divided once, by the answer tokens of the global batch",
+)
 def mean_per_microbatch() -> None:
     """Average the loss inside each microbatch, then over microbatches."""
     exact = GPT.forward_step
@@ -51,11 +68,19 @@ def mean_per_microbatch() -> None:
     GPT.forward_step = forward_step  # type: ignore[method-assign]
 
 
+@pytest.mark.fault(
+    "the loss is a mean per replica, then a mean of means",
+    "the divisor is counted over the global batch",
+)
 def mean_per_replica() -> None:
     """Average the loss over each replica's own answer tokens, then over replicas."""
     schedule.count_tokens = lambda batch: batch.count_targets() * parallel.dp_size()
 
 
+@pytest.mark.fault(
+    "gradients divided by the whole batch are averaged over replicas again",
+    "gradients are summed over replicas; a layout must give one process's gradients",
+)
 def average_over_replicas() -> None:
     """Average gradients over replicas that have been divided by the whole batch's tokens already."""
     exact = gradients.all_reduce
@@ -68,6 +93,10 @@ def average_over_replicas() -> None:
     gradients.all_reduce = all_reduce
 
 
+@pytest.mark.fault(
+    "the pipeline stages' copies of a tied embedding keep their own gradients",
+    "copies are summed; a layout must give one process's gradients",
+)
 def forget_tied_copy() -> None:
     """Leave the two pipeline stages' copies of a tied embedding with their own gradients."""
     gradients._tied_embedding = lambda chunks: None
