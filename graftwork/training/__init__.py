@@ -1,4 +1,7 @@
-"""Training: the strategy over megatron-core, the callbacks of a run, and ``finetune``, the verb."""
+"""Training: ``finetune``, the strategy over megatron-core's schedule, the update, what resumes, a run's callbacks.
+
+Here belongs what happens from a model, data and a stack to a run directory. No model class, no method, no recipe.
+"""
 
 from graftwork.layout import Layout
 from graftwork.training.finetune import finetune

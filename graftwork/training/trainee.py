@@ -1,4 +1,4 @@
-"""What the training room asks of the model in training: no model class is known here."""
+"""What strategy and callbacks ask of the model in training and of its trainer; no model class is known here."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -95,6 +95,13 @@ def test_lightnings_defaults_are_replaced_and_the_users_callbacks_kept(run: dict
     assert kinds.count("AdapterCheckpoint") == 1 and "Progress" not in kinds
 
 
+def test_configured_callbacks_are_told_what_the_run_is(tmp_path: Path) -> None:
+    mine = [Report(directory=str(tmp_path)), AdapterCheckpoint(monitor="other")]
+    equip(tiny_run.trainer(tmp_path, callbacks=list(mine)), [], RunFacts(7, "text"))
+    assert [callback.facts for callback in mine] == [RunFacts(7, "text")] * 2
+    assert Report().facts == RunFacts() == AdapterCheckpoint().facts
+
+
 def test_same_seed_same_losses_and_another_seed_others(run: dict, tiny_data: Path, tmp_path: Path) -> None:
     def losses(name: str, seed: int) -> list[float]:
         trainer = tiny_run.trainer(tmp_path / name, max_steps=2, limit_val_batches=0)

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from graftwork import parallel
 from graftwork.optim import AdamW, gradient_of
-from graftwork.training.optimizer import gradients
+from graftwork.training.optimizer import Update, gradients
 from graftwork.training.optimizer.gradients import Gradients, all_reduce
 from tests.helpers import tiny_gpt
 from tests.helpers.standin import Rows, StandIn, trainer_for
@@ -90,3 +91,54 @@ def test_the_trainers_clipping_reaches_the_update(algorithm: str, limit: float) 
         weight = module.module.decoder.final_layernorm.weight.detach()
         moved[clip] = float((weight - fresh).abs().max())
     assert moved[limit] < moved[None] / 2
+
+
+class Looks(Callback):
+    """Remembers what Lightning shows before a step, and the gradients' largest element then."""
+
+    def __init__(self) -> None:
+        self.shown: list[Any] = []
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.shown.append(optimizer)
+        self.seen.append(max(float(p.grad.abs().max()) for p in pl_module.parameters() if p.grad is not None))
+
+
+def test_every_step_goes_through_the_update_after_the_hooks(monkeypatch: Any) -> None:
+    """Callbacks meet torch's optimizer, not the update; without the update nothing moves."""
+    made_by: list[Any] = []
+    exact = Update.step
+
+    def step(self: Update, optimizer: Any, closure: Any) -> float:
+        made_by.append(optimizer)
+        return exact(self, optimizer, closure)
+
+    monkeypatch.setattr(Update, "step", step)
+    module, looks = StandIn(train="final_layernorm"), Looks()
+    trainer_for({}, max_steps=3, limit_val_batches=0, callbacks=[looks]).fit(module, datamodule=Rows())
+    assert made_by == looks.shown and len(made_by) == 3 and isinstance(made_by[0], torch.optim.Optimizer)
+    assert min(looks.seen) > 0
+    monkeypatch.setattr(Update, "step", lambda self, optimizer, closure: closure())
+    still = StandIn(train="final_layernorm")
+    fresh = tiny_gpt.build(tiny_gpt.config(num_layers=2)).decoder.final_layernorm.weight
+    trainer_for({}, max_steps=1, limit_val_batches=0).fit(still, datamodule=Rows())
+    assert torch.equal(still.module.decoder.final_layernorm.weight, fresh)
+    assert not torch.equal(module.module.decoder.final_layernorm.weight, fresh)
+
+
+def test_the_state_outlives_the_gradient_buffers() -> None:
+    """A state can be taken before a fit and after it; what accumulates ends with it."""
+    parallel.ensure_initialized()
+    chunk = tiny_gpt.build(tiny_gpt.config(num_layers=2, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16))
+    update = Update([chunk])
+    assert update.steps_made() == 0 and not any("/exp_avg" in name for name in update.state())
+    optimizer, _ = AdamW(schedule="constant").build(chunk, 1)
+    update.accumulate()
+    update.step_with([optimizer])
+    update.zero()
+    optimizer.step()
+    update.release()
+    assert update.steps_made() == 1 and not any(hasattr(p, "main_grad") for p in chunk.parameters())
+    kinds = {name.rpartition("/")[2] for name in update.state()}
+    assert {"exp_avg", "exp_avg_sq", "master"} <= kinds

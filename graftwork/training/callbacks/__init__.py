@@ -1,4 +1,7 @@
-"""Lightning callbacks of a fine-tuning run."""
+"""Lightning callbacks of a fine-tuning run: what watches it, writes it down and saves it.
+
+None of them changes what is trained or how; that is the strategy's and the update's part.
+"""
 
 from graftwork.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from graftwork.training.callbacks.metrics import BeforeAfter
