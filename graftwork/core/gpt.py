@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -58,9 +59,16 @@ def build_gpt(
             post_process=post_process,
             vp_stage=vp_stage,
         )
+    _in_one_dtype(model, config.params_dtype)
     mark_cut_weights(model)
     note_base(model, config, vocab_size if real_vocab_size is None else real_vocab_size)
     return model
+
+
+def _in_one_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every parameter ``dtype``: megatron-core makes learned positions in fp32, which the first norm refuses."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def mark_cut_weights(model: nn.Module) -> None:

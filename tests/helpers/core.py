@@ -28,7 +28,7 @@ def build(shape: Shape, dtype: torch.dtype = torch.float32, vp: int | None = Non
         post_process=parallel.is_last_stage(vp),
         vp_stage=vp,
     )
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def loaded(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Shape]:
