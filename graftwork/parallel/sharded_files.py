@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 from graftwork.compat import writer_queue  # accommodations precede any megatron import
 
@@ -19,13 +19,19 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
+    CachedMetadataFileSystemReader,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+from pydantic import BaseModel
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from graftwork.errors import CheckpointError, GraftworkError
+from graftwork.jsonfile import read_schema
 from graftwork.parallel.collective import agree, agreed, barrier
+from graftwork.parallel.tensor_index import DamagedError, indices_as_data
 
 T = TypeVar("T")
 Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
@@ -43,13 +49,13 @@ _UNREADABLE = (
     AssertionError,
     AttributeError,
     TypeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
     pickle.UnpicklingError,
 )
 """What megatron-core and torch raise for damaged files, also for pickles cut short or of another version."""
-
-
-class DamagedError(CheckpointError):
-    """Files that cannot be written or read; the message is the cause alone."""
 
 
 def save(state: State, directory: Path) -> None:
@@ -74,7 +80,7 @@ def load(state: State, directory: Path) -> dict[str, Tensor]:
     """Return tensors in place of the entries of ``state``, whose own tensors may be overwritten with them."""
 
     def read() -> dict[str, Tensor]:
-        with _quiet():
+        with _quiet(), _as_data(directory):
             found = dist_checkpointing.load(dict(state), str(directory), validate_access_integrity=False)
         assert isinstance(found, dict), "without a strictness level only the state comes back"
         return found
@@ -86,7 +92,7 @@ def shapes_in(directory: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every full tensor in ``directory``."""
 
     def read() -> dict[str, tuple[int, ...]]:
-        with _quiet():
+        with _quiet(), _as_data(directory):
             dist_checkpointing.load_common_state_dict(str(directory))  # ``load`` must not fail there on one rank alone
             found = dist_checkpointing.load_tensors_metadata(str(directory))
         return {key: tuple(tensor.global_shape) for key, tensor in found.items()}
@@ -144,6 +150,23 @@ def _check_parts(state: State) -> None:
     """Raise when the parts of all ranks do not make up every full tensor exactly once."""
     parts = {f"{name}.{i}": part for name, entry in state.items() for i, part in enumerate(parts_of(entry))}
     validate_sharding_integrity(determine_global_metadata(parts)[1])
+
+
+@contextmanager
+def _as_data(directory: Path) -> Iterator[None]:
+    """Read ``directory`` without running anything that a foreign file asks for."""
+    read_schema(directory / "metadata.json", _Backends, DamagedError)  # it chooses the code that reads the rest
+    # Newer versions keep indices by path for the life of the process, also when the directory has been written anew.
+    getattr(CachedMetadataFileSystemReader, "clear_metadata_cache", lambda: None)()
+    with indices_as_data():
+        yield
+
+
+class _Backends(BaseModel):
+    """``metadata.json``: what wrote the tensors and what the rest."""
+
+    sharded_backend: Literal["torch_dist"]
+    common_backend: Literal["torch"]
 
 
 def _together(action: Callable[[], T]) -> T:
