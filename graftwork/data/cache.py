@@ -4,13 +4,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional, TypedDict
+from typing import TYPE_CHECKING, Optional, TypedDict, cast
 
 import pyarrow
+from pydantic import TypeAdapter, ValidationError
 
 from graftwork.atomic import atomic_directory
 from graftwork.cache import cache_directory, locked
-from graftwork.errors import DataError
+from graftwork.errors import DataError, quoted
+from graftwork.jsonfile import read_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,7 +25,10 @@ Columns = Mapping[str, Sequence[object]]
 
 
 class Report(TypedDict, total=False):
-    """What became of the rows of a file: how many were kept, cut or dropped, their tokens, and how they pack."""
+    """What became of the rows of a file: how many were kept, cut or dropped, their tokens, and how they pack.
+
+    ``unread`` names fields that no template reads, ``largest_id`` is the largest id of the vocabulary in use.
+    """
 
     file: str
     rows: int
@@ -32,9 +37,13 @@ class Report(TypedDict, total=False):
     tokens: int
     answer_tokens: int
     longest: int
+    unread: list[str]
+    largest_id: int
     packed_rows: int
     packing_efficiency: float
 
+
+_REPORT: TypeAdapter[dict[str, int | float | str | list[str]]] = TypeAdapter(dict[str, int | float | str | list[str]])
 
 Produce = Callable[[Report], Iterator[Columns]]
 """Yields the rows of a table and fills in its report."""
@@ -51,22 +60,37 @@ def cache_root(directory: Optional[str] = None) -> Path:
     return (Path(directory).expanduser() if directory else cache_directory()) / "tokens"
 
 
-def cached_table(root: Path, key: str, schema: pyarrow.Schema, produce: Produce) -> tuple["Dataset", Report]:
+def cached_table(
+    root: Path, key: str, schema: pyarrow.Schema, produce: Produce, needed: frozenset[str] = frozenset()
+) -> tuple["Dataset", Report]:
     """Return the memory-mapped ``datasets.Dataset`` and the report under ``key``; produce them when missing.
 
-    Processes that want the same key wait for the first one; an interrupted one leaves nothing. Raises DataError
-    when the cache cannot be written or read.
+    Processes that want the same key wait for the first one; an interrupted one leaves nothing. An entry of an earlier
+    version, whose report lacks what is ``needed``, is produced again. Raises DataError when the cache cannot be
+    written or read.
     """
     from datasets import Dataset
 
     target = root / key
     with locked(target, _unwritable):
-        if not target.exists():
+        if not target.exists() or not needed <= _report(target).keys():
             _write(target, schema, produce)
     try:
-        return Dataset.from_file(str(target / "rows.arrow")), json.loads((target / "report.json").read_text())
-    except (pyarrow.ArrowInvalid, FileNotFoundError, json.JSONDecodeError) as error:
-        raise DataError(f"the token cache entry {str(target)!r} is damaged ({error}); delete it.") from error
+        return Dataset.from_file(str(target / "rows.arrow")), _report(target)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(target, error) from error
+
+
+def _report(target: Path) -> Report:
+    try:
+        return cast(Report, _REPORT.validate_json(read_bytes(target / "report.json", DataError), strict=True))
+    except (ValidationError, DataError) as error:
+        raise _damaged(target, error) from error
+
+
+def _damaged(target: Path, error: Exception) -> DataError:
+    reason = quoted(str(error).splitlines()[0], bare=True).rstrip(".")
+    return DataError(f"the token cache entry {str(target)!r} is damaged ({reason}); delete it.")
 
 
 def _unwritable(root: Path, error: OSError) -> DataError:

@@ -13,17 +13,23 @@ import pyarrow
 
 from graftwork.batch import IGNORED
 from graftwork.data.cache import Columns, Report, cache_key, cached_table
-from graftwork.data.encoder import RowEncoder
+from graftwork.data.encoder import Placed, RowEncoder
 from graftwork.data.files import content_hash, read_rows
-from graftwork.data.schema import Chat, Place, Prompt, parse_row
+from graftwork.data.schema import parse_row
 from graftwork.data.sequence import Sequence
 from graftwork.data.tokenizer import fingerprint
-from graftwork.errors import DataError
+from graftwork.errors import DataError, quoted
+from graftwork.virtual_tokens import VIRTUAL_BASE
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 CHUNK = 1000
+MOST_NAMED = 20
+"""Most unread fields that a report names."""
+
+_NEEDED = frozenset({"unread", "largest_id"})
+"""What the report of an entry must say; those of an earlier version do not."""
 
 LEARNED = pyarrow.schema(
     [
@@ -108,7 +114,8 @@ def _labels(tokens: numpy.ndarray, learned: numpy.ndarray) -> numpy.ndarray:
 
 def learned_rows(path: str, encoder: RowEncoder, root: Path) -> tuple[LearnedRows, Report]:
     """Tokenise ``path`` to learn from, or find it in the cache; raises DataError on a malformed row."""
-    table, report = cached_table(root, _key("learn", path, encoder), LEARNED, lambda r: _learn(path, encoder, r))
+    key = _key("learn", path, encoder)
+    table, report = cached_table(root, key, LEARNED, lambda r: _learn(path, encoder, r), needed=_NEEDED)
     if len(table) == 0:
         raise DataError(f"every row of {path!r} was dropped as longer than seq_length={encoder.seq_length}.")
     return LearnedRows(table), {"file": path, **report}
@@ -116,7 +123,8 @@ def learned_rows(path: str, encoder: RowEncoder, root: Path) -> tuple[LearnedRow
 
 def asked_rows(path: str, encoder: RowEncoder, root: Path) -> "Dataset":
     """Tokenised prompts of ``path`` as a ``datasets.Dataset`` with tokens, input, output and row."""
-    return cached_table(root, _key("ask", path, encoder), ASKED, lambda _: _ask(path, encoder))[0]
+    key = _key("ask", path, encoder)
+    return cached_table(root, key, ASKED, lambda r: _ask(path, encoder, r), needed=_NEEDED)[0]
 
 
 def _key(purpose: str, path: str, encoder: RowEncoder) -> str:
@@ -134,7 +142,7 @@ def _key(purpose: str, path: str, encoder: RowEncoder) -> str:
     )
 
 
-def _chunks(path: str, answered: bool) -> Iterator[tuple[list[int], list[tuple[Place, Prompt | Chat]], list[float]]]:
+def _chunks(path: str, answered: bool) -> Iterator[tuple[list[int], list[Placed], list[float]]]:
     numbered = enumerate(read_rows(path))
     while chunk := list(itertools.islice(numbered, CHUNK)):
         placed = [(place, parse_row(raw, place, answered=answered)) for _, (place, raw) in chunk]
@@ -149,10 +157,13 @@ def share(raw: object) -> float:
 
 def _learn(path: str, encoder: RowEncoder, report: Report) -> Iterator[Columns]:
     report.update(Report(rows=0, truncated=0, dropped=0, tokens=0, answer_tokens=0, longest=0))
+    unread: set[str] = set()
+    report["largest_id"] = 0
     for rows, placed, shares in _chunks(path, answered=True):
         found = encoder.learn(placed)
         kept = [i for i, (sequence, _) in enumerate(found) if sequence is not None]
         sequences = [sequence for sequence, _ in found if sequence is not None]
+        _note_unread(report, unread, encoder, placed)
         _count(report, sequences, dropped=len(found) - len(kept), truncated=sum(cut > 0 for _, cut in found))
         yield {
             "tokens": [s.tokens for s in sequences],
@@ -170,12 +181,22 @@ def _count(report: Report, sequences: list[Sequence], dropped: int, truncated: i
     report["truncated"] += truncated
     report["tokens"] += sum(len(s) for s in sequences)
     report["answer_tokens"] += sum(sum(s.loss) for s in sequences)
+    report["largest_id"] = max([report["largest_id"], *(i for s in sequences for i in s.tokens if i < VIRTUAL_BASE)])
     report["longest"] = max([report["longest"], *(len(s) for s in sequences)])
 
 
-def _ask(path: str, encoder: RowEncoder) -> Iterator[Columns]:
+def _note_unread(report: Report, unread: set[str], encoder: RowEncoder, placed: list[Placed]) -> None:
+    for _, row in placed:
+        unread |= encoder.template.unread(row)
+    report["unread"] = [quoted(name, 60, bare=True) for name in sorted(unread)[:MOST_NAMED]]
+
+
+def _ask(path: str, encoder: RowEncoder, report: Report) -> Iterator[Columns]:
+    unread: set[str] = set()
+    report["largest_id"] = 0
     for rows, placed, shares in _chunks(path, answered=False):
         found = encoder.ask(placed)
+        _note_unread(report, unread, encoder, placed)
         yield {
             "tokens": [tokens for tokens, _, _ in found],
             "input": [question for _, question, _ in found],

@@ -1,12 +1,16 @@
 """What a row of a data file must look like; errors name the file, the line and the field."""
 
 import difflib
+import itertools
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from graftwork.errors import DataError
+from graftwork.errors import DataError, quoted
+
+_COMPARED = 100
+"""Most fields, and characters of each, that are compared with the right names."""
 
 VALID_ROWS = (
     "a row holds the strings 'input' and 'output', or 'messages', a list of {'role', 'content'}; 'task' is optional"
@@ -84,7 +88,7 @@ class ChatExample(Chat):
 def parse_row(raw: object, place: Place, *, answered: bool) -> Prompt | Chat:
     """Check one row; ``answered`` asks for an answer to learn from. Raises DataError naming place and field."""
     if not isinstance(raw, dict):
-        raise DataError(f"{place}: a row must be an object with named fields, got {_short(raw)}; {VALID_ROWS}.")
+        raise DataError(f"{place}: a row must be an object with named fields, got {quoted(raw, 60)}; {VALID_ROWS}.")
     kind: type[Prompt] | type[Chat]
     if "messages" in raw:
         kind = ChatExample if answered else Chat
@@ -98,25 +102,20 @@ def parse_row(raw: object, place: Place, *, answered: bool) -> Prompt | Chat:
 
 def _explain(error: ValidationError, raw: Mapping[str, object]) -> str:
     first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"])
+    name = quoted(".".join(str(part) for part in first["loc"]), bare=True)
     if first["type"] == "missing":
         return f"field {name!r} is missing{_misspelt(raw) if len(first['loc']) == 1 else ''}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     said = first["msg"][0].lower() + first["msg"][1:]
-    return f"field {name!r}: {said}, got {_short(first['input'])}"
+    return f"field {name!r}: {said}, got {quoted(first['input'], 60)}"
 
 
 def _misspelt(raw: Mapping[str, object]) -> str:
     """Say which of the row's unknown fields looks like a required one."""
     wanted = [name for name in ("input", "output", "messages") if name not in raw]
-    for found in raw:
-        near = difflib.get_close_matches(str(found), wanted, n=1, cutoff=0.6)
+    for found in itertools.islice(raw, _COMPARED):
+        near = difflib.get_close_matches(str(found)[:_COMPARED], wanted, n=1, cutoff=0.6)
         if near and found not in ("input", "output", "messages", "task"):
-            return f" (did you mean {near[0]!r} where it says {found!r}?)"
-    return f" (it has {', '.join(repr(str(k)) for k in list(raw)[:8]) or 'no fields'})"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+            return f" (did you mean {near[0]!r} where it says {quoted(found)}?)"
+    return f" (it has {', '.join(quoted(str(k), 60) for k in list(raw)[:8]) or 'no fields'})"

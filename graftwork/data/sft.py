@@ -18,7 +18,7 @@ from graftwork.data.sampler import RowStream, in_order
 from graftwork.data.schema import Place
 from graftwork.data.surroundings import Surroundings, Topology
 from graftwork.data.template import check_templates
-from graftwork.data.tokenizer import Tokenizer
+from graftwork.data.tokenizer import Tokenizer, check_ids
 from graftwork.errors import ConfigError, DataError, suggest
 from graftwork.layout import check_deal, check_packed_length
 from graftwork.virtual_tokens import PromptLayout
@@ -127,8 +127,7 @@ class SFTDataModule(pl.LightningDataModule):
 
     def encoder_for(self, tokenizer: Tokenizer, layout: PromptLayout) -> RowEncoder:
         """Encodes rows as this data module does, for a model with this tokenizer (its own path wins) and layout."""
-        own = self._surroundings.tokenizer if self._surroundings.path is not None else tokenizer
-        return RowEncoder(own, layout, **self._format)
+        return RowEncoder(self._surroundings.beside(tokenizer), layout, **self._format)
 
     def train_dataloader(self) -> TrainLoader:
         """Endless shuffled steps; see RowStream."""
@@ -213,6 +212,7 @@ class SFTDataModule(pl.LightningDataModule):
     def _learned(self, split: str) -> LearnedRows:
         path = self._source(split)
         rows, report = learned_rows(path, self.encoder, cache_root(self.cache_dir))
+        check_ids(report["largest_id"], self._around().vocabulary, path)
         rows = rows.take(self._share_of(split, rows.shares))
         self._tell(split, report)
         self._rows[split] = rows
@@ -242,7 +242,15 @@ class SFTDataModule(pl.LightningDataModule):
     def _tell(self, split: str, report: Report) -> None:
         told = split in self.report
         self.report[split] = report.copy()
-        if not told and (report["truncated"] or report["dropped"]):
+        if told:
+            return
+        if report["unread"]:
+            log.warning(
+                "%s: no template reads %s of its rows, so a model never sees what they say; "
+                "name a field in prompt_template, as {%s}, or leave it out.",
+                report["file"], ", ".join(map(repr, report["unread"])), report["unread"][0],
+            )  # fmt: skip
+        if report["truncated"] or report["dropped"]:
             log.warning(
                 "%s: %d rows had their prompt cut on the left and %d were dropped to fit seq_length=%d (%d rows stay).",
                 report["file"], report["truncated"], report["dropped"], self.seq_length, report["rows"],

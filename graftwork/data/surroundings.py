@@ -5,8 +5,8 @@ from typing import NamedTuple, Optional, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 
-from graftwork.data.tokenizer import Tokenizer, load_tokenizer
-from graftwork.errors import ConfigError
+from graftwork.data.tokenizer import Tokenizer, check_same_words, load_tokenizer
+from graftwork.errors import CheckpointError, ConfigError
 from graftwork.virtual_tokens import PromptLayout
 
 
@@ -17,6 +17,24 @@ class HasTokenizer(Protocol):
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, None where the model has none after all."""
+
+
+@runtime_checkable
+class HasShape(Protocol):
+    """A model that knows its sizes."""
+
+    @property
+    def shape(self) -> object:
+        """The sizes."""
+
+
+@runtime_checkable
+class HasVocabulary(Protocol):
+    """Sizes with that of the vocabulary, without padding."""
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are."""
 
 
 @runtime_checkable
@@ -67,6 +85,7 @@ class Surroundings:
         self.attached_layout: PromptLayout | None = None
         self.attached_topology: Topology | None = None
         self._loaded: Tokenizer | None = None
+        self._compared = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -74,12 +93,28 @@ class Surroundings:
         if self.attached_tokenizer is not None:
             return self.attached_tokenizer
         if self.path is not None:
-            self._loaded = self._loaded or load_tokenizer(self.path)
-            return self._loaded
+            return self.beside(self._model_tokenizer)
         model = self._model
         if not isinstance(model, HasTokenizer) or model.tokenizer is None:
             raise ConfigError("the data need a tokenizer: set tokenizer='<directory>' or use a model that has one.")
         return model.tokenizer
+
+    def beside(self, model_own: Tokenizer | None) -> Tokenizer:
+        """The tokenizer of the path, which must agree with a model's own; that one where there is no path."""
+        if self.path is None:
+            assert model_own is not None, "a model that is asked has a tokenizer"
+            return model_own
+        self._loaded = self._loaded or load_tokenizer(self.path)
+        if model_own is not None and not self._compared:
+            check_same_words(self._loaded, model_own, self.path)
+            self._compared = True
+        return self._loaded
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many ids the model has, None where there is no model that says so."""
+        shape = self._model.shape if isinstance(self._model, HasShape) else None
+        return shape.vocab_size if isinstance(shape, HasVocabulary) else None
 
     @property
     def layout(self) -> PromptLayout:
@@ -98,6 +133,13 @@ class Surroundings:
         dealt = strategy.distributed_sampler_kwargs if isinstance(strategy, DealsRows) else {}
         multiple = strategy.pad_to_multiple if isinstance(strategy, PadsRows) else 1
         return Topology(dealt.get("rank", 0), dealt.get("num_replicas", 1), multiple)
+
+    @property
+    def _model_tokenizer(self) -> Tokenizer | None:
+        try:
+            return self._model.tokenizer if isinstance(self._model, HasTokenizer) else None
+        except (ConfigError, CheckpointError):  # random weights, or a checkpoint without one
+            return None
 
     @property
     def _model(self) -> pl.LightningModule | None:

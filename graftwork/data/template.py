@@ -4,11 +4,12 @@
 adapters placed by template, ``{virtual:name}`` all those of adapter ``name``; ``{{`` and ``}}`` are literal braces.
 """
 
+import math
 import string
 from dataclasses import dataclass
 
-from graftwork.data.schema import Place, Prompt
-from graftwork.errors import ConfigError, DataError, suggest
+from graftwork.data.schema import Chat, Place, Prompt
+from graftwork.errors import ConfigError, DataError, quoted, suggest
 from graftwork.virtual_tokens import PromptLayout, PromptSlot
 
 
@@ -73,12 +74,14 @@ class PromptTemplate:
         self.prompt = parse_template(prompt)
         self.answer = parse_template(answer)
         self.text = prompt
+        self.names = frozenset(part.name for part in self.prompt if isinstance(part, Field))
         self.layout = layout
         self._markers: dict[str | None, list[tuple[int, ...]]] = {}
         check_templates(prompt, answer)
 
     def prompt_pieces(self, row: Prompt, place: Place) -> list[Piece]:
         """The prompt of one row: text and virtual tokens in the template's order."""
+        self._refuse_lost_instruction(row, place)
         markers = iter(self.markers(row.task))
         pieces: list[Piece] = []
         for part in self.prompt:
@@ -95,6 +98,12 @@ class PromptTemplate:
         """The answer as it stands after the prompt."""
         return "".join(part if isinstance(part, str) else output for part in self.answer)
 
+    def unread(self, row: Prompt | Chat) -> set[str]:
+        """Fields of a row that say something and that nothing reads."""
+        fields = row.fields if isinstance(row, Prompt) else (row.model_extra or {})
+        known = self.names if isinstance(row, Prompt) else frozenset()
+        return {name for name, value in fields.items() if name not in known and value not in (None, "", [], {})}
+
     def markers(self, task: str | None) -> list[tuple[int, ...]]:
         """Virtual ids of every marker in turn, for rows of ``task``."""
         if task not in self._markers:
@@ -105,9 +114,25 @@ class PromptTemplate:
         if name not in row.fields:
             raise DataError(f"{place}: field {name!r} of the prompt template is missing; {suggest(name, row.fields)}")
         value = row.fields[name]
-        if not isinstance(value, str | int | float):
-            raise DataError(f"{place}: field {name!r} must be text to stand in the prompt, got {value!r}.")
+        if not isinstance(value, str | int | float) or not _is_text(value):
+            raise DataError(f"{place}: field {name!r} must be text to stand in the prompt, got {quoted(value)}.")
         return str(value)
+
+    def _refuse_lost_instruction(self, row: Prompt, place: Place) -> None:
+        """Raise DataError for a row in Alpaca's layout whose instruction the template would drop."""
+        if "instruction" in self.unread(row):
+            raise DataError(
+                f"{place}: the row has an 'instruction' (Alpaca's layout), which the prompt template "
+                f"{quoted(self.text)} does not read; set prompt_template='{{instruction}}\\n{{input}}', "
+                "or take the field out of the rows."
+            )
+
+
+def _is_text(value: str | float) -> bool:
+    """Whether a value of a row reads as text: a missing number ("nan") and half of a surrogate pair do not."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, str) or value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def check_templates(prompt: str, answer: str) -> None:

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Optional, Protocol, overload
 
-from graftwork.errors import CheckpointError, ConfigError, DataError
+from graftwork.errors import CheckpointError, ConfigError, DataError, quoted
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A checkpoint directory with a tokenizer has one of these."""
+
+FEW = 0.01
+"""Share of the ids that may mean another word in a tokenizer that still is the same."""
 
 _UNREADABLE = (OSError, ValueError, ImportError, KeyError)
 
@@ -60,7 +63,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         return _read(path)
     except _UNREADABLE as error:
         raise DataError(
-            f"no tokenizer can be read from {path!r} ({_reason(error)}); "
+            f"no tokenizer can be read from {quoted(path)} ({_reason(error)}); "
             "give a directory with tokenizer.json and tokenizer_config.json."
         ) from error
 
@@ -93,6 +96,30 @@ def fingerprint(tokenizer: Tokenizer) -> str:
         rules = {"class": type(tokenizer).__qualname__, "vocabulary": tokenizer.get_vocab()}
     parts = [rules, tokenizer.chat_template, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_same_words(own: Tokenizer, model_own: Tokenizer, path: str) -> None:
+    """Raise ConfigError when the tokenizer of ``path`` gives other ids than the model's own.
+
+    A few renamed or added words are no other tokenizer: chat markers are made like this.
+    """
+    ours, theirs = ({i: word for word, i in t.get_vocab().items()} for t in (own, model_own))
+    shared = ours.keys() & theirs.keys()
+    differing = sum(ours[i] != theirs[i] for i in shared)
+    if differing > FEW * len(shared):
+        raise ConfigError(
+            f"tokenizer={quoted(path)} gives other ids than the model's own: {differing} of {len(shared)} ids mean "
+            "another word; leave tokenizer out, or give the one that the base was trained with."
+        )
+
+
+def check_ids(largest: int, vocabulary: int | None, path: str) -> None:
+    """Raise DataError when the rows of ``path`` hold an id that a model of ``vocabulary`` words does not have."""
+    if vocabulary is not None and largest >= vocabulary:
+        raise DataError(
+            f"the rows of {quoted(path)} hold the token id {largest}, but the model's vocabulary ends at "
+            f"{vocabulary - 1}; use the tokenizer of the model's checkpoint."
+        )
 
 
 class TextEncoder:
@@ -159,4 +186,4 @@ def _read(path: str | Path) -> Tokenizer:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return quoted((str(error).strip() or type(error).__name__).splitlines()[0], bare=True)

@@ -144,3 +144,20 @@ def test_keys_of_tables_written_before_stay():
     assert (
         cache_key(**parts, layout=(PromptSlot("p", 0, 2),), bos_eos=[True, False]) == "af61db93756c8992234535480046d3a8"
     )
+
+
+@pytest.mark.parametrize("report", ["{}", '{"rows": 5, "truncated": 0, "dropped": 0, "longest": 9}'])
+def test_an_entry_of_an_earlier_version_is_written_again(write, tokenizer, encoded, report):
+    path = write("a.jsonl", ROWS)
+    _, first = learned_rows(path, RowEncoder(tokenizer), cache_root())
+    (cache_root() / entries()[0] / "report.json").write_text(report)
+    assert learned_rows(path, RowEncoder(tokenizer), cache_root())[1] == first and len(encoded) == 10
+
+
+@pytest.mark.parametrize("report", ["", "[]", "{", '{"rows": {}}', "[" * 100_000, '{"unread": [1]}'])
+def test_a_damaged_report_is_named(write, tokenizer, report):
+    path = write("a.jsonl", ROWS)
+    learned_rows(path, RowEncoder(tokenizer), cache_root())
+    (cache_root() / entries()[0] / "report.json").write_text(report)
+    with pytest.raises(DataError, match=r"cache entry .* is damaged \(.*\); delete it\.$"):
+        learned_rows(path, RowEncoder(tokenizer), cache_root())

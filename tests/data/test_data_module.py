@@ -1,14 +1,18 @@
 """The data module without a trainer: batches as the contract says, whatever the number of ranks."""
 
+import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from graftwork.data import SFTDataModule
+from graftwork.data.surroundings import Surroundings
 from graftwork.errors import ConfigError, DataError, ParallelismError
 from graftwork.virtual_tokens import VIRTUAL_BASE, PromptLayout, PromptSlot
 from tests.helpers.reviews import REVIEWS
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 
 def rows_of(batches) -> list[list[int]]:
@@ -215,3 +219,74 @@ def test_a_tokenizer_of_its_own(tokenizer, train, tmp_path):
     tokenizer.save_pretrained(str(tmp_path / "tok"))
     data = SFTDataModule(train, tokenizer=str(tmp_path / "tok"), global_batch_size=4, seq_length=64)
     assert rows_of(data.train_dataloader()) == rows_of(module(tokenizer, train).train_dataloader())
+
+
+@pytest.mark.fault(
+    "further fields of the rows are dropped without a word",
+    "fields that no template reads are named in a warning, also when the tokens come from the cache",
+)
+def test_fields_that_no_template_reads_are_named_once(tokenizer, write, caplog):
+    rows = [{"input": f"n {i}", "output": "x", "context": "c" * (i == 3), "id": i} for i in range(8)]
+    path = write("l.jsonl", rows)
+    for data in (module(tokenizer, path), module(tokenizer, path)):  # the second reads the cache
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            data.train_dataloader()
+            data.train_dataloader()
+        assert [r.getMessage() for r in caplog.records] == [
+            f"{path}: no template reads 'context', 'id' of its rows, so a model never sees what they say; "
+            "name a field in prompt_template, as {context}, or leave it out."
+        ]
+    caplog.clear()
+    module(tokenizer, path, prompt_template="{id}{context}{input}").train_dataloader()
+    assert not caplog.records
+
+
+class Attached:
+    """What a trainer's model tells the data: its tokenizer and its vocabulary."""
+
+    def __init__(self, tokenizer, vocab_size):
+        self.tokenizer, self.shape = tokenizer, SimpleNamespace(vocab_size=vocab_size)
+
+
+def beside(model, monkeypatch):
+    monkeypatch.setattr(Surroundings, "_model", property(lambda self: model))
+
+
+@pytest.mark.fault(
+    "rows are tokenised by another model's tokenizer",
+    "a tokenizer whose ids mean other words than the model's own is refused",
+)
+def test_rows_of_another_tokenizer_are_refused(tokenizer, train, tmp_path, monkeypatch):
+    beside(Attached(tokenizer, 300), monkeypatch)
+    for name, vocabulary, changed in (("same", 300, False), ("other", 290, True)):
+        tiny_tokenizer(tmp_path / name, vocabulary)
+        if changed:
+            file = tmp_path / name / "tokenizer.json"
+            file.write_text(moved(file.read_text()))
+        data = SFTDataModule(train, tokenizer=str(tmp_path / name), global_batch_size=4, seq_length=64)
+        if changed:
+            with pytest.raises(ConfigError, match=r"gives other ids than the model's own: \d+ of \d+ ids mean another"):
+                data.train_dataloader()
+        else:
+            assert rows_of(data.train_dataloader()) == rows_of(module(tokenizer, train).train_dataloader())
+
+
+def moved(text):
+    """A tokenizer whose words have each other's ids, as those of another model."""
+    rules = json.loads(text)
+    words = list(rules["model"]["vocab"])
+    rules["model"]["vocab"] = dict(zip(words, [*range(4), *range(len(words) - 1, 3, -1)]))
+    return json.dumps(rules)
+
+
+@pytest.mark.fault(
+    "token ids beyond the vocabulary become zeros, or an index error on the device",
+    "the largest id of the rows is compared with the model's vocabulary before training",
+)
+def test_ids_beyond_the_vocabulary_are_refused(tokenizer, train, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(str(tmp_path / "tok"))
+    beside(Attached(None, 50), monkeypatch)
+    data = SFTDataModule(train, tokenizer=str(tmp_path / "tok"), global_batch_size=4, seq_length=64)
+    with pytest.raises(DataError, match=r"hold the token id \d+, but the model's vocabulary ends at 49"):
+        data.train_dataloader()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from graftwork.data.schema import Place, Prompt
+from graftwork.data.schema import Chat, Place, Prompt
 from graftwork.data.template import Piece, PromptTemplate, check_templates
 from graftwork.errors import ConfigError, DataError
 from graftwork.virtual_tokens import VIRTUAL_BASE, PromptLayout, PromptSlot
@@ -92,3 +92,37 @@ def test_fields_must_be_there_and_be_text():
         pieces("{contxt}")
     with pytest.raises(DataError, match="field 'tags' must be text"):
         pieces("{tags}")
+
+
+ALPACA = {"instruction": "Translate to French.", "input": "cat", "output": "chat"}
+
+
+@pytest.mark.fault(
+    "Alpaca rows (instruction, input, output) train without their instruction",
+    "a row with an instruction that the template does not read is refused, with the template to set",
+)
+@pytest.mark.parametrize("template", ["{input}", "Q: {input}\nA:"])
+def test_an_instruction_that_no_template_reads_is_refused(template):
+    said = r"line 1: the row has an 'instruction' \(Alpaca's layout\).* set prompt_template='{instruction}\\n{input}'"
+    with pytest.raises(DataError, match=said):
+        pieces(template, row=Prompt.model_validate(ALPACA))
+    assert pieces("{instruction}\n{input}", row=Prompt.model_validate(ALPACA)) == [Piece("Translate to French.\ncat")]
+    assert pieces(template, row=Prompt.model_validate({**ALPACA, "instruction": ""}))  # nothing is lost
+
+
+def test_fields_that_nothing_reads():
+    template = PromptTemplate("{context}: {input}", " {output}", PromptLayout())
+    row = {"input": "a", "output": "b", "context": "c", "task": "t", "score": 0, "note": "", "other": None, "tags": []}
+    assert template.unread(Prompt.model_validate(row)) == {"score"}
+    turns = [{"role": "user", "content": "a", "name": "x"}]
+    assert template.unread(Chat.model_validate({"messages": turns, "tools": [1], "input": ""})) == {"tools"}
+    assert PromptTemplate("{context}", "{output}", PromptLayout()).unread(Prompt.model_validate(row)) == {
+        "score",
+        "input",
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "half \ud800 pair", None, b"bytes"])
+def test_what_is_no_text_never_stands_in_a_prompt(value):
+    with pytest.raises(DataError, match="field 'context' must be text"):
+        pieces("{context}", row=Prompt.model_construct(input="a", context=value, task=None))
