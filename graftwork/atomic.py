@@ -5,13 +5,26 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from graftwork.errors import CheckpointError
+from graftwork.errors import CheckpointError, quoted
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EFBIG,
+)
+"""What a place answers that is there, but not to be written to."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -21,13 +34,14 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
     Raises CheckpointError when the disk is full or the place cannot be written.
     """
-    target = Path(path).absolute()
+    target = _place(path)
     with _disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _sibling(target)
         temporary.mkdir()
         try:
             yield temporary
+            _open_to_readers(temporary)
             flush_tree(temporary)
             _replace(temporary, target)
         finally:
@@ -36,7 +50,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` in one step; a reader sees the old bytes or the new ones."""
-    target = Path(path).absolute()
+    target = _place(path)
     with _disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _sibling(target)
@@ -62,6 +76,21 @@ def flush_tree(directory: Path) -> None:
         _flush(Path(folder))
 
 
+def _place(path: str | Path) -> Path:
+    if "\0" in str(path):
+        raise CheckpointError(f"{quoted(str(path))} is no name of a file: it holds a NUL character.")
+    return Path(path).absolute()
+
+
+def _open_to_readers(directory: Path) -> None:
+    """Give every file the mode that the umask gave the directory: safetensors makes its own private to the user."""
+    mode = stat.S_IMODE(directory.stat().st_mode) & 0o666
+    for folder, _, files in os.walk(directory):
+        for file in (Path(folder, name) for name in files):
+            if not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) != mode:
+                file.chmod(mode)
+
+
 @contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
     try:
@@ -72,10 +101,9 @@ def _disk_errors(target: Path) -> Iterator[None]:
                 f"the disk is full: {str(target)!r} was not written and nothing half-written was left; "
                 "free some space or choose another directory."
             ) from error
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
-            raise CheckpointError(
-                f"{str(target)!r} cannot be written: {error.strerror}: {error.filename!r}."
-            ) from error
+        if isinstance(error, OSError) and error.errno in _CLOSED:
+            where = f": {quoted(error.filename)}" if error.filename else ""
+            raise CheckpointError(f"{quoted(target)} cannot be written: {error.strerror}{where}.") from error
         raise
 
 

@@ -2,14 +2,16 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
 
-from graftwork.errors import ArtifactError, MatchError, suggest
+from graftwork.errors import ArtifactError, MatchError, quoted, suggest
 from graftwork.models.pending import Load
 from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT
 from graftwork.peft.artifact import directory as artifact
-from graftwork.peft.artifact.config import ArtifactConfig
-from graftwork.peft.artifact.tensors import fill
+from graftwork.peft.artifact.entries import prompt_formats, transforms
+from graftwork.peft.artifact.tensors import Contents, filled
+from graftwork.peft.outline import Outline
 from graftwork.peft.stack import Stack
 
 log = logging.getLogger(__name__)
@@ -28,15 +30,20 @@ def load(stack: Stack, asked: Load, identity: Callable[[], artifact.Base]) -> No
     ``identity`` tells what base this is. Raises ArtifactError on every rank, and leaves the model as it was, when the
     artifact does not fit.
     """
-    config = artifact.read_everywhere(asked.path)
-    chosen = agreed(lambda: _checked(stack, asked, config, identity))
-    names = [transform.name for transform in chosen]
-    with stack.all_or_nothing():
-        for transform in chosen:
-            if transform.name not in stack.transforms:
-                stack.add(transform, asked.trainable)
-        fill(stack, asked.path, config, names)
-        stack.prompt_formats |= artifact.prompt_formats(config, names)
+    with artifact.opened(asked.path) as held:
+        chosen = agreed(lambda: _checked(stack, asked, held, identity))
+        names = [transform.name for transform in chosen]
+        contents = agreed(lambda: Contents.of(held.file, held.config, names))
+        outlines = stack.outlines(chosen)  # nothing is allocated before the file is known to hold it
+        expected = stack.host.everywhere(key for outline in outlines for key in outline.keys)
+        agreed(lambda: contents.check(outlines, expected))
+        agreed(lambda: _check_order(stack, outlines, held))
+        with stack.all_or_nothing():
+            for transform in chosen:
+                if transform.name not in stack.transforms:
+                    stack.add(transform, asked.trainable)
+            with filled(stack, contents):
+                stack.prompt_formats |= prompt_formats(held.config, names)
 
 
 def refuse_taken_names(transforms: Iterable[PEFT], taken: Iterable[str]) -> None:
@@ -59,24 +66,48 @@ def warn_of_other_prompts(stack: Stack, theirs: Mapping[str, object]) -> None:
                 log.warning("%s is %r, but adapter %r was trained with %r.", key, theirs[key], name, trained[key])
 
 
-def _checked(stack: Stack, asked: Load, config: ArtifactConfig, identity: Callable[[], artifact.Base]) -> list[PEFT]:
+def _checked(stack: Stack, asked: Load, held: artifact.Artifact, identity: Callable[[], artifact.Base]) -> list[PEFT]:
     """Return the transforms to load, once they fit what is attached and the base is the one they were trained on."""
-    chosen = _named(artifact.transforms(config, asked.path), asked.names, str(asked.path))
+    chosen = _named(transforms(held.config, asked.path), asked.names, str(held))
     for loaded in chosen:
         attached = stack.transforms.get(loaded.name)
         if attached is not None and repr(attached) != repr(loaded):
             raise ArtifactError(
-                f"The model already has another adapter named {loaded.name!r}: {attached!r}, while {str(asked.path)!r} "
-                f"holds {loaded!r}; delete or rename one of them."
+                f"The model already has another adapter named {loaded.name!r}: {_brief(attached)}, while {held} "
+                f"holds {_brief(loaded)}; delete or rename one of them."
             )
     if asked.check_base:
-        artifact.check_base(config, identity(), asked.path)
+        artifact.check_base(held, identity())
     return chosen
 
 
+def _check_order(stack: Stack, outlines: Sequence[Outline], held: artifact.Artifact) -> None:
+    """Raise ArtifactError when two adapters would stand at one module the other way round than when they were saved.
+
+    An adapter at the same module acts on what those inside of it return, so another order is another function.
+    """
+    loaded = {outline.name: outline.sites for outline in outlines}
+    sites = {name: frozenset(stack.sites(name)) for name in stack.transforms} | loaded  # attached ones stay in place
+    before = {name: place for place, name in enumerate(held.config.order)}
+    for inner, outer in combinations((name for name in sites if name in before), 2):
+        shared = sites[inner] & sites[outer]
+        if before[inner] > before[outer] and shared and not loaded.keys().isdisjoint((inner, outer)):
+            raise ArtifactError(
+                f"{held} was saved with {outer!r} inside of {inner!r} at {min(shared)!r}, but here {inner!r} would "
+                f"stand inside; delete {inner!r} and load it after {outer!r}."
+            )
+
+
 def _named(transforms: Iterable[PEFT], names: Sequence[str] | None, path: str) -> list[PEFT]:
+    """Return the named transforms, inner to outer as they were saved, in whatever order they are named."""
     held = {transform.name: transform for transform in transforms}
     for name in names or ():
         if name not in held:
-            raise ArtifactError(f"{path!r} has no adapter {name!r}; {suggest(name, held)}")
-    return [held[name] for name in (held if names is None else dict.fromkeys(names))]
+            raise ArtifactError(f"{path} has no adapter {name!r}; {suggest(name, held)}")
+    if names is not None and not names:
+        raise ArtifactError(f"No adapter of {path} was named to be loaded; leave names out for all of them.")
+    return [transform for name, transform in held.items() if names is None or name in names]
+
+
+def _brief(transform: PEFT) -> str:
+    return quoted(repr(transform), limit=600, bare=True)

@@ -5,14 +5,19 @@ from collections.abc import Iterable
 from typing import ClassVar, Optional, Protocol, TypeVar, runtime_checkable
 
 import lightning.pytorch as pl
+import torch
 from torch import nn
 
-from graftwork.errors import ConfigError, suggest
+from graftwork.errors import ConfigError, quoted, suggest
 from graftwork.peft.adapter import Adapter, Birth
 from graftwork.peft.sites import BaseTensor, Host, Site
 from graftwork.virtual_tokens import PromptSlot
 
 N = TypeVar("N", int, float)
+
+MOST = 2**24
+"""Largest rank, width or number of virtual tokens: the bytes of a matrix of two are still a number to torch."""
+_FLOAT = torch.finfo(torch.float32)
 
 
 @runtime_checkable
@@ -36,7 +41,7 @@ class PEFT(pl.Callback):
 
     def __init__(self, name: str, layers: Optional[list[int]] = None) -> None:
         if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
-            raise ConfigError(f"An adapter's name may hold letters, digits, '-' and '_'; got {name!r}.")
+            raise ConfigError(f"An adapter's name may hold letters, digits, '-' and '_'; got {quoted(name)}.")
         if hasattr(nn.ModuleDict(), name):
             raise ConfigError(f"An adapter cannot be named {name!r}, an attribute of torch's modules; choose another.")
         self.name = name
@@ -90,25 +95,28 @@ class PEFT(pl.Callback):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.hyperparameters().items())})"
 
     def positive(self, field: str, value: N) -> N:
-        """Return ``value`` or raise ConfigError when it is not a number above zero."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ConfigError(f"{self}: {field} must be above 0, got {value!r}.")
+        """Return ``value`` or raise ConfigError when it is not a number above zero that fp32 holds."""
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not _FLOAT.tiny <= value <= _FLOAT.max:
+            raise ConfigError(f"{self}: {field} must be above 0 and finite in single precision, got {quoted(value)}.")
         return value
 
     def count(self, field: str, value: int) -> int:
-        """Return ``value`` or raise ConfigError when it is not a whole number above zero."""
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{self}: {field} must be a whole number above 0, got {value!r}.")
+        """Return ``value`` or raise ConfigError when it is not a whole number above zero, at most ``MOST``."""
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
+            raise ConfigError(
+                f"{self}: {field} must be a whole number above 0 and at most {MOST:,}, got {quoted(value)}."
+            )
         return value
 
     def probability(self, field: str, value: float) -> float:
         """Return ``value`` or raise ConfigError when it is not in [0, 1)."""
         if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-            raise ConfigError(f"{self}: {field} must be in [0, 1), got {value!r}.")
+            raise ConfigError(f"{self}: {field} must be in [0, 1), got {quoted(value)}.")
         return value
 
     def one_of(self, field: str, value: str, valid: Iterable[str]) -> str:
         """Return ``value`` or raise ConfigError that names the valid ones."""
         if value not in valid:
-            raise ConfigError(f"{self}: {field} is {value!r}; {suggest(str(value), valid)}")
+            raise ConfigError(f"{self}: {field} is {quoted(value)}; {suggest(str(value), valid)}")
         return value

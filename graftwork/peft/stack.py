@@ -5,13 +5,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from graftwork.errors import ConfigError, MatchError, suggest
 from graftwork.parallel.collective import agreed
+from graftwork.parallel.record import record_of
 from graftwork.peft.adapter import Adapter, Birth
 from graftwork.peft.merge import Candidate, fold, install, original_weights, originals, unmerge
 from graftwork.peft.method import PEFT
+from graftwork.peft.outline import Outline
 from graftwork.peft.sites import BaseTensor, Host, Site
 from graftwork.peft.trained import DerivedTensor, LentTensor, TrainedTensor, check_free
 from graftwork.peft.wrapper import graft, parameter_device, ungraft
@@ -35,6 +38,16 @@ class _Plan:
 
     grafts: list[Grafted]
     tensors: list[BaseTensor]
+
+    def outline(self, name: str) -> Outline:
+        """Describe it as that of adapter ``name``."""
+        shapes = {f"{name}.{tensor.name}": record_of(tensor.parameter).sharding.shape for tensor in self.tensors}
+        derived: list[str] = []
+        for item in self.grafts:
+            prefix = f"{name}.{item.site.name}"
+            shapes |= {f"{prefix}.{k}": record_of(p).sharding.shape for k, p in item.adapter.named_parameters()}
+            derived += [f"{prefix}.{key}" for key in item.adapter.extra_tensors()]
+        return Outline(name, frozenset(item.site.name for item in self.grafts), shapes, derived)
 
 
 class Stack:
@@ -81,6 +94,26 @@ class Stack:
         plan = agreed(lambda: _planned(transform, replace(self._host, prompts=layout)))
         self.layout = layout
         self._carry_out(plan, transform, trainable)
+
+    def outlines(self, transforms: Sequence[PEFT]) -> list[Outline]:
+        """Return what each transform trains on this rank, as attached or as it would be, without memory for it.
+
+        Collective. Raises, on all ranks, what ``add`` would raise.
+        """
+        found, layout = [], self.layout
+        for transform in transforms:
+            name = transform.name
+            if name in self.transforms:
+                plan = _Plan(self.grafted[name], [lent.tensor for lent in self.lent[name]])
+            else:
+                layout = layout.appended(transform.prompt_slots(layout.size))
+                plan = _sketched(transform, replace(self._host, prompts=layout))
+            found.append(plan.outline(name))
+        return found
+
+    def sites(self, name: str) -> set[str]:
+        """Return the names of the modules that adapter ``name`` stands at on this rank."""
+        return {item.site.name for item in self.grafted[name]}
 
     def remove(self, name: str) -> None:
         """Take adapter ``name`` off the model; the base and other adapters keep every bit.
@@ -244,13 +277,21 @@ class Stack:
             raise MatchError("Adapters are switched off here; leave the adapters_disabled() block first.")
 
 
-def _planned(transform: PEFT, host: Host) -> _Plan:
-    """Look for sites and tensors, which asks all ranks and is refused on all or on none; build what goes there."""
+def _sketched(transform: PEFT, host: Host) -> _Plan:
+    return agreed(lambda: _planned(transform, host, torch.device("meta")))
+
+
+def _planned(transform: PEFT, host: Host, device: torch.device | None = None) -> _Plan:
+    """Look for sites and tensors, which asks all ranks and is refused on all or on none; build what goes there.
+
+    ``device``: where its tensors are born, None: where the base's are.
+    """
     sites, tensors = transform.find(host), transform.selects(host)
     check_free(tensors, originals(host.chunks), str(transform))
     grafts = []
     for site in sites:
-        birth = Birth(host.seed, transform.name, site.name, parameter_device(host.chunks[site.chunk]))
+        place = device or parameter_device(host.chunks[site.chunk])
+        birth = Birth(host.seed, transform.name, site.name, place)
         grafts.append(Grafted(site, transform.build(site, birth, host)))
     return _Plan(grafts, tensors)
 

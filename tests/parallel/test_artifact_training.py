@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,7 +14,8 @@ from graftwork.errors import ArtifactError
 from graftwork.models import GPT
 from graftwork.optim import AdamW
 from graftwork.parallel.collective import barrier
-from graftwork.peft.artifact import tensors
+from graftwork.peft.artifact import verified
+from graftwork.peft.artifact.verified import StoredTensor
 from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import layout_of
 from tests.helpers.standin import trainer_for
@@ -105,57 +105,28 @@ def test_saved_there_goes_on_here(base: str, here: str, there: str, continued: d
         assert elementwise(torch.tensor(next_loss), torch.tensor(loss)) <= TOLERANCE
 
 
-class CountedSlice:
-    """A safetensors slice that counts the elements it hands out."""
+class CountedTensor(StoredTensor):
+    """A tensor of a file that counts the elements it hands out."""
 
     read = 0
 
-    def __init__(self, source: Any) -> None:
-        self.source = source
-
-    def get_shape(self) -> list[int]:
-        """Return the full shape, which costs nothing."""
-        return self.source.get_shape()
-
     def __getitem__(self, index: Any) -> Tensor:
-        found = self.source[index]
-        CountedSlice.read += found.numel()
+        found = super().__getitem__(index)
+        CountedTensor.read += found.numel()
         return found
-
-
-class CountedFile:
-    """``safe_open`` whose tensors can only be had as counted slices."""
-
-    def __init__(self, *args: Any) -> None:
-        self.file = safe_open(*args)
-
-    def __enter__(self) -> "CountedFile":
-        self.file.__enter__()
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        self.file.__exit__(*args)
-
-    def keys(self) -> Any:
-        """Return the names."""
-        return self.file.keys()
-
-    def get_slice(self, key: str) -> CountedSlice:
-        """Return a counted slice."""
-        return CountedSlice(self.file.get_slice(key))
 
 
 def read_slices(rank: int, world: int, layouts: list[str], root: Path) -> list[tuple[int, int, int]]:
     """Return, per layout, elements read from the file, elements of this rank's adapters, elements of the whole file."""
-    tensors.safe_open, found = CountedFile, []
+    verified.StoredTensor, found = CountedTensor, []  # type: ignore[misc]
     for name in layouts:
         model, path = model_of(Cell("llama", "base"), root), root / "saved" / "llama-one"
-        CountedSlice.read = 0
+        CountedTensor.read = 0
         model.load_adapters(path)
         one_step(model, rank, world, name)
         held = sum(p.numel() for n, p in model.named_parameters() if ".adapters." in n)
         whole_file = sum(t.numel() for n, t in load_file(path / TENSORS).items() if not n.endswith(".table"))
-        found.append((CountedSlice.read, held, whole_file))
+        found.append((CountedTensor.read, held, whole_file))
     return found
 
 

@@ -140,7 +140,7 @@ def test_some_of_the_adapters(tmp_path: Path) -> None:
     model.save_adapters(tmp_path / "all")
     twin = make()
     twin.load_adapters(tmp_path / "two")
-    assert list(twin.adapters) == ["ia3", "lora"]
+    assert list(twin.adapters) == ["lora", "ia3"], "inner to outer, as they stood in the model"
     one = make()
     one.load_adapters(tmp_path / "all", names=["ptuning"])
     assert list(one.adapters) == ["ptuning"]

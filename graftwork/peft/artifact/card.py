@@ -31,21 +31,22 @@ model.freeze()
 def model_card(config: ArtifactConfig, tensors: Mapping[str, Tensor]) -> str:
     """Return a README for the artifact: what it is, what base it needs, how to load it."""
     rows = []
-    for adapter in config["adapters"]:
-        settings = ", ".join(f"{k}={v!r}" for k, v in adapter["hyperparameters"].items() if v is not None)
-        rows.append(f"* `{adapter['method']}({settings})`")
+    for adapter in config.adapters:
+        settings = ", ".join(f"{k}={v!r}" for k, v in adapter.hyperparameters.items() if v is not None)
+        rows.append(f"* `{adapter.method}({settings})`")
     return CARD.format(
-        base=config["base"]["name"],
-        methods=", ".join(sorted({a["method"].lower() for a in config["adapters"]})),
+        base=config.base.name,
+        methods=", ".join(sorted({a.method.lower() for a in config.adapters})),
         rows="\n".join(rows),
-        prompt=_asked(config["adapters"]),
+        prompt=_asked(config.adapters),
         count=sum(t.numel() for t in tensors.values()),
         size=sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6,
-        step=config["step"] if config["step"] is not None else "an unknown number of",
+        step=config.step if config.step is not None else "an unknown number of",
     )
 
 
 def _asked(adapters: Sequence[Entry]) -> str:
     """Return the sentence that tells how the adapters were trained to be asked, or nothing where it is unknown."""
-    templates = dict.fromkeys(a["prompt"]["prompt_template"] for a in adapters if "prompt_template" in a["prompt"])
+    prompts = [a.prompt.prompt_template for a in adapters if a.prompt is not None]
+    templates = dict.fromkeys(template for template in prompts if template is not None)
     return f"Trained on the prompt {', '.join(map(repr, templates))}. " if templates else ""

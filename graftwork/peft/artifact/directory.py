@@ -5,13 +5,12 @@ base it belongs to and a checksum over both files, ``README.md`` a model card. N
 """
 
 import hashlib
-import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -19,17 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graftwork.atomic import atomic_directory
-from graftwork.errors import ArtifactError, CheckpointError, suggest
+from graftwork.errors import ArtifactError, CheckpointError, quoted
+from graftwork.jsonfile import parse_json, read_bytes, refuse_outside, validated
 from graftwork.parallel.collective import agreed, all_gather_objects
 from graftwork.peft.artifact.card import model_card
-from graftwork.peft.artifact.config import ArtifactConfig, Entry
-from graftwork.peft.artifact.tensors import TENSORS, bring_together
-from graftwork.peft.method import PEFT
-from graftwork.peft.methods import METHODS
-from graftwork.peft.stack import PromptFormat, Stack
+from graftwork.peft.artifact.config import FORMAT, SCHEMA, ArtifactConfig
+from graftwork.peft.artifact.entries import entries_of, transforms
+from graftwork.peft.artifact.tensors import bring_together
+from graftwork.peft.artifact.verified import VerifiedFile
+from graftwork.peft.stack import Stack
 
-CONFIG, CARD = "adapter_config.json", "README.md"
-SCHEMA = 1
+TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+MOST_BYTES = 8 * 2**20
+"""Largest configuration that is read: it holds a recipe, no tensors."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def save(
     Raises MatchError for an unknown name, ArtifactError when ``path`` holds anything but an adapter, CheckpointError
     when it cannot be written (disk full) or a value is not finite; what was there is then intact and no rank goes on.
     """
-    chosen = stack.known(names)
+    asked = set(stack.known(names))
+    chosen = [name for name in stack.transforms if name in asked]  # inner to outer, however they were named
     if not chosen:
         raise ArtifactError("No adapter was named to be saved; leave names out for all of them.")
     tensors = bring_together(stack, chosen)
@@ -65,102 +67,129 @@ def save(
             _write(Path(path).resolve(), tensors, _config(stack, chosen, base, step, recipe))
 
     def explain(problem: Exception) -> CheckpointError:
-        return CheckpointError(f"The adapter was not saved to {str(path)!r}: {problem}.")
+        return CheckpointError(f"The adapter was not saved to {quoted(path)}: {quoted(str(problem), bare=True)}.")
 
-    agreed(write, catch=(OSError, SafetensorError), explain=explain)
+    agreed(write, catch=(OSError, ValueError, SafetensorError), explain=explain)
     return Path(path)
 
 
-def read_config(path: str | Path) -> ArtifactConfig:
-    """Return ``adapter_config.json`` after checking format, schema and checksum.
+@dataclass(frozen=True)
+class Artifact:
+    """An adapter directory that was opened and verified: nothing of it is read again from the place it came from."""
 
-    Raises ArtifactError with one sentence that says what is wrong.
+    path: Path
+    config: ArtifactConfig
+    file: VerifiedFile
+
+    def __str__(self) -> str:
+        return quoted(self.path)
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Artifact]:
+    """Open an artifact on every rank, after checking format, schema and checksum; close it after the block.
+
+    Raises ArtifactError on every rank when one cannot read it, or reads another adapter.
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise ArtifactError(f"There is no adapter directory {str(path)!r}.")
-    for file in (CONFIG, TENSORS):
-        if not (directory / file).is_file():
-            raise ArtifactError(f"{str(path)!r} is not an adapter or incomplete: it holds no {file}.")
-    try:
-        config = _checked_format(json.loads((directory / CONFIG).read_text()), path)
-        checksum = _checksum(config, directory / TENSORS)
-    except ValueError as error:
-        raise ArtifactError(f"{CONFIG} in {str(path)!r} is damaged: it is not valid JSON ({error}).") from error
-    except OSError as error:
-        raise ArtifactError(f"Adapter {str(path)!r} cannot be read: {error.strerror}.") from error
-    if config.get("checksum") != checksum:
-        raise ArtifactError(
-            f"{str(path)!r} is damaged or was changed: its checksum does not match; save or copy the adapter again."
-        )
-    return config
-
-
-def _checked_format(config: object, path: str | Path) -> ArtifactConfig:
-    if not isinstance(config, dict) or config.get("format") != "graftwork":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        known = f" but a Hugging Face PEFT {kind} adapter, which needs import-hf (not in this version)" if kind else ""
-        raise ArtifactError(f"{str(path)!r} is no adapter of graftwork{known}.")
-    if config.get("schema") not in range(1, SCHEMA + 1):
-        raise ArtifactError(
-            f"{str(path)!r} has schema {config.get('schema')!r}, but this version reads at most {SCHEMA}; "
-            "update graftwork."
-        )
-    return cast(ArtifactConfig, config)
+    with ExitStack() as held:
+        artifact = agreed(lambda: _open(Path(path), held))
+        if len(set(all_gather_objects(artifact.config.checksum))) > 1:
+            raise ArtifactError(f"{artifact} is not the same adapter on every machine; copy one of them to all.")
+        yield artifact
 
 
 def read_everywhere(path: str | Path) -> ArtifactConfig:
-    """Return ``read_config``; raises ArtifactError on every rank when one cannot read it, or reads another adapter."""
-    config = agreed(lambda: read_config(path))
-    if len(set(all_gather_objects(config["checksum"]))) > 1:
-        raise ArtifactError(f"{str(path)!r} is not the same adapter on every machine; copy one of them to all.")
-    return config
+    """Return what ``opened`` has read of the configuration."""
+    with opened(path) as artifact:
+        return artifact.config
 
 
-def check_base(config: ArtifactConfig, base: Base, path: str | Path) -> None:
+def check_base(artifact: Artifact, base: Base) -> None:
     """Raise ArtifactError when the artifact was trained on another base."""
-    theirs = config["base"]
-    fields = [k for k, v in theirs["shape"].items() if base.shape.get(k) != v]
+    theirs, name = artifact.config.base, quoted(artifact.config.base.name, bare=True)
+    fields = [k for k, v in theirs.shape.items() if base.shape.get(k) != v]
     if fields:
-        detail = ", ".join(f"{k} {theirs['shape'][k]} (here {base.shape.get(k)})" for k in fields[:3])
-        raise ArtifactError(f"Adapter {str(path)!r} was trained on {theirs['name']}, another shape: {detail}.")
-    if theirs["fingerprint"] != base.fingerprint:
+        detail = ", ".join(
+            f"{quoted(k, bare=True)} {quoted(theirs.shape[k], bare=True)} (here {base.shape.get(k)})"
+            for k in fields[:3]
+        )
+        raise ArtifactError(f"Adapter {artifact} was trained on {name}, another shape: {detail}.")
+    if theirs.fingerprint != base.fingerprint:
         raise ArtifactError(
-            f"Adapter {str(path)!r} was trained on {theirs['name']}, whose weights differ from this base "
+            f"Adapter {artifact} was trained on {name}, whose weights differ from this base "
             f"({base.name}); pass check_base=False to load it all the same."
         )
 
 
-def transforms(config: ArtifactConfig, path: str | Path) -> list[PEFT]:
-    """Return the stack that an artifact was saved from; raises ArtifactError for a method or option unknown here."""
-    found = []
-    for entry in config["adapters"]:
-        method, options = METHODS.get(entry["method"]), entry["hyperparameters"]
-        if method is None:
-            raise ArtifactError(f"{str(path)!r} uses method {entry['method']!r}; {suggest(entry['method'], METHODS)}")
-        unknown = set(options) - set(inspect.signature(method).parameters)
-        if unknown:
-            raise ArtifactError(f"{str(path)!r} sets {entry['method']}.{min(unknown)}, unknown here; update graftwork.")
-        found.append(method(**options))
-    return found
+def _open(directory: Path, held: ExitStack) -> Artifact:
+    try:
+        return _read(directory, held)
+    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+        reason = quoted(getattr(error, "strerror", None) or str(error), bare=True)
+        raise ArtifactError(f"Adapter {quoted(directory)} cannot be read: {reason}.") from error
 
 
-def prompt_formats(config: ArtifactConfig, names: Sequence[str]) -> dict[str, PromptFormat]:
-    """Return, by name, how the named adapters of an artifact were trained to be asked, where that is known."""
-    prompts = {str(entry["hyperparameters"]["name"]): entry.get("prompt") for entry in config["adapters"]}
-    return {name: dict(prompt) for name in names if (prompt := prompts.get(name))}
+def _read(directory: Path, held: ExitStack) -> Artifact:
+    where = quoted(directory)
+    if not directory.is_dir():
+        raise ArtifactError(f"There is no adapter directory {where}.")
+    for file in (CONFIG, TENSORS):
+        if not (directory / file).is_file():
+            raise ArtifactError(f"{where} is not an adapter or incomplete: it holds no {file}.")
+        refuse_outside(directory, directory / file, ArtifactError)
+    raw = _checked_format(_json(directory), where)
+    tensors = VerifiedFile(directory / TENSORS)
+    held.callback(tensors.close)
+    if raw.get("checksum") != _digest(tensors.digest, raw):
+        raise ArtifactError(
+            f"{where} is damaged or was changed: its checksum does not match; save or copy the adapter again."
+        )
+    return Artifact(directory, validated(raw, ArtifactConfig, f"{CONFIG} in {where}", ArtifactError), tensors)
 
 
-def _write(path: Path, tensors: dict[str, Tensor], config: ArtifactConfig) -> None:
+def _json(directory: Path) -> object:
+    what = f"{CONFIG} in {quoted(directory)} is damaged: it"
+    return parse_json(read_bytes(directory / CONFIG, ArtifactError, MOST_BYTES), what, ArtifactError)
+
+
+def _checked_format(config: object, where: str) -> dict[str, object]:
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        theirs = (
+            f" but a Hugging Face PEFT {quoted(kind, bare=True)} adapter, which needs import-hf (not in this version)"
+        )
+        raise ArtifactError(f"{where} is no adapter of graftwork{theirs if kind else ''}.")
+    schema = config.get("schema")
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
+        raise ArtifactError(
+            f"{where} has schema {quoted(schema)}, but this version reads at most {SCHEMA}; update graftwork."
+        )
+    return config
+
+
+def _write(path: Path, tensors: dict[str, Tensor], config: dict[str, object]) -> None:
     _check_place(path)
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"The adapter was not saved: tensor {key!r} holds NaN or Inf.")
+    known = _as_read(config, path)
     with atomic_directory(path) as directory:
         save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
-        config["checksum"] = _checksum(config, directory / TENSORS)
-        (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (directory / CARD).write_text(model_card(config, tensors))
+        checked = config | {"checksum": _checksum(config, directory / TENSORS)}
+        (directory / CONFIG).write_text(json.dumps(checked, indent=2, sort_keys=True) + "\n")
+        (directory / CARD).write_text(model_card(known, tensors))
+
+
+def _as_read(config: Mapping[str, object], path: Path) -> ArtifactConfig:
+    """Return the configuration as loading will see it; raises ArtifactError when loading would refuse it."""
+    what = f"The adapter was not saved to {quoted(path)}: its configuration"
+    try:
+        text = json.dumps(config, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{what} is no plain data ({quoted(str(error), bare=True)}).") from error
+    known = validated(parse_json(text.encode(), what, ArtifactError), ArtifactConfig, what, ArtifactError)
+    transforms(known, path)
+    return known
 
 
 def _check_place(path: Path) -> None:
@@ -176,20 +205,13 @@ def _check_place(path: Path) -> None:
         )
 
 
-def _config(stack: Stack, names: Sequence[str], base: Base, step: int | None, recipe: str | None) -> ArtifactConfig:
-    adapters: list[Entry] = [
-        {
-            "method": type(stack.transforms[n]).__name__,
-            "hyperparameters": stack.transforms[n].hyperparameters(),
-            "prompt": dict(stack.prompt_formats.get(n, {})),
-        }
-        for n in names
-    ]
+def _config(stack: Stack, names: Sequence[str], base: Base, step: int | None, recipe: str | None) -> dict[str, object]:
     return {
-        "format": "graftwork",
+        "format": FORMAT,
         "peft_type": "GRAFTWORK",
         "schema": SCHEMA,
-        "adapters": adapters,
+        "adapters": entries_of(stack, names),
+        "stack": list(stack.transforms),
         "base": {"name": base.name, "family": base.family, "shape": base.shape, "fingerprint": base.fingerprint},
         "dtype": "float32",
         "step": step,
@@ -200,11 +222,12 @@ def _config(stack: Stack, names: Sequence[str], base: Base, step: int | None, re
 
 def _checksum(config: Mapping[str, object], tensors: Path) -> str:
     """Return the SHA-256 of the tensor file followed by the canonical configuration without its checksum."""
-    digest = hashlib.sha256()
     with tensors.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    rest = {k: v for k, v in config.items() if k != "checksum"}
+        return _digest(hashlib.file_digest(file, "sha256"), config)
+
+
+def _digest(tensors: "hashlib._Hash", config: Mapping[str, object]) -> str:
+    digest, rest = tensors.copy(), {k: v for k, v in config.items() if k != "checksum"}
     digest.update(json.dumps(rest, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -1,25 +1,24 @@
 """The tensors of an artifact: brought together from every rank's parts, and filled into attached adapters."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from graftwork.errors import ArtifactError
+from graftwork.errors import ArtifactError, quoted
 from graftwork.parallel.collective import agreed, gather_objects
-from graftwork.parallel.record import Record, record_of
-from graftwork.parallel.sharding import Sharding, Source
+from graftwork.parallel.record import record_of
+from graftwork.parallel.sharding import Sharding
 from graftwork.parallel.state import dp_group, expert_dp_group, tp_rank
 from graftwork.peft.artifact.config import ArtifactConfig
+from graftwork.peft.artifact.verified import StoredTensor, VerifiedFile, stored_tensors
+from graftwork.peft.outline import Outline
 from graftwork.peft.stack import Stack
 from graftwork.peft.trained import TrainedTensor
-
-TENSORS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,23 +40,75 @@ def bring_together(stack: Stack, names: Sequence[str]) -> dict[str, Tensor] | No
     return None if sent is None else _joined(sent)
 
 
-def fill(stack: Stack, path: str | Path, config: ArtifactConfig, names: Sequence[str]) -> None:
-    """Copy the tensors of adapters ``names`` into the model; each rank reads only its slices.
+@dataclass(frozen=True)
+class Contents:
+    """The tensors in an artifact's file that belong to adapters ``names``; ``path`` is what an error calls it."""
 
-    ``config`` is the artifact's. Raises ArtifactError on unknown, missing or misshapen tensors and on NaN or Inf, on
-    every rank and before any value is changed.
+    path: str
+    stored: Mapping[str, StoredTensor]
+    names: Sequence[str]
+
+    @classmethod
+    def of(cls, file: VerifiedFile, config: ArtifactConfig, names: Sequence[str]) -> "Contents":
+        """Return those of ``names``; raises ArtifactError unless the file is a whole safetensors file, all fp32."""
+        others = {entry.name for entry in config.adapters} - set(names)
+        stored = stored_tensors(file)
+        mine = {key: tensor for key, tensor in stored.items() if key.partition(".")[0] not in others}
+        return cls(quoted(file.path.parent), mine, names)
+
+    def check(self, outlines: Sequence[Outline], expected: Collection[str]) -> None:
+        """Raise ArtifactError for unknown, missing and misshapen tensors, before any is read.
+
+        ``expected`` names the tensors of the whole model, ``outlines`` hold those of this rank.
+        """
+        unknown, missing = sorted(self.stored.keys() - set(expected)), sorted(set(expected) - self.stored.keys())
+        if unknown:
+            raise ArtifactError(
+                f"{self.path} holds {len(unknown)} tensors its stack does not have, e.g. {quoted(unknown[0])}."
+            )
+        if missing:
+            raise ArtifactError(f"{self.path} lacks {len(missing)} tensors of its stack, e.g. {missing[0]!r}.")
+        for key, shape in (item for outline in outlines for item in outline.shapes.items()):
+            held = self.stored[key].shape
+            if held != shape:
+                raise ArtifactError(
+                    f"Tensor {key!r} in {self.path} has shape {list(held)}, but the model needs {list(shape)}."
+                )
+
+    def value(self, tensor: TrainedTensor) -> Tensor:
+        """Return this rank's part of one tensor; raises ArtifactError when it holds NaN or Inf."""
+        record = record_of(tensor.parameter)
+        value = record.sharding.read(self.stored[tensor.key], *record.place)
+        if not torch.isfinite(value).all():
+            raise ArtifactError(f"Tensor {tensor.key!r} in {self.path} holds NaN or Inf.")
+        return value
+
+
+@contextmanager
+def filled(stack: Stack, contents: Contents) -> Iterator[None]:
+    """Copy tensors into the attached adapters; when the block raises, each has its value of before again.
+
+    Raises ArtifactError on every rank and before any value is changed. Each rank reads only its slices.
     """
-    wanted = [tensor for name in names for tensor in stack.tensors(name)]
-    derived = [tensor.key for name in names for tensor in stack.derived(name)]  # nothing reads them
-    expected = set(stack.host.everywhere([*(tensor.key for tensor in wanted), *derived]))
-    others = {entry["hyperparameters"]["name"] for entry in config["adapters"]} - set(names)
+    wanted = [tensor for name in contents.names for tensor in stack.tensors(name)]
 
     def read() -> list[Tensor]:
-        _check_open(stack, names)
-        return _read(Path(path), wanted, expected, others)
+        _check_open(stack, contents.names)
+        try:
+            return [contents.value(tensor) for tensor in wanted]
+        except OSError as error:
+            raise ArtifactError(f"{contents.path} cannot be read: {error.strerror}.") from error
 
-    for tensor, value in zip(wanted, agreed(read)):
-        tensor.value.copy_(value)
+    values, before = agreed(read), [tensor.value.clone() for tensor in wanted]
+    done = False
+    try:
+        for tensor, value in zip(wanted, values):
+            tensor.value.copy_(value)
+        yield
+        done = True
+    finally:
+        for tensor, value in zip(wanted, before if not done else ()):
+            tensor.value.copy_(value)
 
 
 def _parts(stack: Stack, name: str) -> dict[str, Part]:
@@ -98,34 +149,3 @@ def _check_open(stack: Stack, names: Sequence[str]) -> None:
     for name in names:
         if stack.folded(name):
             raise ArtifactError(f"Adapter {name!r} is merged into the base; unmerge it before loading its values.")
-
-
-def _read(path: Path, wanted: Sequence[TrainedTensor], expected: set[str], others: set[str]) -> list[Tensor]:
-    try:
-        with safe_open(path / TENSORS, "pt") as file:
-            held = {key for key in file.keys() if key.partition(".")[0] not in others}  # noqa: SIM118
-            _check_names(held, expected, path)
-            return [_value(file.get_slice(t.key), record_of(t.parameter), t.key, path) for t in wanted]
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{TENSORS} in {str(path)!r} cannot be read ({error}); it is truncated.") from error
-
-
-def _check_names(held: set[str], expected: set[str], path: Path) -> None:
-    unknown, missing = sorted(held - expected), sorted(expected - held)
-    if unknown:
-        raise ArtifactError(f"{str(path)!r} holds {len(unknown)} tensors its stack does not have, e.g. {unknown[0]!r}.")
-    if missing:
-        raise ArtifactError(f"{str(path)!r} lacks {len(missing)} tensors of its stack, e.g. {missing[0]!r}.")
-
-
-def _value(source: Source, record: Record, key: str, path: Path) -> Tensor:
-    sharding = record.sharding
-    if tuple(source.get_shape()) != sharding.shape:
-        raise ArtifactError(
-            f"Tensor {key!r} in {str(path)!r} has shape {source.get_shape()}, but the model needs "
-            f"{list(sharding.shape)}."
-        )
-    value = sharding.read(source, *record.place)
-    if not torch.isfinite(value).all():
-        raise ArtifactError(f"Tensor {key!r} in {str(path)!r} holds NaN or Inf.")
-    return value
