@@ -45,11 +45,12 @@ def locked(path: Path, refusal: Callable[[Path, OSError], GraftworkError] = unwr
 
 
 def file_stamp(*files: Path) -> str:
-    """Hash of the files' places, sizes and change times: equal as long as nobody touches them."""
+    """Hash of the files' places, inodes, sizes and change times: equal as long as nobody touches or replaces them."""
     digest = hashlib.sha256()
     for file in sorted(files):
         status = file.stat()
-        digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        marks = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        digest.update(f"{file.resolve()}\0{marks}\n".encode())
     return digest.hexdigest()
 
 

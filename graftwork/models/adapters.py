@@ -24,11 +24,11 @@ def attach(stack: Stack, transforms: Iterable[PEFT], trainable: bool) -> None:
             stack.add(transform, trainable)
 
 
-def load(stack: Stack, asked: Load, identity: Callable[[], artifact.Base]) -> None:
+def load(stack: Stack, asked: Load, identity: Callable[[str | None], artifact.Base]) -> None:
     """Attach the adapters of an artifact with their trained values; those attached already get the values.
 
-    ``identity`` tells what base this is. Raises ArtifactError on every rank, and leaves the model as it was, when the
-    artifact does not fit.
+    ``identity`` tells what base this is, with a fingerprint of the kind of the given one. Raises ArtifactError on every
+    rank, and leaves the model as it was, when the artifact does not fit.
     """
     with artifact.opened(asked.path) as held:
         chosen = agreed(lambda: _checked(stack, asked, held, identity))
@@ -66,7 +66,9 @@ def warn_of_other_prompts(stack: Stack, theirs: Mapping[str, object]) -> None:
                 log.warning("%s is %r, but adapter %r was trained with %r.", key, theirs[key], name, trained[key])
 
 
-def _checked(stack: Stack, asked: Load, held: artifact.Artifact, identity: Callable[[], artifact.Base]) -> list[PEFT]:
+def _checked(
+    stack: Stack, asked: Load, held: artifact.Artifact, identity: Callable[[str | None], artifact.Base]
+) -> list[PEFT]:
     """Return the transforms to load, once they fit what is attached and the base is the one they were trained on."""
     chosen = _named(transforms(held.config, asked.path), asked.names, str(held))
     for loaded in chosen:
@@ -77,7 +79,7 @@ def _checked(stack: Stack, asked: Load, held: artifact.Artifact, identity: Calla
                 f"holds {_brief(loaded)}; delete or rename one of them."
             )
     if asked.check_base:
-        artifact.check_base(held, identity())
+        artifact.check_base(held, identity(held.config.base.fingerprint))
     return chosen
 
 

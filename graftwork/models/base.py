@@ -6,6 +6,7 @@ methods hand on to them. Whatever only one family does belongs to that family's 
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Unpack
 
@@ -28,10 +29,11 @@ from graftwork.models.pending import Add, Freeze, Load, Pending, Request
 from graftwork.models.precision import common_dtype
 from graftwork.models.recompute import recompute_fields
 from graftwork.models.shapes import Shape
-from graftwork.models.weights import export_weights, family_named, fingerprint, load_weights
+from graftwork.models.weights import check_checkpoint, export_weights, family_named, fingerprint, load_weights
 from graftwork.models.weights.drawn import draw
 from graftwork.models.weights.hub import resolve
 from graftwork.optim import AdamW
+from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT, report
 from graftwork.peft.artifact import directory as artifact
 from graftwork.peft.sites import Host
@@ -131,6 +133,7 @@ class Model(pl.LightningModule):
     def configure_model(self) -> None:
         """Build the module, fill in the base weights, carry out the requests that wait; idempotent."""
         if self.module is None:
+            agreed(self._check_checkpoint)  # before anything is allocated
             chunks = self.build()
             self.fill(chunks)
             self.module = nn.ModuleList(chunks) if parallel.vp_size() else chunks[0]
@@ -148,7 +151,7 @@ class Model(pl.LightningModule):
     def fill(self, chunks: Sequence[nn.Module]) -> None:
         """Fill the base weights: this rank's slices of the checkpoint, or values drawn from the seed."""
         if self.checkpoint_dir is not None:
-            load_weights(chunks, self.shape, self.checkpoint_dir)
+            agreed(partial(load_weights, chunks, self.shape, self.checkpoint_dir))
         else:
             draw(chunks, _config_of(chunks[0]), self.seed)
 
@@ -156,15 +159,18 @@ class Model(pl.LightningModule):
         """Describe the model to transforms."""
         return Host(self.chunks, self.config, self.shape.vocab_size, self.seed)
 
-    def base_identity(self) -> artifact.Base:
-        """Family, shape and fingerprint of the base, free of any parallel layout: what an artifact remembers."""
+    def base_identity(self, like: str | None = None) -> artifact.Base:
+        """Family, shape and fingerprint of the base, free of any parallel layout: what an artifact remembers.
+
+        ``like``: the fingerprint that it will be compared with; that of an older version is taken in another way.
+        """
         directory = self.checkpoint_dir
         name = self.checkpoint if self.checkpoint and not Path(self.checkpoint).exists() else None
         return artifact.Base(
             name=name or (directory.name if directory else "random weights"),
             family=self.shape.family,
             shape=dict(sorted(vars(self.shape).items())),
-            fingerprint=fingerprint(directory) if directory else f"random:{self.seed}",
+            fingerprint=fingerprint(directory, like) if directory else f"random:{self.seed}",
         )
 
     def export_hf(self, path: str | Path) -> Path:
@@ -331,7 +337,7 @@ class Model(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse what would train silently wrong; note how the rows are put to the model."""
-        refuse_unfit(self.trainer, self._stack)
+        refuse_unfit(self.trainer, self._stack, self.shape.max_position_embeddings)
         prompt = prompt_format_of(self.trainer)
         if prompt and self._stack is not None:
             self._stack.remember_prompt_format(prompt)
@@ -358,6 +364,10 @@ class Model(pl.LightningModule):
                 self.load_adapters(request.path, request.names, request.trainable, request.check_base)
             case Freeze():
                 self.freeze()
+
+    def _check_checkpoint(self) -> None:
+        if self.checkpoint_dir is not None:
+            check_checkpoint(self.shape, self.checkpoint_dir)
 
     def _transformer_fields(self) -> dict[str, object]:
         dtype = common_dtype(self.dtype_name, self.checkpoint_dir)

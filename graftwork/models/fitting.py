@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from graftwork.errors import ParallelismError, TrainingError
+from graftwork.errors import ConfigError, ParallelismError, TrainingError
 from graftwork.peft.stack import Stack
 
 
@@ -41,15 +41,29 @@ def schedules_steps(trainer: pl.Trainer) -> bool:
     return isinstance(trainer.strategy, SchedulesSteps)
 
 
-def refuse_unfit(trainer: pl.Trainer, stack: Stack | None) -> None:
-    """Raise what stops a fit that would train silently wrong: ParallelismError, TrainingError."""
+def refuse_unfit(trainer: pl.Trainer, stack: Stack | None, context: int) -> None:
+    """Raise what stops a fit that would train silently wrong: ConfigError, ParallelismError, TrainingError.
+
+    ``context``: the longest row that the model knows the positions of.
+    """
     if trainer.world_size > 1 and not schedules_steps(trainer):
         raise ParallelismError(
             f"{type(trainer.strategy).__name__} does not know megatron-core's parallel layout; "
             "use graftwork.training.MegatronStrategy for several devices."
         )
+    refuse_long_rows(trainer, context)
     if stack is not None and stack.merged:
         raise TrainingError("Adapters are merged into the base; call model.unmerge_adapters() before training.")
+
+
+def refuse_long_rows(trainer: pl.Trainer, context: int) -> None:
+    """Raise ConfigError when the data may give rows, virtual tokens included, that are longer than ``context``."""
+    length = getattr(getattr(trainer, "datamodule", None), "seq_length", None)
+    if isinstance(length, int) and length > context:
+        raise ConfigError(
+            f"data.seq_length={length} is longer than the model's context: max_position_embeddings={context} is the "
+            "most that its positions reach, unless its config.json extends them (rope_scaling and the larger maximum)."
+        )
 
 
 def prompt_format_of(trainer: pl.Trainer) -> dict[str, object]:

@@ -10,6 +10,7 @@ from graftwork import parallel
 from graftwork.batch import Batch
 from graftwork.core.context_parallel import slice_batch
 from graftwork.core.gpt import build_gpt
+from graftwork.errors import ConfigError
 from graftwork.models.base import Model
 from graftwork.models.generation.logits import masked_logits
 from graftwork.models.loss import LossFunction, answer_rows, summed_loss, token_losses
@@ -48,13 +49,16 @@ class GPT(Model):
     def run_chunk(self, chunk: nn.Module, batch: Batch) -> Tensor:
         """Call one megatron-core chunk on a microbatch: logits [b, s, v/tp], or hidden states before the last stage.
 
-        A packed microbatch lies in one line; under context parallelism only this rank's positions are in it.
+        A packed microbatch lies in one line; under context parallelism only this rank's positions are in it. Raises
+        ConfigError for rows longer than the model's positions reach.
         """
+        packed = None if batch.cu_seqlens is None else _packed(batch.cu_seqlens)
+        self._check_length(batch.tokens.shape[1] * parallel.cp_size() if packed is None else packed.max_seqlen_q)
         output: Tensor = chunk(
             input_ids=batch.tokens,
             position_ids=batch.position_ids,
             attention_mask=None,
-            packed_seq_params=None if batch.cu_seqlens is None else _packed(batch.cu_seqlens),
+            packed_seq_params=packed,
         )
         return output
 
@@ -81,6 +85,14 @@ class GPT(Model):
             return summed_loss(token_losses(logits, batch.labels.reshape(-1)[rows], self.shape.vocab_size))
 
         return output, loss_function
+
+    def _check_length(self, length: int) -> None:
+        limit = self.shape.max_position_embeddings
+        if length > limit:
+            raise ConfigError(
+                f"a row of {length} tokens, virtual ones included, is longer than the model's context "
+                f"(max_position_embeddings={limit}); set data.seq_length to at most {limit}, or give shorter rows."
+            )
 
     def _keep_answer_rows(self, decoder: nn.Module, arguments: object, hidden: Tensor) -> Tensor | None:
         """Hand only positions with a target to the output layer: [s, b, h] -> [n, 1, h]; the rest has no loss."""

@@ -1,11 +1,11 @@
 """Base precision: ``fp32``, ``bf16`` (bf16 base, fp32 adapters, no autocast), or what the machine does fast."""
 
-import json
 from pathlib import Path
 
 import torch
 
-from graftwork.errors import ConfigError, suggest
+from graftwork.errors import ConfigError, quoted, suggest
+from graftwork.models.weights import read_config
 from graftwork.parallel.collective import agreed, all_gather_objects
 
 DTYPES = {
@@ -52,10 +52,12 @@ def bf16_is_fast() -> bool:
 def _checkpoint_dtype(checkpoint: Path | None) -> torch.dtype:
     if checkpoint is None or not (checkpoint / "config.json").is_file():
         return torch.float32
-    config = json.loads((checkpoint / "config.json").read_text())
+    config = read_config(checkpoint)
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if name not in DTYPES:
-        raise ConfigError(f"The checkpoint {str(checkpoint)!r} is in {name}; choose dtype='bf16' or dtype='fp32'.")
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ConfigError(
+            f"The checkpoint {str(checkpoint)!r} is in {quoted(name, bare=True)}; choose dtype='bf16' or dtype='fp32'."
+        )
     return DTYPES[name]
 
 

@@ -5,7 +5,7 @@ from typing import Literal, Optional, TypedDict
 
 from megatron.core.transformer import TransformerConfig
 
-from graftwork.errors import ConfigError, suggest
+from graftwork.errors import ConfigError, quoted, suggest
 from graftwork.models.transformer_config import ACTIVATIONS, transformer_config
 
 CHOICES = {
@@ -19,6 +19,17 @@ SAME_NAME = (
     *("add_bias_linear", "add_qkv_bias", "hidden_dropout", "attention_dropout"),
 )
 """Fields that TransformerConfig knows under the same name."""
+MOST_HEADS = 4096
+"""Divisors up to here are offered where a number does not divide another."""
+RANGES = {
+    "layernorm_epsilon": (0.0, 1.0),
+    "rotary_base": (1.0, 1e12),
+    "rotary_percent": (1e-6, 1.0),
+    "rope_scaling_factor": (1.0, 1e6),
+    "hidden_dropout": (0.0, 0.999),
+    "attention_dropout": (0.0, 0.999),
+}
+"""Smallest and largest value of each field that is no whole number."""
 
 
 class GPTArguments(TypedDict):
@@ -74,12 +85,14 @@ class Shape:
         """Fill what follows from other fields, then refuse what cannot work."""
         self._check_choices()
         self._check_sizes()
+        self._check_numbers()
         if self.num_query_groups is None:
             object.__setattr__(self, "num_query_groups", self.num_attention_heads)
         if self.kv_channels is None:
             self._check_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
             object.__setattr__(self, "kv_channels", self.hidden_size // self.num_attention_heads)
         self._check_divides("num_query_groups", self.groups, "num_attention_heads", self.num_attention_heads)
+        self._check_rotated()
 
     @property
     def groups(self) -> int:
@@ -172,17 +185,39 @@ class Shape:
         for field, valid in CHOICES.items():
             value = getattr(self, field)
             if value not in valid:
-                raise ConfigError(f"Shape.{field} is {value!r}; {suggest(str(value), valid)}")
+                raise ConfigError(f"Shape.{field} is {quoted(value)}; {suggest(str(value)[:100], valid)}")
 
     def _check_sizes(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             absent = value is None and field.type == Optional[int]
             if field.type in (int, Optional[int]) and not absent and (type(value) is not int or value < 1):
-                raise ConfigError(f"Shape.{field.name} is {value!r}; a whole number of at least 1 is valid.")
+                raise ConfigError(f"Shape.{field.name} is {quoted(value)}; a whole number of at least 1 is valid.")
+            if field.type is bool and type(value) is not bool:
+                raise ConfigError(f"Shape.{field.name} is {quoted(value)}; True or False is valid.")
+
+    def _check_numbers(self) -> None:
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if value is None and name == "rope_scaling_factor":
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not least <= value <= most:
+                raise ConfigError(f"Shape.{name} is {quoted(value)}; a number from {least:g} to {most:g} is valid.")
+
+    def _check_rotated(self) -> None:
+        rotated = int(self.channels * self.rotary_percent)
+        if self.position_embedding == "rope" and (rotated < 2 or rotated % 2):
+            raise ConfigError(
+                f"rotary positions turn pairs of channels, but {rotated} of {self.channels} channels of a head are "
+                "rotated; choose Shape.kv_channels and Shape.rotary_percent so that they are 2, 4, 6, ..."
+            )
 
     @staticmethod
     def _check_divides(small_name: str, small: int, large_name: str, large: int) -> None:
         if large % small:
-            divisors = [n for n in range(1, large + 1) if large % n == 0]
-            raise ConfigError(f"Shape.{small_name}={small} must divide {large_name}={large}; valid: {divisors}.")
+            divisors = [n for n in range(1, min(large, MOST_HEADS) + 1) if large % n == 0]
+            raise ConfigError(
+                f"Shape.{small_name}={quoted(small)} must divide {large_name}={quoted(large)}; valid: "
+                f"{quoted(str(divisors), 300, bare=True)}."
+            )

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from graftwork.data.tokenizer import checkpoint_tokenizer
 from graftwork.errors import CheckpointError
@@ -65,12 +67,18 @@ def test_llama3_splitter_keeps_numbers_of_three_digits(tmp_path: Path) -> None:
 
 def test_llama3_frequency_scaling_is_read(tmp_path: Path) -> None:
     source = make_tiny("llama", tmp_path / "hf")
-    factors = np.array([1.0, 1.0, 3.2, 8.0, 8.0, 8.0], dtype=np.float32)
-    path = write_gguf(
-        tmp_path / "x.gguf", source, change=lambda writer: writer.add_tensor("rope_freqs.weight", factors)
-    )
-    conversion.convert(path, tmp_path / "out")
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 8192, "rope_theta": 10000.0}
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](AutoConfig.from_pretrained(source, rope_parameters=scaling), "cpu")
+    factors = (10000.0 ** -(np.arange(0, 12, 2) / 12) / frequencies.numpy()).astype(np.float32)
+
+    def write(name: str, divisors: np.ndarray) -> Path:
+        return write_gguf(tmp_path / name, source, change=lambda w: w.add_tensor("rope_freqs.weight", divisors))
+
+    conversion.convert(write("x.gguf", factors), tmp_path / "out")
     assert shape_from_hf(read_config(tmp_path / "out")).rope_scaling_factor == 8.0
+    with pytest.raises(CheckpointError, match=r"rope_freqs.weight of the GGUF file does not scale the frequencies"):
+        conversion.convert(write("y.gguf", np.sqrt(factors) * 2), tmp_path / "other")
 
 
 @pytest.mark.parametrize(

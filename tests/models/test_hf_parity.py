@@ -161,14 +161,17 @@ def empty_file(directory: Path) -> None:
 def lost_shard(directory: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (directory / INDEX).write_text(json.dumps(index))
+    (directory / "model.safetensors").unlink()
 
 
 def broken_index(directory: Path) -> None:
     (directory / INDEX).write_text("{")
+    (directory / "model.safetensors").unlink()
 
 
 def lying_index(directory: Path) -> None:
-    (directory / INDEX).write_text(json.dumps({"weight_map": {"model.nom.weight": "model.safetensors"}}))
+    (directory / INDEX).write_text(json.dumps({"weight_map": {"model.nom.weight": "one.safetensors"}}))
+    (directory / "model.safetensors").rename(directory / "one.safetensors")
 
 
 def pickled(directory: Path) -> None:
@@ -184,8 +187,8 @@ def pickled(directory: Path) -> None:
         (truncate, r"model.safetensors' is damaged or incomplete"),
         (empty_file, r"model.safetensors' is damaged or incomplete"),
         (lost_shard, "names files that are not there: model-00002-of-00002.safetensors"),
-        (broken_index, "is not a safetensors index"),
-        (lying_index, "places 'model.nom.weight' in model.safetensors, which does not hold it"),
+        (broken_index, r"index.json' is not valid JSON"),
+        (lying_index, "places 'model.nom.weight' in one.safetensors, which does not hold it"),
         (pickled, "has neither model.safetensors nor .* pytorch_model.bin: save the model again"),
     ],
 )

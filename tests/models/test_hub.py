@@ -1,5 +1,7 @@
 """Finding a base model: every kind of name, converted once, and what is said when it is not there."""
 
+import os
+import shutil
 import threading
 from importlib import metadata
 from pathlib import Path
@@ -53,6 +55,56 @@ def test_gguf_is_converted_once(gguf_file: Path, private_cache: Path, conversion
     assert len(conversions) == 1
     gguf_file.touch()
     assert resolve(gguf_file) != first
+
+
+def plant(directory: Path) -> None:
+    """Put other weights, of the same size and time, where the conversion's are."""
+    file = directory / "model.safetensors"
+    times, data = file.stat(), bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def replace_all(directory: Path) -> None:
+    """Put another whole model there."""
+    other = make_tiny("llama", directory.with_name("other"), seed=1, dtype="bfloat16")
+    shutil.rmtree(directory)
+    other.rename(directory)
+
+
+def forge(directory: Path) -> None:
+    """Leave a directory of which nobody ever noted what it holds."""
+    replace_all(directory)
+    directory.with_name(f"{directory.name}.seal.json").unlink()
+
+
+DAMAGE = {
+    "planted": plant,
+    "replaced": replace_all,
+    "forged": forge,
+    "lost": lambda directory: (directory / "config.json").unlink(),
+    "another file": lambda directory: (directory / "chat_template.jinja").write_text("x"),
+    "a link": lambda directory: (directory / "vocab.json").symlink_to("/etc/passwd"),
+    "a broken seal": lambda directory: directory.with_name(f"{directory.name}.seal.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_what_was_not_converted_here_is_not_used(damage, gguf_file: Path, conversions: list[Path]) -> None:
+    directory = resolve(gguf_file)
+    before = {file.name: file.read_bytes() for file in directory.iterdir()}
+    damage(directory)
+    assert resolve(gguf_file) == directory and len(conversions) == 2
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+
+
+def test_a_copied_or_touched_conversion_is_used(gguf_file: Path, conversions: list[Path]) -> None:
+    directory = resolve(gguf_file)
+    shutil.copytree(directory, directory.with_name("copy"))
+    shutil.rmtree(directory)
+    directory.with_name("copy").rename(directory)
+    assert resolve(gguf_file) == resolve(gguf_file) == directory and len(conversions) == 1
 
 
 def test_concurrent_resolvers_convert_once(gguf_file: Path, conversions: list[Path]) -> None:

@@ -16,7 +16,7 @@ from graftwork.models.weights.hf import (
     read_config,
     shape_from_hf,
 )
-from graftwork.models.weights.load import load_weights
+from graftwork.models.weights.load import check_checkpoint, load_weights
 from graftwork.models.weights.mapping import Mapping, Rule
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Family",
     "Mapping",
     "Rule",
+    "check_checkpoint",
     "export_weights",
     "family_named",
     "family_of",

@@ -1,17 +1,32 @@
 """The safetensors files of a checkpoint directory: which tensor is where, and lazy slices of it."""
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
-from graftwork.errors import CheckpointError
+from graftwork.errors import CheckpointError, quoted
+from graftwork.jsonfile import named_inside, read_schema, refuse_outside
 from graftwork.parallel.sharding import Source
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Stored(Source, Protocol):
+    """A tensor in its file, nothing read yet."""
+
+    def get_dtype(self) -> str:
+        """Number format as safetensors names it: ``F32``, ``BF16``."""
+        ...
+
+
+class Index(BaseModel):
+    """The index of a sharded checkpoint; what else stands in it is not read."""
+
+    weight_map: dict[str, str]
 
 
 class OpenFile(Protocol):
@@ -21,7 +36,7 @@ class OpenFile(Protocol):
         """Names of all tensors."""
         ...
 
-    def get_slice(self, name: str) -> Source:
+    def get_slice(self, name: str) -> Stored:
         """Return tensor ``name``, nothing read yet."""
         ...
 
@@ -29,8 +44,9 @@ class OpenFile(Protocol):
 class TensorFiles:
     """Open checkpoint; a context manager. ``files``: tensor name -> file, from the single file or the sharded index.
 
-    ``rename`` gives the name a tensor is known by here (None: leave it out). Raises CheckpointError for a directory
-    without safetensors, a shard that the index names but is not there, and a damaged file.
+    A single file wins over an index, as in transformers. ``rename`` gives the name a tensor is known by here (None:
+    leave it out). Raises CheckpointError for a directory without safetensors, a damaged file, an index that does not
+    say exactly what its files hold, and files outside the directory.
     """
 
     def __init__(self, directory: str | Path, rename: Callable[[str], str | None] = str) -> None:
@@ -40,10 +56,14 @@ class TensorFiles:
         self._open: dict[Path, OpenFile] = {}
         self.files: dict[str, Path] = {}
         self._stored: dict[str, str] = {}
-        for stored, file in self._find().items():
-            name = rename(stored)
-            if name is not None:
-                self.files[name], self._stored[name] = file, stored
+        try:
+            self._note(self._find(), rename)
+        except OSError as error:
+            self.close()
+            raise CheckpointError(f"{quoted(self.directory)} cannot be read: {error.strerror}.") from error
+        except CheckpointError:
+            self.close()
+            raise
 
     def __enter__(self) -> "TensorFiles":
         return self
@@ -56,7 +76,7 @@ class TensorFiles:
         self._open.clear()
         self._stack.close()
 
-    def source(self, name: str) -> Source:
+    def source(self, name: str) -> Stored:
         """Return a lazy slice of tensor ``name``: indexing it reads only the indexed part."""
         return self._handle(self.files[name]).get_slice(self._stored[name])
 
@@ -64,39 +84,72 @@ class TensorFiles:
         """The tensor's name in its file."""
         return self._stored[name]
 
+    def forget(self, name: str) -> None:
+        """Leave out tensor ``name``."""
+        del self.files[name], self._stored[name]
+
+    def _note(self, found: dict[str, Path], rename: Callable[[str], str | None]) -> None:
+        for stored, file in found.items():
+            name = rename(stored)
+            if name is None:
+                continue
+            if name in self.files:
+                raise CheckpointError(
+                    f"{quoted(self.directory)} holds one tensor twice, as {quoted(self._stored[name])} and "
+                    f"{quoted(stored)}."
+                )
+            self.files[name], self._stored[name] = file, stored
+
     def _find(self) -> dict[str, Path]:
         index, single = self.directory / INDEX, self.directory / SINGLE
+        if single.is_file():
+            refuse_outside(self.directory, single, CheckpointError)
+            return dict.fromkeys(self._handle(single).keys(), single)
         if index.is_file():
             return self._from_index(index)
-        if single.is_file():
-            return dict.fromkeys(self._handle(single).keys(), single)
         pickled = sorted(p.name for p in self.directory.glob("*.bin"))
-        hint = f" (it has {pickled[0]}: save the model again with safe_serialization=True)" if pickled else ""
-        raise CheckpointError(f"{str(self.directory)!r} has neither {SINGLE} nor {INDEX}{hint}.")
+        hint = (
+            f" (it has {quoted(pickled[0], bare=True)}: save the model again with safe_serialization=True)"
+            if pickled
+            else ""
+        )
+        raise CheckpointError(f"{quoted(self.directory)} has neither {SINGLE} nor {INDEX}{hint}.")
 
     def _from_index(self, index: Path) -> dict[str, Path]:
-        try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{str(index)!r} is not a safetensors index with a weight_map.") from error
-        files = {name: self.directory / file for name, file in places.items()}
-        missing = sorted({file.name for file in files.values() if not file.is_file()})
+        refuse_outside(self.directory, index, CheckpointError)
+        places = read_schema(index, Index, CheckpointError).weight_map
+        what = quoted(index)
+        files = {file: named_inside(self.directory, file, what, CheckpointError) for file in set(places.values())}
+        missing = sorted(file for file, path in files.items() if not path.is_file())
         if missing:
-            raise CheckpointError(f"{str(index)!r} names files that are not there: {', '.join(missing)}.")
-        held = {file: set(self._handle(file).keys()) for file in set(files.values())}
-        for name, file in files.items():
+            raise CheckpointError(f"{what} names files that are not there: {_some(missing)}.")
+        self._check_places(what, places, files)
+        return {name: files[file] for name, file in places.items()}
+
+    def _check_places(self, what: str, places: dict[str, str], files: dict[str, Path]) -> None:
+        """Raise CheckpointError unless the index places every tensor of its files, and nothing else."""
+        held = {file: set(self._handle(path).keys()) for file, path in files.items()}
+        for name, file in places.items():
             if name not in held[file]:
-                raise CheckpointError(f"{str(index)!r} places {name!r} in {file.name}, which does not hold it.")
-        return files
+                raise CheckpointError(f"{what} places {quoted(name)} in {file}, which does not hold it.")
+        for file, names in held.items():
+            for name in names:
+                if places.get(name) != file:
+                    raise CheckpointError(f"{file} holds {quoted(name)}, which {what} does not place there.")
 
     def _handle(self, file: Path) -> OpenFile:
         if file not in self._open:
             try:
                 self._open[file] = self._stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{str(file)!r} is damaged or incomplete: {_first_line(error)}.") from error
+                raise CheckpointError(f"{quoted(file)} is damaged or incomplete: {_first_line(error)}.") from error
         return self._open[file]
 
 
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(quoted(name, bare=True) for name in names[:limit]) + more
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    return quoted(str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__, bare=True)

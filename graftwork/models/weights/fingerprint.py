@@ -1,48 +1,94 @@
-"""Fingerprint of a base: which weights these are, independent of files, shards and parallel sizes."""
+"""Fingerprint of a base: which weights these are, to the last bit, independent of files, shards and parallel sizes."""
 
 import hashlib
-import json
+import re
 import struct
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import BinaryIO
+
+from pydantic import BaseModel
 
 from graftwork.atomic import atomic_write_text
-from graftwork.cache import cache_directory, file_stamp
+from graftwork.cache import cache_directory, file_stamp, locked
 from graftwork.errors import CheckpointError
+from graftwork.jsonfile import parse_json, validated
 from graftwork.models.weights.files import TensorFiles
 from graftwork.models.weights.hf import mapping_for, read_config, shape_from_hf
+from graftwork.models.weights.load import open_checkpoint
 
+WHOLE = "sha256:"
+"""What every fingerprint starts with; those of version 0.1, which sampled each tensor, have no such beginning."""
 SAMPLES, SAMPLE_BYTES = 16, 64
+CHUNK = 4 * 2**20
+THREADS = 4
+SETTLED_NS = 20_000_000
+"""Files this young may change once more within the same tick of the file system's clock: nothing is noted of them."""
 
 
-def fingerprint(directory: str | Path) -> str:
-    """Return the SHA-256 of the sorted (Hugging Face name, shape, dtype, sampled bytes) of a checkpoint directory.
+def fingerprint(directory: str | Path, like: str | None = None) -> str:
+    """Return the SHA-256 of the sorted (Hugging Face name, shape, dtype, bytes) of a checkpoint directory's tensors.
 
-    The same weights in one file or many give the same fingerprint. Cached under the user's cache as long as the
-    files do not change. Raises CheckpointError for a directory that is no supported checkpoint.
+    The same weights in one file or many give the same fingerprint. Cached under the user's cache as long as inode,
+    size and change times of the files stay. ``like``: a fingerprint that this one will be compared with; for one of
+    version 0.1 the result is of its kind. Raises CheckpointError for a directory that is no supported checkpoint.
     """
     mapping = mapping_for(shape_from_hf(read_config(directory)), tensor_parallel=1)
-    with TensorFiles(directory, mapping.canonical) as files:
-        cached = cache_directory() / "fingerprints" / file_stamp(*set(files.files.values()))
-        if cached.is_file():
-            return cached.read_text()
-        value = _compute(files)
-    atomic_write_text(cached, value)
+    with open_checkpoint(mapping, directory) as files:
+        if like is not None and re.fullmatch("[0-9a-f]{64}", like):
+            return _sampled(files)
+        return _noted(files)
+
+
+def _noted(files: TensorFiles) -> str:
+    """Return the fingerprint from the cache, else compute and note it; other ranks and processes wait for the first."""
+    held = sorted(set(files.files.values()))
+    stamp = file_stamp(*held)
+    note = cache_directory() / "fingerprints" / stamp
+    with locked(note):
+        known = note.read_text(errors="replace") if note.is_file() else ""
+        if re.fullmatch(f"{WHOLE}[0-9a-f]{{64}}", known):
+            return known
+        began = time.time_ns()
+        value = WHOLE + _digest(files)
+        if file_stamp(*held) != stamp:
+            raise CheckpointError(f"{str(files.directory)!r} changed while its weights were read; try again.")
+        if max(file.stat().st_ctime_ns for file in held) + SETTLED_NS < began:
+            atomic_write_text(note, value)
     return value
 
 
-def _compute(files: TensorFiles) -> str:
+def _digest(files: TensorFiles) -> str:
+    headers = {file: _Header(file) for file in set(files.files.values())}
+    names = sorted(files.files)
+
+    def one(name: str) -> bytes:
+        header = headers[files.files[name]]
+        return header.digest(files.stored_name(name))
+
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(THREADS) as threads:  # hashing lets other threads run
+        for name, found in zip(names, threads.map(one, names)):
+            entry = headers[files.files[name]].entries[files.stored_name(name)]
+            digest.update(f"{name}\0{entry.shape}\0{entry.dtype}\0".encode() + found)
+    return digest.hexdigest()
+
+
+def _sampled(files: TensorFiles) -> str:
+    """Return the fingerprint as version 0.1 took it: it sees a few bytes of each tensor."""
     headers = {file: _Header(file) for file in set(files.files.values())}
     digest = hashlib.sha256()
     for name in sorted(files.files):
         header = headers[files.files[name]]
         entry = header.entries[files.stored_name(name)]
-        digest.update(f"{name}\0{entry['shape']}\0{entry['dtype']}\0".encode())
-        digest.update(header.sample(*entry["data_offsets"]))
+        digest.update(f"{name}\0{entry.shape}\0{entry.dtype}\0".encode())
+        digest.update(header.sample(*entry.data_offsets))
     return digest.hexdigest()
 
 
-class _Entry(TypedDict):
+class _Entry(BaseModel):
     """What a safetensors header says of one tensor; the offsets count from the end of the header."""
 
     dtype: str
@@ -57,19 +103,37 @@ class _Header:
         self.file = file
         with open(file, "rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
-            self.entries: dict[str, _Entry] = json.loads(handle.read(length))
+            found = parse_json(handle.read(length), repr(str(file)), CheckpointError)
+        assert isinstance(found, dict), "safetensors has read this header before"
+        what = f"the header of {str(file)!r}"
+        self.entries = {
+            name: validated(entry, _Entry, what, CheckpointError)
+            for name, entry in found.items()
+            if name != "__metadata__"
+        }
         self.start = 8 + length
+
+    def digest(self, name: str) -> bytes:
+        """Return the SHA-256 of a tensor's bytes."""
+        digest = hashlib.sha256()
+        with open(self.file, "rb") as handle:
+            for part in self._parts(handle, *self.entries[name].data_offsets):
+                digest.update(part)
+        return digest.digest()
 
     def sample(self, begin: int, end: int) -> bytes:
         """Return SAMPLES pieces of SAMPLE_BYTES, evenly spread from the tensor's first byte to its last."""
         last = max(begin, end - SAMPLE_BYTES)
         places = sorted({begin + (last - begin) * i // (SAMPLES - 1) for i in range(SAMPLES)})
         with open(self.file, "rb") as handle:
-            return b"".join(self._piece(handle, place, end) for place in places)
+            return b"".join(self._piece(handle, place, min(SAMPLE_BYTES, end - place)) for place in places)
 
-    def _piece(self, handle: BinaryIO, place: int, end: int) -> bytes:
+    def _parts(self, handle: BinaryIO, begin: int, end: int) -> Iterator[bytes]:
+        for place in range(begin, end, CHUNK):
+            yield self._piece(handle, place, min(CHUNK, end - place))
+
+    def _piece(self, handle: BinaryIO, place: int, wanted: int) -> bytes:
         handle.seek(self.start + place)
-        wanted = min(SAMPLE_BYTES, end - place)
         data = handle.read(wanted)
         if len(data) != wanted:
             raise CheckpointError(f"{str(self.file)!r} is shorter than its header says.")

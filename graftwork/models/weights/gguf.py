@@ -11,17 +11,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graftwork.atomic import atomic_directory
-from graftwork.errors import CheckpointError
+from graftwork.errors import CheckpointError, ConfigError, quoted
 from graftwork.models.shape import Shape
 from graftwork.models.weights.gguf_tokenizer import write_tokenizer
 from graftwork.models.weights.hf import hf_config, mapping_for
 from graftwork.models.weights.hf.llama import Llama
 from graftwork.models.weights.hf.rope import LLAMA3
+from graftwork.models.weights.load import MANY
 from graftwork.models.weights.writer import Entry, write_sharded
 
 SHARD_BYTES = 4 * 2**30
 ARCHITECTURE = "llama"
 """GGUF's own name of the one architecture whose tensor names are below; it holds models of the family Llama."""
+ROPE_FACTORS = "rope_freqs.weight"
+USED = frozenset(
+    {
+        *("block_count", "embedding_length", "feed_forward_length", "context_length", "rope.freq_base"),
+        *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
+        "attention.layer_norm_rms_epsilon",
+    }
+)
+"""Settings of the architecture that ``read_shape`` reads."""
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _BLOCK = {
     "input_layernorm": "attn_norm",
@@ -68,10 +78,7 @@ def convert(path: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) ->
     reader = _open(path)
     shape = read_shape(reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    wanted = mapping_for(shape, tensor_parallel=1).hf_shapes()
-    missing = sorted(name for name in map(gguf_name, wanted) if name not in tensors)
-    if missing:
-        raise CheckpointError(f"{str(path)!r} lacks the tensors {', '.join(missing[:5])}.")
+    wanted = _wanted(path, shape, tensors)
     entries = [Entry(name, size, dtype) for name, size in wanted.items()]
     with atomic_directory(directory) as temporary:
         write_sharded(temporary, entries, _tensors(wanted, tensors, shape, dtype), SHARD_BYTES)
@@ -80,8 +87,62 @@ def convert(path: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) ->
         write_tokenizer({name: field(reader, name) for name in reader.fields if "tokenizer." in name}, temporary)
 
 
+def _wanted(path: Path, shape: Shape, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
+    """Return the Hugging Face tensors of ``shape``; raises CheckpointError unless the file holds exactly those."""
+    mapping = mapping_for(shape, tensor_parallel=1)
+    if mapping.count() > MANY + 2 * len(tensors):  # before their names are listed: a file may claim billions of layers
+        raise CheckpointError(f"{quoted(path)} holds {len(tensors)} tensors and describes {mapping.count()}.")
+    wanted = mapping.hf_shapes()
+    names = {gguf_name(name): name for name in wanted}
+    missing = sorted(names.keys() - tensors.keys())
+    unused = sorted(tensors.keys() - names.keys() - {ROPE_FACTORS})
+    wrong = sorted(n for n in names.keys() & tensors.keys() if _size(tensors[n]) != wanted[names[n]])
+    for what, found in (("lacks", missing), ("has, beside those of a LLaMA,", unused), ("has in another shape", wrong)):
+        if found:
+            shown = ", ".join(quoted(name, bare=True) for name in found[:5])
+            raise CheckpointError(f"{quoted(path)} {what} the tensors {shown}.")
+    return wanted
+
+
+def _size(tensor: StoredTensor) -> tuple[int, ...]:
+    return tuple(int(n) for n in reversed(tensor.shape))
+
+
+def _check_metadata(reader: Reader, shape: Shape) -> None:
+    """Raise CheckpointError for settings of the architecture that would be read differently, or not at all."""
+    fixed = {
+        "attention.value_length": shape.channels,
+        "rope.dimension_count": shape.channels,
+        "vocab_size": shape.vocab_size,
+        "rope.scaling.type": "none",
+        "expert_count": 0,
+        "expert_used_count": 0,
+    }
+    for name in reader.fields:
+        own = name.removeprefix(f"{ARCHITECTURE}.")
+        if own == name or own in USED:
+            continue
+        if own not in fixed or field(reader, name) != fixed[own]:
+            valid = f"; valid: {fixed[own]!r}" if own in fixed else ""
+            raise CheckpointError(
+                f"{quoted(name)}={quoted(field(reader, name))} of a GGUF file is not supported{valid}."
+            )
+
+
 def read_shape(reader: Reader) -> Shape:
     """Return the Shape that the file's metadata describe."""
+    try:
+        shape = _shape(reader)
+    except (ConfigError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"the GGUF file describes no valid model: {quoted(str(error), 200, bare=True)}"
+        ) from error
+    _check_metadata(reader, shape)
+    _check_frequencies(next((t for t in reader.tensors if t.name == ROPE_FACTORS), None), shape)
+    return shape
+
+
+def _shape(reader: Reader) -> Shape:
     architecture = field(reader, "general.architecture")
     if architecture != ARCHITECTURE:
         raise CheckpointError(f"GGUF architecture {architecture!r} is not supported; valid: {ARCHITECTURE!r}.")
@@ -103,7 +164,7 @@ def read_shape(reader: Reader) -> Shape:
         max_position_embeddings=get("context_length"),
         layernorm_epsilon=_short(get("attention.layer_norm_rms_epsilon", 1e-5)),
         rotary_base=_short(get("rope.freq_base", 10000.0)),
-        rope_scaling_factor=_rope_factor(names.get("rope_freqs.weight")),
+        rope_scaling_factor=_rope_factor(names.get(ROPE_FACTORS)),
         tie_embeddings="output.weight" not in names,
     )
 
@@ -164,6 +225,19 @@ def _rope_factor(frequencies: StoredTensor | None) -> float | None:
         return None
     factor = round(float(frequencies.data.max()), 4)
     return factor if factor > LLAMA3["low_freq_factor"] else None
+
+
+def _check_frequencies(stored: StoredTensor | None, shape: Shape) -> None:
+    """Raise CheckpointError unless the divisors of the rotary frequencies are those of LLaMA 3.1's formula."""
+    if stored is None:
+        return
+    factor, low, high = shape.rope_scaling_factor or 1.0, LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
+    exponents = np.arange(0, shape.channels, 2) / shape.channels
+    turns = LLAMA3["original_max_position_embeddings"] / (2 * np.pi * shape.rotary_base**exponents)
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if stored.data.shape != expected.shape or not np.allclose(stored.data, expected, rtol=1e-3):
+        raise CheckpointError(f"{ROPE_FACTORS} of the GGUF file does not scale the frequencies as LLaMA 3.1 does.")
 
 
 def _short(value: float) -> float:

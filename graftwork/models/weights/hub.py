@@ -6,8 +6,9 @@ from importlib import metadata
 from pathlib import Path
 
 from graftwork.cache import cache_directory, file_stamp, locked, sha256
-from graftwork.errors import CheckpointError, suggest
+from graftwork.errors import CheckpointError, quoted, suggest
 from graftwork.models.weights.gguf import convert
+from graftwork.models.weights.seal import is_as_written, seal
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,29 @@ def resolve(name_or_path: str | Path) -> Path:
     Accepts a directory with config.json, a ``.gguf`` file, a registered name, or a hub id ``owner/model``.
     Raises CheckpointError that says what is missing and how to get it.
     """
-    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    name = str(name_or_path)
+    try:
+        return _resolved(name, Path(name).expanduser())
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, NUL in it, ~ of nobody, no permission
+        raise CheckpointError(f"{quoted(name)} cannot be read: {quoted(str(error), bare=True)}.") from error
+
+
+def _resolved(name: str, path: Path) -> Path:
     if name in REGISTERED and not (path / "config.json").is_file():
         return _registered(name)
     if path.suffix == ".gguf":
         return _converted_file(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise CheckpointError(f"{name!r} has no config.json: a Hugging Face checkpoint directory is expected.")
+            raise CheckpointError(
+                f"{quoted(name)} has no config.json: a Hugging Face checkpoint directory is expected."
+            )
         return path
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\0" not in name:
         return _from_hub(name)
     raise CheckpointError(
-        f"{name!r} is no checkpoint directory, GGUF file, hub id (owner/model) or registered name; "
-        f"{suggest(name, REGISTERED)}"
+        f"{quoted(name)} is no checkpoint directory, GGUF file, hub id (owner/model) or registered name; "
+        f"{suggest(name[:100], REGISTERED)}"
     )
 
 
@@ -84,16 +94,20 @@ def _converted_file(path: Path) -> Path:
 
 
 def _convert_once(name: str, locate: Callable[[], Path], expected_sha256: str | None) -> Path:
-    """Return the cached conversion ``name``; the source is only needed, and checked, the first time."""
+    """Return the cached conversion ``name``; the source is only needed, and checked, when it is made.
+
+    A conversion whose files are not those that were written, to the last byte, is made anew.
+    """
     target = cache_directory() / "models" / name
-    if target.is_dir():
+    if is_as_written(target):
         return target
-    source = locate()
     with locked(target):
-        if not target.is_dir():
+        if not is_as_written(target):
+            source = locate()
             if expected_sha256 is not None:
                 _check_sha256(source, expected_sha256)
             convert(source, target)
+            seal(target)
     return target
 
 

@@ -1,6 +1,7 @@
 """Hugging Face checkpoint -> megatron-core module, tensor by tensor; each rank reads only its own slices."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -8,32 +9,57 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from graftwork import parallel
-from graftwork.errors import CheckpointError
+from graftwork.errors import CheckpointError, quoted
 from graftwork.models.shape import Shape
-from graftwork.models.weights.files import TensorFiles
-from graftwork.models.weights.hf import mapping_for
+from graftwork.models.weights.files import Stored, TensorFiles
+from graftwork.models.weights.hf import mapping_for, read_config, shape_from_hf
 from graftwork.models.weights.mapping import Mapping, Rule
 from graftwork.parallel.names import global_name
 
 Modules = Module | Sequence[Module]
 """One pipeline stage, or the list of its virtual stages."""
+FORMATS = ("F32", "BF16", "F16", "F64")
+"""Number formats that are read, as safetensors names them."""
+MANY = 10_000
+"""More tensors than this, and than twice those that are there, are not listed: a config may claim any number."""
+ROWS = 4096
 
 
 def load_weights(module: Modules, shape: Shape, directory: str | Path) -> None:
     """Fill the base parameters of ``module`` (one stage, or its list of virtual stages) from ``directory``.
 
     Adapters may already be attached. Parameters keep their dtype. Raises CheckpointError, naming the tensors, for
-    missing, unexpected or wrongly shaped ones, before any parameter is changed.
+    missing, unexpected or wrongly shaped ones, before any parameter is changed, and for values that are not finite.
     """
     mapping = mapping_for(shape)
     with open_checkpoint(mapping, directory) as files, torch.no_grad():
         for name, parameter in base_parameters(module):
             rule = mapping.rule(name)
-            local = read(rule, files, parallel.tp_rank(), parallel.tp_size())
+            local = read(rule, files, parallel.tp_rank(), parallel.tp_size()).to(parameter.dtype)
             if local.shape != parameter.shape:
                 shapes = f"{tuple(parameter.shape)}, the checkpoint fills {tuple(local.shape)}"
                 raise CheckpointError(f"the model's {name} has shape {shapes}.")
+            if not _finite(local):
+                raise CheckpointError(_not_finite(rule, files, parameter.dtype))
             parameter.copy_(local)
+
+
+def check_checkpoint(shape: Shape, directory: str | Path) -> None:
+    """Refuse a checkpoint that is not one of ``shape``; reads config.json and headers only, nothing is allocated.
+
+    Raises CheckpointError naming the fields or tensors that differ.
+    """
+    theirs = shape_from_hf(read_config(directory))
+    # Dropout is a training choice, not part of the weights.
+    names = [f.name for f in fields(Shape) if not f.name.endswith("_dropout")]
+    differing = [name for name in names if getattr(shape, name) != getattr(theirs, name)]
+    if differing:
+        shown = ", ".join(f"{n}={getattr(shape, n)!r} (there {getattr(theirs, n)!r})" for n in differing[:5])
+        raise CheckpointError(
+            f"the model's shape is not that of the checkpoint {quoted(directory)}: {shown}; set these fields of "
+            "model.shape to the checkpoint's values, or choose another checkpoint."
+        )
+    open_checkpoint(mapping_for(shape, tensor_parallel=1), directory).close()
 
 
 def read(rule: Rule, files: TensorFiles, rank: int, size: int) -> Tensor:
@@ -55,17 +81,66 @@ def open_checkpoint(mapping: Mapping, directory: str | Path) -> TensorFiles:
     Raises CheckpointError naming the tensors that are missing, unexpected or wrongly shaped.
     """
     files = TensorFiles(directory, mapping.canonical)
-    expected = mapping.hf_shapes()
+    try:
+        _check_twins(mapping, files)
+        _check_tensors(mapping, files)
+    except CheckpointError:
+        files.close()
+        raise
+    return files
+
+
+def _check_tensors(mapping: Mapping, files: TensorFiles) -> None:
+    count, held = mapping.count(), len(files.files)
+    # A configuration may claim billions of layers: their names are not even listed.
+    many = count > MANY + 2 * held
+    expected = {} if many else mapping.hf_shapes()
     problems = [
+        f"it describes {count} tensors and the files hold {held}" if many else "",
         _listed("missing", expected.keys() - files.files.keys()),
-        _listed("unexpected", files.files.keys() - expected.keys()),
+        _listed("unexpected", [] if many else files.files.keys() - expected.keys()),
         _listed("of the wrong shape", _wrong_shapes(expected, files)),
+        _listed(f"in a format that is not supported (valid: {', '.join(FORMATS)})", _wrong_formats(files)),
     ]
     found = "; ".join(p for p in problems if p)
     if found:
-        files.close()
-        raise CheckpointError(f"{str(directory)!r} does not fit this {mapping.family} model: {found}.")
-    return files
+        raise CheckpointError(f"{quoted(files.directory)} does not fit this {mapping.family} model: {found}.")
+
+
+def _check_twins(mapping: Mapping, files: TensorFiles) -> None:
+    """Leave out a second copy of tied weights; raises CheckpointError when it is not the same, bit for bit."""
+    for twin, name in mapping.twins.items():
+        if twin not in files.files or name not in files.files:
+            continue
+        if not _same(files.source(twin), files.source(name)):
+            raise CheckpointError(
+                f"{quoted(files.directory)} ties {twin} to {name} in its config.json, but holds different values for "
+                "the two; if the head is its own, tie_word_embeddings must be false."
+            )
+        files.forget(twin)
+
+
+def _same(one: Stored, other: Stored) -> bool:
+    if (one.get_shape(), one.get_dtype()) != (other.get_shape(), other.get_dtype()):
+        return False
+    rows = one.get_shape()[0] if one.get_shape() else 0
+    parts = [slice(start, start + ROWS) for start in range(0, rows, ROWS)]
+    return all(torch.equal(_bytes(one[part]), _bytes(other[part])) for part in parts)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _finite(tensor: Tensor) -> bool:
+    # One pass without a mask: the smallest and the largest value are NaN where any value is.
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def _not_finite(rule: Rule, files: TensorFiles, dtype: torch.dtype) -> str:
+    bad = [name for name in rule.hf if not _finite(files.source(name)[:].to(dtype))]
+    named = ", ".join(files.stored_name(name) for name in bad or rule.hf)
+    return f"the base's weights in {quoted(files.directory)} are NaN or infinite in {named}; get the checkpoint anew."
 
 
 def _wrong_shapes(expected: dict[str, tuple[int, ...]], files: TensorFiles) -> Iterator[str]:
@@ -75,9 +150,16 @@ def _wrong_shapes(expected: dict[str, tuple[int, ...]], files: TensorFiles) -> I
             yield f"{name} is {list(actual)} instead of {list(expected[name])}"
 
 
-def _listed(what: str, names: Iterable[str], limit: int = 5) -> str:
+def _wrong_formats(files: TensorFiles) -> Iterator[str]:
+    for name in files.files:
+        actual = files.source(name).get_dtype()
+        if actual not in FORMATS:
+            yield f"{name} is {quoted(actual, bare=True)}"
+
+
+def _listed(what: str, names: Iterable[str], limit: int = 3) -> str:
     ordered = sorted(names)
     if not ordered:
         return ""
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return f"{len(ordered)} tensor(s) {what}: {', '.join(ordered[:limit])}{more}"
+    return f"{len(ordered)} tensor(s) {what}: {', '.join(quoted(n, bare=True) for n in ordered[:limit])}{more}"

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping as ReadOnly
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from graftwork.errors import MatchError, suggest
@@ -34,7 +35,8 @@ class Mapping:
     """All rules of one model, in its order; those of one stack's layers stand together.
 
     ``layers``: number of layers of each stack ("encoder", "decoder"); ``prefix``: leading part of Hugging Face names
-    that some checkpoints leave out; ``ignored``: patterns of tensors that carry no weights (masks, rotary tables).
+    that some checkpoints leave out; ``ignored``: patterns of tensors that carry no weights (masks, rotary tables);
+    ``twins``: a tensor that some checkpoints hold beside the one it is tied to, by its name.
     """
 
     family: str
@@ -42,6 +44,7 @@ class Mapping:
     rules: tuple[Rule, ...]
     prefix: str = ""
     ignored: tuple[str, ...] = ()
+    twins: ReadOnly[str, str] = field(default_factory=dict)
 
     def expanded(self) -> Iterator[Rule]:
         """Yield every rule of every layer, in model order."""
@@ -64,6 +67,12 @@ class Mapping:
         names = (rule.core for rule in self.rules)
         raise MatchError(f"no {self.family} parameter is called {core_name!r}; {suggest(pattern, names)}")
 
+    def count(self) -> int:
+        """Number of Hugging Face tensors, counted without listing them."""
+        stacks = (_stack(rule.core) for rule in self.rules)
+        times = [1 if stack is None else self.layers[stack] for stack in stacks]
+        return sum(n * len(rule.hf) for n, rule in zip(times, self.rules) if not rule.alias)
+
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor of the model with its shape, each once, in model order."""
         return {name: shape for rule in self.expanded() for name, shape in zip(rule.hf, rule.op.shapes)}
@@ -73,6 +82,7 @@ class Mapping:
         if any(re.search(pattern, hf_name) for pattern in self.ignored):
             return None
         known = {name.split(".", 1)[0] for rule in self.rules for name in rule.hf}
+        known |= {name.split(".", 1)[0] for name in self.twins}
         return hf_name if hf_name.split(".", 1)[0] in known else self.prefix + hf_name
 
 

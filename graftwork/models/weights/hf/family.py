@@ -1,6 +1,6 @@
 """A model family: what it answers to, how its config becomes a Shape and back, and its weight mapping."""
 
-import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping as ReadOnly
 from dataclasses import fields
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from graftwork import parallel
-from graftwork.errors import CheckpointError, ConfigError, suggest
+from graftwork.errors import CheckpointError, ConfigError, quoted, suggest
+from graftwork.jsonfile import read_object, refuse_outside
 from graftwork.models.shape import Shape
 from graftwork.models.weights.mapping import Mapping
 from graftwork.registry import Registry
@@ -16,6 +17,7 @@ from graftwork.registry import Registry
 Config = ReadOnly[str, object]
 """``config.json`` of a Hugging Face checkpoint."""
 
+MOST = sys.float_info.max
 ShapeFields = dict[str, Any]
 """Fields of a Shape with the values that a config gives them, whatever they are: Shape refuses what cannot work."""
 
@@ -25,12 +27,22 @@ class Family(ABC):
 
     ``name``: the model_type, also ``Shape.family``; ``architecture``: what config.json calls the class; ``notes``: the
     family's line in the docs; ``kind``: which class of ``graftwork.models`` its checkpoints become.
+
+    Every field of transformers' config class is in one of ``used`` (by ``read``), ``fixed`` (its valid values, None:
+    absent) and ``irrelevant`` (with the reason), here or above for all families. ``defaults``: what transformers takes
+    for an absent field; ``aliases``: a field's other name -> its name. A field that the class of transformers does not
+    have changes nothing there either, and is not looked at.
     """
 
     name: ClassVar[str]
     architecture: ClassVar[str]
     notes: ClassVar[str]
     kind: ClassVar[str] = "gpt"
+    used: ClassVar[frozenset[str]] = frozenset()
+    fixed: ClassVar[ReadOnly[str, tuple[object, ...]]] = {}
+    irrelevant: ClassVar[ReadOnly[str, str]] = {}
+    defaults: ClassVar[Config] = {}
+    aliases: ClassVar[ReadOnly[str, str]] = {}
 
     @abstractmethod
     def read(self, config: Config) -> ShapeFields:
@@ -48,6 +60,27 @@ class Family(ABC):
         """Return the rules of ``shape`` with a vocabulary of ``padded`` rows."""
 
 
+FIXED: ReadOnly[str, tuple[object, ...]] = {
+    "quantization_config": (None,),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "is_encoder_decoder": (None, False),
+}
+"""Fields of every family that change the mathematics, with their valid values."""
+IRRELEVANT: ReadOnly[str, str] = {
+    **dict.fromkeys(("transformers_version", "architectures", "name_or_path"), "says where the file comes from"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "read where the model's precision is chosen"),
+    **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), "says what else is returned"),
+    **dict.fromkeys(("id2label", "label2id", "problem_type"), "belongs to a classifier"),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "belongs to tokenizer and generation"),
+    "chunk_size_feed_forward": "the same arithmetic in parts",
+    "initializer_range": "spread of random weights",
+    "pretraining_tp": "the same arithmetic in parts",
+    "use_cache": "the same logits, computed once",
+    "max_window_layers": "counts only with use_sliding_window",
+}
+"""Fields of every family that change no logits of a loaded causal model, with the reason."""
+
 FAMILIES: Registry[Family] = Registry("family")
 """Every family by its ``model_type``: the one list of them."""
 
@@ -61,9 +94,9 @@ def family_named(name: str) -> Family:
 
 def family_of(config: Config) -> Family:
     """Return the family that a checkpoint's config names; raises CheckpointError with near names when there is none."""
-    name = str(config.get("model_type"))
-    if name not in FAMILIES:
-        raise CheckpointError(f"model_type {name!r} is not supported; {suggest(name, FAMILIES)}")
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise CheckpointError(f"model_type {quoted(name)} is not supported; {suggest(str(name)[:100], FAMILIES)}")
     return FAMILIES[name]
 
 
@@ -73,25 +106,25 @@ def read_config(directory: str | Path) -> dict[str, object]:
     Raises CheckpointError when the directory or the file is missing or is no JSON object.
     """
     folder = Path(directory)
-    if not folder.is_dir():
-        raise CheckpointError(f"the checkpoint directory {str(folder)!r} does not exist.")
     path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{str(folder)!r} has no config.json: a Hugging Face checkpoint directory is expected.")
     try:
-        config: object = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{str(path)!r} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{str(path)!r} is not a JSON object.")
-    return config
+        if not folder.is_dir():
+            raise CheckpointError(f"the checkpoint directory {quoted(folder)} does not exist.")
+        if not path.is_file():
+            raise CheckpointError(
+                f"{quoted(folder)} has no config.json: a Hugging Face checkpoint directory is expected."
+            )
+    except OSError as error:  # a name too long, a directory without permission
+        raise CheckpointError(f"{quoted(folder)} cannot be read: {error.strerror}.") from error
+    refuse_outside(folder, path, CheckpointError)
+    return read_object(path, CheckpointError)
 
 
 def shape_from_hf(config: Config) -> Shape:
     """Return the Shape of a Hugging Face config; raises CheckpointError for a model that cannot be expressed."""
     family = family_of(config)
     try:
-        return Shape(family=family.name, **family.read(config))
+        return Shape(family=family.name, **family.read(_complete(family, config)))
     except KeyError as error:
         raise CheckpointError(f"config.json of this {family.name} model has no field {error}.") from error
     except ConfigError as error:
@@ -135,16 +168,39 @@ def family_table() -> str:
 def refuse(config: Config, field: str, valid: tuple[object, ...]) -> None:
     """Raise CheckpointError unless ``field`` is one of ``valid`` (None: absent)."""
     if config.get(field) not in valid:
-        names = ", ".join(repr(v) for v in valid if v is not None)
-        raise CheckpointError(f"{field}={config.get(field)!r} of config.json is not supported; valid: {names}.")
+        names = ", ".join(repr(v) for v in valid if v is not None) or "null"
+        raise CheckpointError(f"{field}={quoted(config.get(field))} of config.json is not supported; valid: {names}.")
 
 
 def number(config: Config, field: str, default: float | None = None) -> float:
     """Return ``field`` as a float, ``default`` when absent (None: KeyError); raises CheckpointError for no number."""
     value = config[field] if default is None else config.get(field, default)
-    if not isinstance(value, (int, float)):
-        raise CheckpointError(f"{field}={value!r} of config.json is not a number.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST <= value <= MOST:
+        raise CheckpointError(f"{field}={quoted(value)} of config.json is not a number.")
     return float(value)
+
+
+def flag(config: Config, field: str, default: bool) -> bool:
+    """Return ``field`` as true or false, ``default`` when absent; raises CheckpointError for anything else."""
+    value = config.get(field, default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{field}={quoted(value)} of config.json is neither true nor false.")
+    return value
+
+
+def _complete(family: Family, config: Config) -> Config:
+    """Return ``config`` in the family's own names, absent fields filled in; refuses fields away from valid values."""
+    named = dict(config)
+    for alias, name in family.aliases.items():
+        if alias not in named:
+            continue
+        value = named.pop(alias)
+        if named.setdefault(name, value) != value:
+            raise CheckpointError(f"config.json has {alias} and {name}, which mean the same, with different values.")
+    complete = {**family.defaults, **named}
+    for field, valid in {**FIXED, **family.fixed}.items():
+        refuse(complete, field, valid)
+    return complete
 
 
 def _current_size() -> int:

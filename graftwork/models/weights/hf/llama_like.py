@@ -1,23 +1,36 @@
 """What the families of LLaMA's layout share: the spelling of their sizes, and their tensors under ``model.``."""
 
-from graftwork.errors import CheckpointError
+from graftwork.errors import CheckpointError, quoted
 from graftwork.models.shape import Shape
 from graftwork.models.weights.hf import rules
-from graftwork.models.weights.hf.family import Config, Family, ShapeFields, number, refuse
+from graftwork.models.weights.hf.family import Config, Family, ShapeFields, flag, number
 from graftwork.models.weights.hf.rope import read_rope, write_rope
 from graftwork.models.weights.mapping import Mapping
+
+USED = frozenset(
+    {
+        *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+        *("head_dim", "vocab_size", "max_position_embeddings", "tie_word_embeddings", "attention_dropout"),
+        *("attention_bias", "mlp_bias", "sliding_window", "layer_types", "rope_parameters"),
+    }
+)
+"""Fields that ``read_sizes``, ``linear_bias`` and ``read_rope`` read."""
+FIXED = {"use_sliding_window": (None, False)}
 
 
 class LlamaLike(Family):
     """Separate q, k, v (and gate, up) projections, rotary positions; RMSNorm and SwiGLU unless overridden."""
 
+    used = USED | {"rms_norm_eps"}
+    fixed = {"hidden_act": ("silu",), **FIXED}
+    defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
+
     def read(self, config: Config) -> ShapeFields:
         """Return the Shape fields of a model with RMSNorm, SwiGLU and biases everywhere or nowhere."""
-        refuse(config, "hidden_act", ("silu",))
         return {
             **read_sizes(config),
             **read_rope(config),
-            "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+            "layernorm_epsilon": number(config, "rms_norm_eps"),
             "add_bias_linear": linear_bias(config),
         }
 
@@ -50,15 +63,14 @@ class LlamaLike(Family):
                 rules.output(shape, padded, embedding + "weight", head="lm_head.weight"),
             ),
             prefix="model.",
-            ignored=(r"rotary_emb\.inv_freq$", *rules.tied_head(shape, "lm_head.weight")),
+            ignored=(r"^(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$",),
+            twins=rules.tied_head(shape, "lm_head.weight", embedding + "weight"),
         )
 
 
 def read_sizes(config: Config) -> ShapeFields:
     """Return sizes and dropout; raises CheckpointError for a sliding window that is in effect."""
-    refuse(config, "use_sliding_window", (None, False))
-    if config.get("use_sliding_window") is None:
-        _refuse_window(config)
+    _refuse_windows(config)
     return {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -68,7 +80,7 @@ def read_sizes(config: Config) -> ShapeFields:
         "kv_channels": config.get("head_dim"),
         "vocab_size": config["vocab_size"],
         "max_position_embeddings": config["max_position_embeddings"],
-        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "tie_embeddings": flag(config, "tie_word_embeddings", False),
         "attention_dropout": number(config, "attention_dropout", 0.0),
     }
 
@@ -89,7 +101,7 @@ def write_sizes(shape: Shape) -> Config:
 
 def linear_bias(config: Config) -> bool:
     """Return whether every linear has a bias; raises CheckpointError when attention and MLP differ."""
-    attention, mlp = (bool(config.get(field)) for field in ("attention_bias", "mlp_bias"))
+    attention, mlp = (flag(config, field, False) for field in ("attention_bias", "mlp_bias"))
     if attention != mlp:
         raise CheckpointError("attention_bias and mlp_bias differ; both true or both false is supported.")
     return attention
@@ -100,10 +112,15 @@ def write_linear_bias(shape: Shape) -> Config:
     return {"attention_bias": shape.add_bias_linear, "mlp_bias": shape.add_bias_linear}
 
 
-def _refuse_window(config: Config) -> None:
-    window = config.get("sliding_window")
+def _refuse_windows(config: Config) -> None:
+    """Raise CheckpointError unless every layer of the model sees every earlier position."""
+    kinds = config.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * len(kinds if isinstance(kinds, list) else ()):
+        raise CheckpointError(f"layer_types={quoted(kinds)} of config.json is not supported; valid: 'full_attention'.")
+    # Families that have the switch look at the window only when it is on.
+    window = config.get("sliding_window") if config.get("use_sliding_window") is None else None
     if window is not None and number(config, "sliding_window") < number(config, "max_position_embeddings"):
         raise CheckpointError(
-            f"sliding_window={window} is not supported; valid: null, or at least max_position_embeddings "
-            f"({config['max_position_embeddings']})."
+            f"sliding_window={quoted(window)} is not supported; valid: null, or at least max_position_embeddings "
+            f"({quoted(config['max_position_embeddings'])})."
         )

@@ -11,6 +11,8 @@ class Mistral(LlamaLike):
     name = "mistral"
     architecture = "MistralForCausalLM"
     notes = "without a sliding window that is in effect"
+    fixed = {**LlamaLike.fixed, "attention_bias": (None, False), "mlp_bias": (None, False)}
+    defaults = {**LlamaLike.defaults, "num_key_value_heads": 8, "sliding_window": 4096}
 
     def write(self, shape: Shape) -> Config:
         """Return the config fields with the sliding window off."""

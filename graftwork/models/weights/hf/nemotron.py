@@ -1,8 +1,10 @@
 """Nemotron-3 and Nemotron-4: LLaMA's tensor names, LayerNorm around zero, squared ReLU."""
 
 from graftwork.models.shape import Shape
-from graftwork.models.weights.hf.family import Config, ShapeFields, refuse
+from graftwork.models.weights.hf.family import Config, ShapeFields, number
 from graftwork.models.weights.hf.llama_like import (
+    FIXED,
+    USED,
     LlamaLike,
     linear_bias,
     read_sizes,
@@ -21,16 +23,18 @@ class Nemotron(LlamaLike):
     name = "nemotron"
     architecture = "NemotronForCausalLM"
     notes = "squared ReLU, zero-centred LayerNorm, rotary positions on half of each head"
+    used = USED | {"norm_eps"}
+    fixed = {"hidden_act": ("relu2",), **FIXED}
+    defaults = {"hidden_act": "relu2", "norm_eps": 1e-5}
 
     def read(self, config: Config) -> ShapeFields:
-        """Return the Shape fields; activations other than squared ReLU are refused."""
-        refuse(config, "hidden_act", (None, "relu2"))
+        """Return the Shape fields."""
         return {
             **read_sizes(config),
             **read_rope(config, ROTATED),
             "normalization": "LayerNorm",
             "layernorm_zero_centered_gamma": True,
-            "layernorm_epsilon": config.get("norm_eps", 1e-5),
+            "layernorm_epsilon": number(config, "norm_eps"),
             "activation": "squared_relu",
             "add_bias_linear": linear_bias(config),
         }

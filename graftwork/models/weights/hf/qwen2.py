@@ -10,6 +10,8 @@ class Qwen2(LlamaLike):
     name = "qwen2"
     architecture = "Qwen2ForCausalLM"
     notes = "qkv biases"
+    fixed = {**LlamaLike.fixed, "attention_bias": (None, False), "mlp_bias": (None, False)}
+    defaults = {**LlamaLike.defaults, "num_key_value_heads": 32, "use_sliding_window": False}
 
     def read(self, config: Config) -> ShapeFields:
         """Return the Shape fields, qkv biases on."""

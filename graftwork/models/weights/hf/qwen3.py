@@ -10,6 +10,7 @@ class Qwen3(LlamaLike):
     name = "qwen3"
     architecture = "Qwen3ForCausalLM"
     notes = "normed queries and keys"
+    defaults = {**LlamaLike.defaults, "num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False}
 
     def read(self, config: Config) -> ShapeFields:
         """Return the Shape fields, norms of queries and keys on."""

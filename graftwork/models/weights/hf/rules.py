@@ -3,7 +3,6 @@
 Names end in a dot where ``weight`` and ``bias`` follow; ``{layer}`` in them stands for the layer's index.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -38,9 +37,9 @@ def output(shape: Shape, padded: int, embedding: str, head: str) -> Rule:
     return Rule("output_layer.weight", (name,), _vocabulary(shape, padded), alias=shape.tie_embeddings)
 
 
-def tied_head(shape: Shape, head: str) -> tuple[str, ...]:
-    """Return the pattern of a redundant ``head`` that some checkpoints of tied models carry, for Mapping.ignored."""
-    return (rf"^{re.escape(head)}$",) if shape.tie_embeddings else ()
+def tied_head(shape: Shape, head: str, embedding: str) -> dict[str, str]:
+    """Return the redundant ``head`` that some checkpoints of tied models carry, for Mapping.twins."""
+    return {head: embedding} if shape.tie_embeddings else {}
 
 
 def norm(shape: Shape, core: str, hf: str, width: int | None = None) -> tuple[Rule, ...]:
