@@ -117,7 +117,7 @@ def test_killed_conversion_is_never_seen_and_can_be_repeated(tmp_path: Path) -> 
     path = write_gguf(tmp_path / "x.gguf", make_tiny("llama", tmp_path / "hf"))
     process = get_context("spawn").Process(target=_die_while_converting, args=(path, tmp_path / "out"))
     process.start()
-    process.join(60)
+    process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     conversion.convert(path, tmp_path / "out")
