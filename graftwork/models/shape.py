@@ -19,8 +19,8 @@ SAME_NAME = (
     *("add_bias_linear", "add_qkv_bias", "hidden_dropout", "attention_dropout"),
 )
 """Fields that TransformerConfig knows under the same name."""
-MOST_HEADS = 4096
-"""Divisors up to here are offered where a number does not divide another."""
+LARGEST, MOST_HEADS = 10**12, 4096
+"""No size is larger; divisors up to here are offered where a number does not divide another."""
 RANGES = {
     "layernorm_epsilon": (0.0, 1.0),
     "rotary_base": (1.0, 1e12),
@@ -193,6 +193,8 @@ class Shape:
             absent = value is None and field.type == Optional[int]
             if field.type in (int, Optional[int]) and not absent and (type(value) is not int or value < 1):
                 raise ConfigError(f"Shape.{field.name} is {quoted(value)}; a whole number of at least 1 is valid.")
+            if type(value) is int and value > LARGEST:
+                raise ConfigError(f"Shape.{field.name} is {quoted(value)}; a whole number up to {LARGEST:,} is valid.")
             if field.type is bool and type(value) is not bool:
                 raise ConfigError(f"Shape.{field.name} is {quoted(value)}; True or False is valid.")
 

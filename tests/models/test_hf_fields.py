@@ -1,0 +1,234 @@
+"""Every field of every family's config class in transformers, flipped: equal logits, or a refusal in one sentence."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from graftwork.errors import CheckpointError
+from graftwork.models.weights import FAMILIES, check_checkpoint, read_config, shape_from_hf
+from graftwork.models.weights.hf.family import FIXED, IRRELEVANT
+from tests.helpers.core import loaded, logits
+from tests.helpers.tiny_hf import FAMILIES as TINY
+
+TOLERANCE = 5e-5
+"""Largest difference of logits, relative to their largest absolute value."""
+ABSENT = "<absent>"
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+ROPE: list[Any] = [
+    ABSENT,
+    None,
+    {},
+    {"rope_theta": 500.0},
+    {"rope_theta": 500.0, "rope_type": "default"},
+    {"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    {"rope_theta": 500.0, **LLAMA3},
+    {"rope_theta": 500.0, **LLAMA3, "original_max_position_embeddings": 64},
+    {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0},
+    {"rope_theta": 500.0, "rope_type": "dynamic", "factor": 2.0},
+    {"rope_theta": 500.0, "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    {"full_attention": {"rope_theta": 500.0, "rope_type": "default"}},
+]
+EVERY: dict[str, list[Any]] = {
+    "transformers_version": ["4.30.0"],
+    "architectures": [["Other"], None],
+    "output_hidden_states": [True],
+    "return_dict": [True],
+    "dtype": ["bfloat16", "float16"],
+    "chunk_size_feed_forward": [2],
+    "is_encoder_decoder": [True],
+    "id2label": [{"0": "a", "1": "b", "2": "c"}],
+    "label2id": [{"a": 0, "b": 1}],
+    "problem_type": ["regression"],
+    "vocab_size": [57],
+    "initializer_range": [0.5],
+    "use_cache": [False],
+    "pad_token_id": [5, None],
+    "bos_token_id": [7, None],
+    "eos_token_id": [7, [3, 4]],
+    "tie_word_embeddings": [True, False, ABSENT],
+    # Fields that transformers reads although its classes do not declare them.
+    "torch_dtype": ["bfloat16"],
+    "name_or_path": ["x"],
+    "output_attentions": [False],  # transformers refuses True
+    "num_labels": [3],
+    "per_layer_config": [{"0": {"intermediate_size": 40}}],
+    "quantization_config": [{"quant_method": "bitsandbytes", "load_in_8bit": True}],
+}
+ROTARY: dict[str, list[Any]] = {
+    **EVERY,
+    "hidden_size": [32],
+    "intermediate_size": [40],
+    "num_hidden_layers": [1],
+    "num_attention_heads": [2],
+    "num_key_value_heads": [1, 4, None, ABSENT],
+    "head_dim": [8, None, ABSENT],
+    "hidden_act": ["gelu", "relu2", "silu", ABSENT],
+    "max_position_embeddings": [64],
+    "attention_dropout": [0.3],
+    "rope_parameters": ROPE,
+    "rope_scaling": ROPE,
+    "rope_theta": [500.0],
+    "partial_rotary_factor": [0.25, 0.5, 1.0],
+    "original_max_position_embeddings": [64],
+}
+WINDOWS: dict[str, list[Any]] = {
+    "use_sliding_window": [True],
+    "sliding_window": [16, None],
+    "max_window_layers": [1],
+    "layer_types": [["full_attention", "sliding_attention"], ["full_attention", "full_attention"]],
+}
+NORM: list[Any] = [1e-2, 0.0, ABSENT]
+CLASSIFIER = {"summary_type": ["mean"], "summary_use_proj": [False], "summary_activation": ["tanh"]}
+CLASSIFIER |= {"summary_proj_to_labels": [False], "summary_first_dropout": [0.3]}
+FLIPS: dict[str, dict[str, list[Any]]] = {
+    "llama": {**ROTARY, "rms_norm_eps": NORM, "attention_bias": [True], "mlp_bias": [True], "pretraining_tp": [2]},
+    "mistral": {**ROTARY, "rms_norm_eps": NORM, "sliding_window": [16, None, 100, 4096, ABSENT]},
+    "qwen2": {**ROTARY, **WINDOWS, "rms_norm_eps": NORM},
+    "qwen3": {**ROTARY, **WINDOWS, "rms_norm_eps": NORM, "attention_bias": [True]},
+    "nemotron": {**ROTARY, "norm_eps": NORM, "attention_bias": [True], "mlp_bias": [True]},
+    "gpt2": {
+        **EVERY,
+        **CLASSIFIER,
+        "n_positions": [64],
+        "n_embd": [32],
+        "n_layer": [1],
+        "n_head": [2],
+        "n_inner": [40, None],
+        "hidden_size": [32, 48],
+        "max_position_embeddings": [64],
+        "num_attention_heads": [2],
+        "num_hidden_layers": [1],
+        "activation_function": ["gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "relu", ABSENT],
+        "resid_pdrop": [0.3],
+        "embd_pdrop": [0.3],
+        "attn_pdrop": [0.3],
+        "layer_norm_epsilon": NORM,
+        "scale_attn_weights": [False],
+        "scale_attn_by_inverse_layer_idx": [True],
+        "reorder_and_upcast_attn": [True],
+        "add_cross_attention": [True],
+        "n_ctx": [64],
+    },
+}
+"""Values other than the tiny model's, and other than the default, for every field of a family's config class."""
+PAIRS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"rope_scaling": {"rope_theta": 500.0}, "rope_parameters": {"rope_theta": 900.0}}),
+    ("llama", {"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 900.0}}),
+    ("llama", {"rope_scaling": LLAMA3, "rope_theta": 500.0, "rope_parameters": ABSENT}),
+    ("llama", {"rope_parameters": {"rope_theta": 500.0, **LLAMA3}, "original_max_position_embeddings": 64}),
+    ("nemotron", {"rope_theta": 500.0, "partial_rotary_factor": 0.25, "rope_parameters": ABSENT}),
+    ("mistral", {"sliding_window": ABSENT, "max_position_embeddings": 8192}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}),
+    ("qwen2", {"use_sliding_window": ABSENT, "sliding_window": 16}),
+    ("gpt2", {"hidden_size": 32, "n_embd": ABSENT}),
+    ("gpt2", {"num_hidden_layers": 1, "n_layer": ABSENT, "max_position_embeddings": 64, "n_positions": ABSENT}),
+    ("gpt2", {"embd_pdrop": 0.3, "resid_pdrop": 0.3}),
+]
+"""Fields that mean something together."""
+
+
+def tiny_config(family: str) -> dict[str, Any]:
+    """Return the fields of a two-layer model, as transformers writes them."""
+    layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    config = AutoConfig.for_model(**{**TINY[family], layers: 2}).to_dict()
+    return {name: value for name, value in config.items() if name not in ("_name_or_path", "layer_types")}
+
+
+def write(directory: Path, config: dict[str, Any]) -> bool:
+    """Write ``config`` word for word beside random weights of its model; tell whether transformers can make one."""
+    directory.mkdir(exist_ok=True)
+    path = directory / "config.json"
+    path.write_text(json.dumps(config))
+    torch.manual_seed(0)
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
+    except Exception:  # noqa: BLE001  # transformers refuses in many ways
+        return False
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.08))
+    model.save_pretrained(directory)
+    path.write_text(json.dumps(config))
+    return True
+
+
+def outcome(directory: Path) -> str:
+    """Tell what became of a checkpoint: ``refused`` in one sentence or ``equal`` to transformers' logits."""
+    tokens = torch.randint(57, (2, 40), generator=torch.Generator().manual_seed(3))
+    try:
+        check_checkpoint(shape_from_hf(read_config(directory)), directory)
+    except CheckpointError as error:
+        assert "\n" not in str(error) and len(str(error)) < 500, error
+        return "refused"
+    module, _ = loaded(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = model(tokens).logits
+    ours = logits(module, tokens)[..., : theirs.shape[-1]]
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    assert difference < TOLERANCE, f"logits differ by {difference:.1e} of their scale"
+    return "equal"
+
+
+def change(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in config.items() if changes.get(name) is not ABSENT}
+    return {**kept, **{name: value for name, value in changes.items() if value is not ABSENT}}
+
+
+@pytest.mark.parametrize("family", FLIPS)
+def test_no_field_is_missing_from_the_tables(family: str) -> None:
+    declared = {f.name for f in fields(type(AutoConfig.for_model(family)))}
+    ours = FAMILIES[family]
+    decided = {*ours.used, *ours.fixed, *ours.irrelevant, *IRRELEVANT, *FIXED, *ours.aliases}
+    assert declared - FLIPS[family].keys() == set(), "no test flips these fields"
+    assert declared - decided == set(), "neither used, nor fixed, nor irrelevant"
+    assert set(FLIPS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FLIPS)
+def test_every_field_counts_or_is_refused(family: str, tmp_path: Path) -> None:
+    base, found = tiny_config(family), {}
+    assert write(tmp_path / "base", base) and outcome(tmp_path / "base") == "equal"
+    for field, values in FLIPS[family].items():
+        for number, value in enumerate(values):
+            directory = tmp_path / f"{field}-{number}"
+            if write(directory, change(base, {field: value})):
+                try:
+                    found[field, number] = outcome(directory)
+                except AssertionError as error:
+                    raise AssertionError(f"{family}: {field}={value!r}: {error}") from error
+    assert {"equal", "refused"} == set(found.values())
+    # What says nothing of the mathematics must not be refused.
+    refused = {field for (field, _), result in found.items() if result == "refused"}
+    assert refused.isdisjoint({*IRRELEVANT, *FAMILIES[family].irrelevant}), refused
+
+
+@pytest.mark.parametrize("family, changes", PAIRS)
+def test_fields_together(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    if write(tmp_path / "hf", change(tiny_config(family), changes)):
+        outcome(tmp_path / "hf")
+
+
+WRONG: list[Any] = [None, True, "x", "1", 1.5, -1, 0, [], {}, [1], {"a": 1}, 10**400, 1e300, "x" * 10**6]
+
+
+@pytest.mark.parametrize("family", FLIPS)
+def test_wrong_types_are_one_sentence(family: str, tmp_path: Path) -> None:
+    base, refused = tiny_config(family), 0
+    assert write(tmp_path / "hf", base)
+    for field in {*base, *FLIPS[family]}:
+        for value in WRONG:
+            (tmp_path / "hf" / "config.json").write_text(json.dumps({**base, field: value}))
+            try:
+                check_checkpoint(shape_from_hf(read_config(tmp_path / "hf")), tmp_path / "hf")
+            except CheckpointError as error:
+                refused += 1
+                assert "\n" not in str(error) and len(str(error)) < 500, (field, value, error)
+    assert refused > 100
