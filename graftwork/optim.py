@@ -70,6 +70,12 @@ class AdamW:
         self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, (beta1, beta2), eps
         self.warmup_steps, self.schedule, self.min_lr_ratio = warmup_steps, schedule, min_lr_ratio
 
+    def options(self) -> dict[str, object]:
+        """Return the constructor's arguments by name."""
+        given = {name: getattr(self, name) for name in ("lr", "weight_decay")}
+        moments = {"beta1": self.betas[0], "beta2": self.betas[1], "eps": self.eps}
+        return given | moments | {name: getattr(self, name) for name in ("warmup_steps", "schedule", "min_lr_ratio")}
+
     def build(self, model: nn.Module, total_steps: float) -> tuple[torch.optim.Optimizer, LRScheduler]:
         """Return the optimizer over ``model``'s trainable parameters and its schedule over ``total_steps`` steps.
 

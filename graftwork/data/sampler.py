@@ -40,10 +40,10 @@ class RowStream:
         return {"consumed_samples": self.consumed_samples, "size": self.size, "seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where ``state`` was taken; raises DataError when it was taken on other data or another seed."""
+        """Go on where ``state`` was taken; raises DataError when it says that it was on other data or another seed."""
         names = {"size": "number of training rows (packed ones when packing)", "seed": "data seed"}
         for key, name in names.items():
-            if state[key] != getattr(self, key):
+            if state.get(key, getattr(self, key)) != getattr(self, key):
                 raise DataError(
                     f"the {name} was {state[key]} when the training state was saved, now it is {getattr(self, key)}; "
                     "resume with the same data settings, or start anew."

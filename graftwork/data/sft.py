@@ -10,7 +10,7 @@ from graftwork.batch import Batch, Questions
 from graftwork.data.cache import Report, cache_root
 from graftwork.data.collate import Collator
 from graftwork.data.encoder import TOO_LONG, PromptFormat, RowEncoder, RowFormat
-from graftwork.data.files import check_file, read_rows, unit
+from graftwork.data.files import check_file, content_hash, read_rows, unit
 from graftwork.data.loader import ListLoader, QuestionBuilder, StepBuilder, TrainLoader
 from graftwork.data.packing import best_fit_decreasing, efficiency
 from graftwork.data.rows import LearnedRows, asked_rows, learned_rows, share
@@ -18,7 +18,7 @@ from graftwork.data.sampler import RowStream, in_order
 from graftwork.data.schema import Place
 from graftwork.data.surroundings import Surroundings, Topology
 from graftwork.data.template import check_templates
-from graftwork.data.tokenizer import Tokenizer, check_ids
+from graftwork.data.tokenizer import Tokenizer, check_ids, fingerprint
 from graftwork.errors import ConfigError, DataError, suggest
 from graftwork.layout import check_deal, check_packed_length
 from graftwork.virtual_tokens import PromptLayout
@@ -80,6 +80,7 @@ class SFTDataModule(pl.LightningDataModule):
         self._rows: dict[str, LearnedRows] = {}
         self._stream: RowStream | None = None
         self._resume: dict[str, int] = {}
+        self._other_rows = False
         check_templates(prompt_template, answer_template)
         self._check_settings(too_long)
 
@@ -178,8 +179,34 @@ class SFTDataModule(pl.LightningDataModule):
         """Position in the training data."""
         return self._stream.state_dict() if self._stream is not None else self._resume
 
+    def decides(self) -> dict[str, object]:
+        """What decides the training rows and their order, by option: files and tokenizer by their contents."""
+        train, options = self.files["train"], ("seq_length", "global_batch_size", "packing", "validation_fraction")
+        return {
+            "train": content_hash(train) if train is not None else None,
+            "tokenizer": fingerprint(self._around().tokenizer),
+            **{name: getattr(self, name) for name in (*options, "seed")},
+            **{name: value for name, value in self._format.items() if name not in options},
+        }
+
+    def around(self) -> dict[str, object]:
+        """What a run may differ in without training otherwise, by option."""
+        validation = self.files["validation"]
+        return {
+            "train (path)": self.files["train"],
+            "validation": content_hash(validation) if validation is not None else None,
+            "micro_batch_size": self.micro_batch_size,
+            "num_workers": self.num_workers,
+        }
+
+    def accept_other_rows(self) -> None:
+        """Go on at a position that was saved on other rows or in another order, which was asked for."""
+        self._other_rows = True
+
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on at a saved position, now or once the training data are built."""
+        if self._other_rows:
+            state_dict = {key: value for key, value in state_dict.items() if key == "consumed_samples"}
         if self._stream is not None:
             self._stream.load_state_dict(state_dict)
         else:

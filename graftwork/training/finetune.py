@@ -40,6 +40,7 @@ def finetune(
     resume: bool = True,
     seed: int = 1234,
     recipe_text: Optional[str] = None,
+    allow_changes: Optional[list[str]] = None,
 ) -> Summary:
     """Train ``model`` on ``data`` with a stack of transforms and return the fields of ``summary.json``.
 
@@ -47,18 +48,20 @@ def finetune(
     ``summary.json``, ``loss.png``, ``checkpoints/`` (training states). ``peft`` None or [] is full fine-tuning;
     ``optim`` None is ``AdamW()``; ``seed`` governs initial adapter values, random base weights and dropout;
     ``recipe_text`` is remembered by its hash and in the adapter. With ``resume`` a run whose directory holds a
-    training state goes on where it stopped; without it the states are deleted and training starts anew. Raises
-    GraftworkError with one sentence when something is wrong.
+    training state goes on where it stopped; without it the states are deleted and training starts anew. A state of
+    another base, other data or other settings is refused, but for the fields that ``allow_changes`` names, such as
+    ``optim.lr``. Raises GraftworkError with one sentence when something is wrong.
     """
     stack = as_stack(peft)
     seed_everything(seed)
     trainee(model).prepare(optim=optim or AdamW(), seed=seed)
-    report = equip(trainer, stack, RunFacts(seed, recipe_text))
+    facts = RunFacts(seed, recipe_text)
+    report = equip(trainer, stack, facts)
     root = Path(trainer.default_root_dir).resolve()
     with locked(root) if trainer.is_global_zero else nullcontext(), _quiet():
         resume_from = _resume_from(root, resume, trainer)
         if isinstance(trainer.strategy, MegatronStrategy):
-            trainer.strategy.begin(seed, resume_from)
+            trainer.strategy.begin(facts, resume_from, allow_changes or ())
         trainer.fit(model, datamodule=data, ckpt_path=resume_from)
     return report.summary
 

@@ -17,14 +17,16 @@ from graftwork.batch import Batch
 from graftwork.errors import CheckpointError, ConfigError, ParallelismError
 from graftwork.layout import Dimensions, Layout
 from graftwork.models.fitting import SchedulesSteps
-from graftwork.parallel.collective import all_gather_objects
+from graftwork.parallel.collective import agreed, all_gather_objects
 from graftwork.training.optimizer.clipping import ModelParallelPrecision
 from graftwork.training.optimizer.shards import chunks_of
 from graftwork.training.optimizer.update import Update
+from graftwork.training.run import RunFacts
 from graftwork.training.run_directory import discard
 from graftwork.training.schedule import StepLoss, run_schedule
 from graftwork.training.state import checkpoint as training_state
 from graftwork.training.state import random_state
+from graftwork.training.state.identity import Identity, KnowsRows, compare, identity_of
 from graftwork.training.trainee import data_of, trainee
 
 
@@ -79,15 +81,29 @@ class MegatronStrategy(SchedulesSteps, DDPStrategy):
             sequence_parallel,
         )
         self.last_step: StepLoss | None = None
-        self._seed = 1234
+        self._facts = RunFacts(seed=1234)
         self._resume_from: str | None = None
+        self._allow: Sequence[str] = ()
+        self._identity: Identity | None = None
         self._update: Update | None = None
         self._resumed: tuple[Path, training_state.Facts] | None = None
         self._random_state: random_state.State | None = None
 
-    def begin(self, seed: int, resume_from: str | None) -> None:
-        """Take what the run decides: the seed of random weights and dropout, the training state to go on from."""
-        self._seed, self._resume_from = seed, resume_from
+    def begin(self, facts: RunFacts, resume_from: str | None, allow_changes: Sequence[str] = ()) -> None:
+        """Take what the run decides: its facts, the training state to go on from and what may differ from it."""
+        self._facts, self._resume_from, self._allow = facts, resume_from, allow_changes
+        self._identity = None
+
+    @property
+    def _seed(self) -> int:
+        return self._facts.seed or 0
+
+    @property
+    def identity(self) -> Identity:
+        """What the run is, taken when it is first asked for: before the first step."""
+        if self._identity is None:
+            self._identity = identity_of(self._lightning, self._lightning.trainer, self.layout, self._facts)
+        return self._identity
 
     @property
     def sequence_parallel(self) -> bool:
@@ -133,6 +149,7 @@ class MegatronStrategy(SchedulesSteps, DDPStrategy):
         self._update = Update(self.chunks)
         if trainer.state.fn == TrainerFn.FITTING:
             self._update.accumulate()
+            assert self.identity is not None, "it is taken here: files may be replaced while the run lasts"
             self.setup_optimizers(trainer)
             self._update.step_with(self.optimizers)
             self._precision.serve(self._update)
@@ -182,7 +199,7 @@ class MegatronStrategy(SchedulesSteps, DDPStrategy):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object | None = None
     ) -> None:
         """Write the training state directory, from every rank together."""
-        training_state.save(Path(filepath), checkpoint, self.update, self.layout)
+        training_state.save(Path(filepath), checkpoint, self.update, self.layout, self.identity)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Delete a training state."""
@@ -193,6 +210,7 @@ class MegatronStrategy(SchedulesSteps, DDPStrategy):
         """Read what is common to all ranks; weights and optimizer follow when Lightning asks for them."""
         path = Path(checkpoint_path)
         checkpoint, state = training_state.read_common(path)
+        self._check_identity(path, state)
         self._resumed = path, state
         self._random_state = training_state.read_random_state(path, state, self.layout)
         return checkpoint
@@ -249,6 +267,15 @@ class MegatronStrategy(SchedulesSteps, DDPStrategy):
                 f"the ranks see different training states to resume from ({', '.join(sorted(seen))}): "
                 "the run directory must be on a file system that all nodes share."
             )
+
+    def _check_identity(self, path: Path, state: training_state.Facts) -> None:
+        """Refuse the state of another run; tell what differs without harm."""
+        verdict = agreed(lambda: compare(state.identity, self.identity, self._allow, str(path)))
+        data = data_of(self._lightning.trainer)
+        if any(field.startswith("data.") for field in verdict.allowed) and isinstance(data, KnowsRows):
+            data.accept_other_rows()
+        if verdict.noted and self.is_global_zero:
+            print(f"the training state differs: {'; '.join(verdict.noted)}", flush=True)
 
     def _check_trainer(self, trainer: Trainer, world: int) -> None:
         if trainer.accumulate_grad_batches != 1:

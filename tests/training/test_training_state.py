@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from graftwork.errors import CheckpointError, ConfigError, DataError
+from graftwork.errors import CheckpointError, ConfigError
 from graftwork.parallel import sharded_files
 from graftwork.peft import IA3, LoRA
 from graftwork.training import finetune
@@ -24,18 +24,18 @@ from tests.helpers import tiny_run
 def run(data: Path, root: Path, stop: int | None = None, peft: Any = "lora", **options: Any) -> dict[str, Any]:
     """Run eight steps, or up to a request to stop; return weights, losses, optimizer and summary."""
     stack = [LoRA(dim=4, dropout=0.1), IA3()] if peft == "lora" else peft
-    trainer_options = {k: options.pop(k) for k in ("max_steps", "resume", "callbacks") if k in options}
-    resume = trainer_options.pop("resume", True)
+    trainer_options = {k: options.pop(k) for k in ("max_steps", "resume", "callbacks", "allow_changes") if k in options}
+    resume, allow = trainer_options.pop("resume", True), trainer_options.pop("allow_changes", None)
     callbacks = [*trainer_options.pop("callbacks", []), *([tiny_run.StopAfter(stop)] if stop else [])]
     trainer = tiny_run.trainer(root, callbacks=callbacks, **trainer_options)
     model_options = {"dtype": options.pop("dtype")} if "dtype" in options else {}
     model = tiny_run.model(**model_options)
     arguments = (model, trainer, tiny_run.data_module(data, **options), stack, tiny_run.optim())
     if stop is None:
-        summary = finetune(*arguments, resume=resume)
+        summary = finetune(*arguments, resume=resume, allow_changes=allow)
     else:
         with pytest.raises(Interrupted) as stopped:
-            finetune(*arguments, resume=resume)
+            finetune(*arguments, resume=resume, allow_changes=allow)
         assert stopped.value.code == 75
         summary = {}
     report = next(c for c in trainer.callbacks if isinstance(c, Report))
@@ -135,22 +135,27 @@ def test_masters_of_bf16_weights_are_in_the_state(tiny_data: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("peft", "words"),
+    ("peft", "allow", "words"),
     [
-        ([LoRA(dim=8), IA3()], r"lora_A' has shape \(4, 32\) .* and \(8, 32\)"),
-        ([LoRA(dim=4, dropout=0.1)], "holds '.*ia3.*which the model does not train"),
-        ([LoRA(dim=4, name="other"), IA3()], "has no '.*other.*other adapters"),
+        ([LoRA(dim=8, dropout=0.1), IA3()], ["peft[0].dim"], r"lora_A' has shape \(4, 32\) .* and \(8, 32\)"),
+        ([LoRA(dim=4, dropout=0.1)], ["peft[1]"], "holds '.*ia3.*which the model does not train"),
+        ([LoRA(dim=4, dropout=0.1, name="other"), IA3()], ["peft[0].name"], "has no '.*other.*other adapters"),
     ],
 )
-def test_a_state_of_another_recipe_is_refused(peft: Any, words: str, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_state_of_another_recipe_is_refused(
+    peft: Any, allow: list[str], words: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Also where its identity is allowed to differ: its tensors do not fit."""
     run(tiny_data, tmp_path, max_steps=1)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match="belongs to another run"):
         run(tiny_data, tmp_path, peft=peft, max_steps=2)
+    with pytest.raises(CheckpointError, match=words):
+        run(tiny_data, tmp_path, peft=peft, max_steps=2, allow_changes=allow)
 
 
 def test_a_state_of_other_data_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     run(tiny_data, tmp_path, max_steps=1)
-    with pytest.raises(DataError, match="seed"):
+    with pytest.raises(CheckpointError, match="data.seed: 1234 -> 99"):
         run(tiny_data, tmp_path, max_steps=2, seed=99)
 
 

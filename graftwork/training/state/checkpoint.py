@@ -1,9 +1,11 @@
 """Training state as a directory: everything that resuming needs, written whole or not at all by all ranks together.
 
 ``tensors/`` (trained parameters, moments, fp32 masters: a megatron-core distributed checkpoint), ``state.json`` (step,
-layout), ``trainer.pt`` (loops, callbacks, schedule, data position), ``random-*.pt`` (generators of each rank).
+layout, whose it is, a checksum of every file), ``trainer.pt`` (loops, callbacks, schedule, data position),
+``random-*.pt`` (generators of each rank).
 """
 
+import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterator
@@ -11,41 +13,65 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Optional, TypeVar
 
 import torch
+from pydantic import BaseModel, Field
 
 from graftwork.atomic import atomic_directory
-from graftwork.errors import CheckpointError
+from graftwork.cache import sha256
+from graftwork.errors import CheckpointError, quoted
+from graftwork.jsonfile import named_inside, read_object, validated
 from graftwork.layout import Layout
 from graftwork.parallel import sharded_files
-from graftwork.parallel.collective import agreed, broadcast_object, world_rank, world_size
+from graftwork.parallel.collective import agreed, all_gather_objects, broadcast_object, world_rank, world_size
 from graftwork.training.optimizer.update import Update
 from graftwork.training.state import random_state
+from graftwork.training.state.identity import Identity
 
 STATE, TRAINER, TENSORS = "state.json", "trainer.pt", "tensors"
 FORMAT = 2
 ELSEWHERE = ("state_dict", "optimizer_states")
 """Keys of Lightning's checkpoint that are written as sharded tensors instead."""
 
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError)
-"""What json and torch raise for damaged files."""
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    EOFError,
+    AssertionError,
+    MemoryError,
+    pickle.UnpicklingError,
+)
+"""What json and torch raise for damaged files, and Lightning for the contents of such."""
 
 T = TypeVar("T")
 
 
-class Facts(TypedDict):
-    """The contents of ``state.json``: what must be known before anything else is read."""
+class Facts(BaseModel):
+    """The contents of ``state.json``: what must be known before anything else is read.
+
+    States of earlier versions have no ``identity``, no ``files`` (SHA-256 of every file by its path) and no
+    ``checksum`` (of everything else in this file).
+    """
 
     format: int
-    step: int
-    optimizer_step: float
-    layout: dict[str, Any]
-    world_size: int
+    step: int = Field(ge=0)
+    optimizer_step: float = Field(ge=0)
+    layout: dict[str, object]
+    world_size: int = Field(ge=1)
     megatron_core: str
+    identity: Optional[Identity] = None
+    files: Optional[dict[str, str]] = None
+    checksum: Optional[str] = None
 
 
-def save(path: Path, checkpoint: dict[str, Any], update: Update, layout: Layout) -> None:
+def save(
+    path: Path, checkpoint: dict[str, Any], update: Update, layout: Layout, identity: Identity | None = None
+) -> None:
     """Write Lightning's ``checkpoint`` with the tensors of every rank; on any rank's error no rank goes on."""
     steps = update.steps_made()
     with _shared_directory(path) as directory:
@@ -54,27 +80,89 @@ def save(path: Path, checkpoint: dict[str, Any], update: Update, layout: Layout)
             sharded_files.save(update.state(), directory / TENSORS)
         except sharded_files.DamagedError as problem:
             raise _unwritable(path, problem) from problem
-        _write(path, lambda: _write_common(directory, checkpoint, steps, layout) if world_rank() == 0 else None)
+        _write(path, lambda: _write_trainer(directory, checkpoint) if world_rank() == 0 else None)
+        own = _write(path, lambda: {name: sha256(directory / name) for name in _names(directory) if _is_mine(name)})
+        files = {name: value for found in all_gather_objects(own) for name, value in found.items()}
+        facts = Facts(
+            format=FORMAT,
+            step=checkpoint["global_step"],
+            optimizer_step=steps,
+            layout=asdict(layout),
+            world_size=world_size(),
+            megatron_core=version("megatron-core"),
+            identity=identity,
+            files=files,
+        )
+        _write(path, lambda: _write_facts(directory, facts) if world_rank() == 0 else None)
 
 
 def read_common(path: Path) -> tuple[dict[str, Any], Facts]:
     """Return (Lightning's checkpoint, the contents of ``state.json``); the same CheckpointError on every rank."""
 
     def read() -> tuple[dict[str, Any], Facts]:
-        state: Facts = json.loads((path / STATE).read_text())
-        if state["format"] != FORMAT:
-            raise CheckpointError(
-                f"the training state {str(path)!r} has format {state['format']}, this version reads {FORMAT}."
-            )
-        return torch.load(path / TRAINER, weights_only=True), state
+        state = _facts(path)
+        _check_files(path, state)
+        found = torch.load(path / TRAINER, weights_only=True)
+        if not isinstance(found, dict) or not isinstance(found.get("global_step"), int):
+            raise sharded_files.DamagedError(f"{TRAINER} holds no training loops")
+        if found["global_step"] != state.step:
+            raise sharded_files.DamagedError(f"{TRAINER} is of step {found['global_step']}, {STATE} of {state.step}")
+        return found, state
 
     checkpoint, state = _read(path, read)
     return {**checkpoint, "state_dict": {}, "optimizer_states": [{}]}, state
 
 
+def unreadable(path: Path, reason: str) -> CheckpointError:
+    """Return the error of a training state that cannot be read, which says what to do about it."""
+    return CheckpointError(
+        f"the training state {str(path)!r} cannot be read ({reason}); "
+        "delete that directory to resume from the one before."
+    )
+
+
+def _facts(path: Path) -> Facts:
+    """Return ``state.json``, whose checksum must be right where it has one."""
+    raw = read_object(path / STATE, sharded_files.DamagedError)
+    found = raw.get("format")
+    if isinstance(found, int) and found != FORMAT:
+        raise CheckpointError(f"the training state {str(path)!r} has format {found}, this version reads {FORMAT}.")
+    state = validated(raw, Facts, STATE, sharded_files.DamagedError)
+    if (state.checksum is None) != (state.files is None) or (
+        state.files is not None and _checksum(raw) != state.checksum
+    ):
+        raise sharded_files.DamagedError(f"{STATE} was changed: its checksum does not match")
+    return state
+
+
+def _check_files(path: Path, state: Facts) -> None:
+    """Compare every file with its checksum, each rank its share; states of earlier versions have none."""
+    for place, (name, wanted) in enumerate(sorted((state.files or {}).items())):
+        folder, _, plain = name.rpartition("/")
+        file = named_inside(path / TENSORS if folder == TENSORS else path, plain, STATE, sharded_files.DamagedError)
+        if place % world_size() == world_rank() and sha256(file) != wanted:
+            raise sharded_files.DamagedError(f"{quoted(name)} was changed: its checksum does not match")
+
+
+def _checksum(facts: dict[str, object]) -> str:
+    rest = {key: value for key, value in facts.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _names(directory: Path) -> list[str]:
+    return [str(p.relative_to(directory)) for p in sorted(directory.rglob("*")) if p.is_file()]
+
+
+def _is_mine(name: str) -> bool:
+    """Tell whether this rank wrote a file: others may not see it yet where the file system is a network's."""
+    plain = Path(name).name
+    mine = plain == _random_file() or plain.startswith(f"__{world_rank()}_")
+    return mine or (world_rank() == 0 and not plain.startswith(("__", "random-")))
+
+
 def read_random_state(path: Path, state: Facts, layout: Layout) -> random_state.State | None:
     """Return this rank's generators, None when the state was saved in another layout (each rank then starts anew)."""
-    if state["layout"] != asdict(layout) or state["world_size"] != world_size():
+    if state.layout != asdict(layout) or state.world_size != world_size():
         return None
     found: random_state.State = _read(path, lambda: torch.load(path / _random_file(), weights_only=True))
     return found
@@ -88,23 +176,18 @@ def read_weights(path: Path, state: Facts, update: Update) -> None:
 
 def read_optimizer(path: Path, state: Facts, update: Update) -> None:
     """Fill the optimizer's state bit for bit; learning rate and other settings stay the recipe's."""
-    if state["optimizer_step"]:
+    if state.optimizer_step:
         with _damage_explained(path, state):
-            update.load_optimizers(state["optimizer_step"], path / TENSORS, str(path))
+            update.load_optimizers(state.optimizer_step, path / TENSORS, str(path))
 
 
-def _write_common(directory: Path, checkpoint: dict[str, Any], optimizer_step: float, layout: Layout) -> None:
-    kept = {key: value for key, value in checkpoint.items() if key not in ELSEWHERE}
-    torch.save(kept, directory / TRAINER)
-    state = Facts(
-        format=FORMAT,
-        step=checkpoint["global_step"],
-        optimizer_step=optimizer_step,
-        layout=asdict(layout),
-        world_size=world_size(),
-        megatron_core=version("megatron-core"),
-    )
-    (directory / STATE).write_text(json.dumps(state))
+def _write_trainer(directory: Path, checkpoint: dict[str, Any]) -> None:
+    torch.save({key: value for key, value in checkpoint.items() if key not in ELSEWHERE}, directory / TRAINER)
+
+
+def _write_facts(directory: Path, facts: Facts) -> None:
+    raw = facts.model_dump(exclude={"checksum"})
+    (directory / STATE).write_text(json.dumps({**raw, "checksum": _checksum(raw)}))
 
 
 @contextmanager
@@ -124,13 +207,16 @@ def _shared_directory(path: Path) -> Iterator[Path]:
         agreed(stack.close, (OSError,), lambda problem: _unwritable(path, problem))
 
 
-def _write(path: Path, action: Callable[[], None]) -> None:
-    agreed(action, (OSError, RuntimeError), lambda problem: _unwritable(path, problem))
+def _write(path: Path, action: Callable[[], T]) -> T:
+    return agreed(action, (OSError, RuntimeError), lambda problem: _unwritable(path, problem))
 
 
 def _read(path: Path, action: Callable[[], T]) -> T:
     """Return what ``action`` reads; when any rank cannot, the same error on every rank."""
-    return agreed(action, UNREADABLE, lambda problem: _unreadable(path, str(problem)))
+    try:
+        return agreed(action, UNREADABLE, lambda problem: sharded_files.DamagedError(_reason(problem)))
+    except sharded_files.DamagedError as problem:
+        raise unreadable(path, str(problem).rstrip(".")) from problem
 
 
 @contextmanager
@@ -139,16 +225,13 @@ def _damage_explained(path: Path, state: Facts) -> Iterator[None]:
     try:
         yield
     except sharded_files.DamagedError as problem:
-        here, there = version("megatron-core"), state.get("megatron_core")
+        here, there = version("megatron-core"), state.megatron_core
         other = "" if here == there else f"; megatron-core {there} wrote it, this is {here}"
-        raise _unreadable(path, f"{problem}{other}") from problem
+        raise unreadable(path, f"{problem}{quoted(other, bare=True)}") from problem
 
 
-def _unreadable(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"the training state {str(path)!r} cannot be read ({reason}); "
-        "delete that directory to resume from the one before."
-    )
+def _reason(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {quoted(str(problem), bare=True)}"
 
 
 def _unwritable(path: Path, problem: Exception) -> CheckpointError:
