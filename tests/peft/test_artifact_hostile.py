@@ -214,11 +214,11 @@ def test_what_loading_would_refuse_is_not_saved(tmp_path: Path) -> None:
 def test_reading_holds_one_block_beside_its_own_values(tmp_path: Path) -> None:
     """Whatever the file's size: the values of the adapter and a few blocks are in memory, not the file thrice."""
     model = make()
-    model.add_adapter(PTuning(virtual_tokens=2, embedding_dim=2100, bottleneck_dim=2100))
+    model.add_adapter(PTuning(virtual_tokens=2, embedding_dim=3000, bottleneck_dim=3000))
     path = model.save_adapters(tmp_path / "adapter")
     size = (path / TENSORS).stat().st_size
     tracemalloc.start()
     with artifact.opened(path):
         _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert size > 16 * 2**20 and peak < 4 * 2**20
+    assert size > 32 * 2**20 and peak < 10 * 2**20

@@ -109,6 +109,10 @@ class _Header(BaseModel):
     data_offsets: Annotated[list[Natural], Field(min_length=2, max_length=2)]
 
 
+class _Metadata(RootModel[dict[str, str]]):
+    """What a safetensors header says of the whole file."""
+
+
 class _Headers(RootModel[dict[str, _Header]]):
     """A safetensors header without its metadata."""
 
@@ -124,8 +128,8 @@ def stored_tensors(file: VerifiedFile) -> dict[str, StoredTensor]:
     if not length or data > file.size or length > MAX_BYTES:
         raise ArtifactError(f"{what} is not whole; it is truncated or damaged.")
     raw = parse_json(bytes(file.read(_LENGTH, data)), what, ArtifactError)
-    if isinstance(raw, dict):
-        raw.pop("__metadata__", None)  # tells nothing that is read
+    if isinstance(raw, dict) and (metadata := raw.pop("__metadata__", None)) is not None:
+        validated(metadata, _Metadata, what, ArtifactError)  # tells nothing that is read
     headers = validated(raw, _Headers, what, ArtifactError).root
     _check_offsets(headers, file, file.size - data)
     return {key: StoredTensor(file, tuple(h.shape), data + h.data_offsets[0]) for key, h in headers.items()}
