@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Optional, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
@@ -140,7 +139,6 @@ def _surroundings(model: LightningModule, trainer: Trainer, layout: Layout) -> d
         **{f"trainer.{name}": getattr(trainer, name) for name in steps},
         "trainer.devices (in all)": world_size(),
         **{f"trainer.strategy.{name}": value for name, value in asdict(layout).items()},
-        "trainer.default_root_dir": str(Path(trainer.default_root_dir).resolve()),
     }
 
 
