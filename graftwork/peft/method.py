@@ -105,7 +105,7 @@ class PEFT(pl.Callback):
         """Return ``value`` or raise ConfigError when it is not a whole number above zero, at most ``MOST``."""
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
             raise ConfigError(
-                f"{self}: {field} must be a whole number above 0 and at most {MOST:,}, got {quoted(value)}."
+                f"{self}: {field} must be a whole number above 0, got {quoted(value)} (at most {MOST:,})."
             )
         return value
 

@@ -235,6 +235,10 @@ def test_values_that_are_not_finite_are_not_saved(bad: float, tmp_path: Path) ->
     assert (tmp_path / "adapter" / FILES[2]).read_bytes() == before
 
 
+@pytest.mark.fault(
+    "an adapter is loaded onto another base",
+    "the artifact keeps the base's fingerprint; another one is refused",
+)
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     ours, other = make_tiny("llama", tmp_path / "ours"), make_tiny("llama", tmp_path / "other", seed=1)
     wider = make_tiny("llama", tmp_path / "wider", intermediate_size=96)

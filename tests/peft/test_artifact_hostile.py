@@ -43,7 +43,10 @@ def option(**values: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "rank above every limit": ({"dim": 10**8}, "dim must be a whole number above 0 and at most 16,777,216"),
+    "rank above every limit": (
+        {"dim": 10**8},
+        r"dim must be a whole number above 0, got 100000000 \(at most 16,777,216\)",
+    ),
     "rank of hundreds of digits": ({"dim": 10**400}, "dim must be a whole number"),
     "rank that the file does not hold": ({"dim": 10**7}, r"has shape \[4, 32\], but the model needs \[10000000, 32\]"),
     "ranks that the file does not hold": ({"rank_pattern": {"linear_fc1": 10**7}}, "but the model needs"),

@@ -217,6 +217,10 @@ def merge(rank: int, world: int, layout: Layout, root: Path) -> tuple[Tensor, Te
     return live, merged, all(torch.equal(p, b) for p, b in zip(model.parameters(), base))
 
 
+@pytest.mark.fault(
+    "merging at tensor-parallel size 2 gives a wrong weight",
+    "each rank merges its own cut; the whole equals one process",
+)
 @pytest.mark.processes
 @pytest.mark.parametrize("layout", ["tp2_sp", "pp2"])
 def test_merging_in_a_layout(layout: str, root: Path, references: Any) -> None:
@@ -236,6 +240,10 @@ def experts(rank: int, world: int, layout: Layout, root: Path) -> list[str]:
     return [f"{name} {g.site.name}" for name, items in model.stack.grafted.items() for g in items]
 
 
+@pytest.mark.fault(
+    "experts change their numbers with the expert-parallel size",
+    "names are global",
+)
 @pytest.mark.processes
 def test_experts_have_one_name_in_every_layout(root: Path) -> None:
     alone = experts(0, 1, Layout(), root)

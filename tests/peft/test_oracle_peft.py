@@ -181,6 +181,10 @@ def test_ia3_after_the_norm_of_keys(tmp_path: Path) -> None:
         assert_close(our.grad, their.grad, "gradient")
 
 
+@pytest.mark.fault(
+    "rows of q, k and v stand one after another in an exported adapter, not by groups",
+    "adapters are compared with PEFT's logits, where the wrong order is noticed",
+)
 def test_the_comparison_notices_a_wrong_layout(tmp_path: Path) -> None:
     """Rows of q, k and v one after another, not by groups: the mistake of other libraries must be visible."""
     ours, theirs = pair("llama", tmp_path / "hf", LoRA(dim=4, alpha=8), lora_config("llama"))

@@ -9,6 +9,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -39,11 +40,10 @@ class VerifiedFile:
         self._blocks: list[bytes] = []
         self._last = (-1, b"")
         self.size, self.digest = 0, hashlib.sha256()
-        try:
+        with ExitStack() as failed:
+            failed.callback(self.close)
             self._digest_all()
-        except BaseException:
-            self.close()
-            raise
+            failed.pop_all()
 
     def read(self, start: int, stop: int) -> bytearray:
         """Return the bytes from ``start`` to ``stop``; raises ArtifactError when they are not what was digested."""
