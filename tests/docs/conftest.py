@@ -8,6 +8,7 @@ import pytest
 
 from graftwork import parallel
 from graftwork.models.weights.hub import REGISTERED
+from graftwork.models.weights.seal import seal
 from tests.helpers.tiny_hf import make_tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -21,6 +22,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = cache / "models" / f"smollm2_135m-{REGISTERED['smollm2_135m'].sha256[:16]}"
     make_tiny("llama_tied", directory, vocab_size=300, max_position_embeddings=512)
     tiny_tokenizer(directory)
+    seal(directory)
     return directory
 
 
