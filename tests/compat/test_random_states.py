@@ -115,6 +115,10 @@ def replicated(rank: int, world: int, sequence_parallel: bool) -> dict[str, Tens
     return {n: g for n, g in tiny_gpt.full_gradients(module).items() if "norm" in n}
 
 
+@pytest.mark.fault(
+    "dropout is equal on all ranks, or differs where it must not",
+    "one random state per kind of cut",
+)
 @pytest.mark.processes
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_replicated_parameters_get_one_gradient_under_dropout(sequence_parallel: bool) -> None:

@@ -38,6 +38,10 @@ def assert_untouched(model: GPT, before: dict[str, tuple[bool, torch.Tensor]], l
     assert all(after[n][0] == before[n][0] and torch.equal(after[n][1], before[n][1]) for n in before)
 
 
+@pytest.mark.fault(
+    "a failing add leaves half of the adapters attached",
+    "all or nothing: the model is as it was",
+)
 @pytest.mark.parametrize("case", BAD)
 def test_a_failing_add_leaves_no_half_state(case: str) -> None:
     bad, message = BAD[case]

@@ -48,6 +48,10 @@ def test_learned_are_all_assistant_turns_with_their_end(tokenizer):
     assert spans == ["a number<|im_end|>", "yes.<|im_end|>"]
 
 
+@pytest.mark.fault(
+    "the loss covers the prompt, or all turns of a conversation",
+    "only what rendering an assistant's turn adds is learned, as transformers' own mask says",
+)
 def test_learned_are_those_transformers_marks(tmp_path):
     """Oracle: the mask of a template with generation blocks."""
     marked = (
@@ -116,6 +120,10 @@ def test_a_template_without_end_token_gets_one(tmp_path):
     assert learn(RowEncoder(tokenizer, add_eos=False)).tokens == found.tokens[:-1]
 
 
+@pytest.mark.fault(
+    "a chat template rewrites earlier turns, so that other tokens are learned than meant",
+    "a template that does not only append is refused",
+)
 def test_templates_that_rewrite_the_past_are_refused(tmp_path):
     rewriting = "{% for m in messages %}{{ loop.revindex }} {{ m['content'] }}{% endfor %}"
     with pytest.raises(DataError, match=r"chat.jsonl, line 2: the chat template renders message 3 differently"):

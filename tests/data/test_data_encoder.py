@@ -30,6 +30,10 @@ def virtual(length: int) -> list[int]:
     return list(range(VIRTUAL_BASE, VIRTUAL_BASE + length))
 
 
+@pytest.mark.fault(
+    "the padding token is the end token, and both are masked: the model never learns to stop",
+    "masks go by position; the end token of every answer has a label",
+)
 def test_only_the_answer_and_its_end_are_learned(tokenizer):
     """Pad id = EOS id, and the prompt holds an EOS: masks go by position."""
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
@@ -40,6 +44,10 @@ def test_only_the_answer_and_its_end_are_learned(tokenizer):
     assert found.loss == [False] * len(prompt) + [True] * (len(answer) + 1)
 
 
+@pytest.mark.fault(
+    "a prompt is tokenised otherwise in generation than in training (template drift)",
+    "prompt and answer are tokenised apart: the ids of a training prompt are those of generation",
+)
 def test_training_prompts_are_generation_prompts(bos_tokenizer):
     encoder = RowEncoder(bos_tokenizer, layout(3, "prefix"), prompt_template="Review: {input}\nSentiment:")
     row = parse_row({"input": "fine", "output": "good"}, HERE, answered=True)
@@ -71,6 +79,10 @@ def test_prefix_comes_first_where_no_bos_is_added(tokenizer):
     assert learn(RowEncoder(tokenizer, layout(2, "prefix"))).tokens[:2] == virtual(2)
 
 
+@pytest.mark.fault(
+    "the tokenizer and the template both write BOS",
+    "BOS is put in one place, and not where the text begins with it",
+)
 def test_bos_is_never_doubled(bos_tokenizer):
     found = learn(RowEncoder(bos_tokenizer, prompt_template="<s>{input}")).tokens
     assert found.count(bos_tokenizer.bos_token_id) == 1
@@ -92,6 +104,10 @@ def test_each_row_gets_the_prompt_of_its_task(tokenizer):
     assert learn(RowEncoder(tokenizer), task="mood").tokens  # without per-task prompts a task changes nothing
 
 
+@pytest.mark.fault(
+    "a row that is too long loses its answer, or its virtual tokens",
+    "a cut takes prompt text on the left; seq_length counts virtual tokens too",
+)
 def test_cut_takes_prompt_text_from_the_left(bos_tokenizer):
     text = "one two three four five six seven"
     whole = learn(RowEncoder(bos_tokenizer, layout(3, "template"), prompt_template="{input}{virtual:3}!"), said=text)

@@ -44,6 +44,10 @@ def test_padded_steps(tokenizer, train):
     assert answer == f" {REVIEWS[first]['output']}<|im_end|>"
 
 
+@pytest.mark.fault(
+    "replicas read the same rows, or other ones for another number of devices",
+    "one order of rows by seed and epoch; each rank takes its share of it",
+)
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_global_batch_does_not_depend_on_the_ranks(tokenizer, train, packing):
     def step(rank: int, world: int):
@@ -57,6 +61,10 @@ def test_the_global_batch_does_not_depend_on_the_ranks(tokenizer, train, packing
         assert torch.equal(dealt, getattr(whole, name))
 
 
+@pytest.mark.fault(
+    "rows that fill the last validation batch are counted twice",
+    "fills have no labels; every row counts once",
+)
 def test_validation_rows_count_once_on_every_number_of_ranks(tokenizer, train):
     for world in (1, 2, 4):
         loaders = [
@@ -70,6 +78,10 @@ def test_validation_rows_count_once_on_every_number_of_ranks(tokenizer, train):
         assert sorted(r for own in batches for rows in rows_of(own) for r in rows) == list(range(23))
 
 
+@pytest.mark.fault(
+    "rows in one pack attend to each other",
+    "a pack carries its boundaries, and positions start anew at each",
+)
 def test_packing_keeps_every_row_apart(tokenizer, train):
     data = module(tokenizer, train, packing=True, seq_length=160)
     build = data._builder("train")
@@ -91,6 +103,10 @@ def test_packing_keeps_every_row_apart(tokenizer, train):
     assert report["packing_efficiency"] == report["tokens"] / (160 * report["packed_rows"]) > 0.8
 
 
+@pytest.mark.fault(
+    "labels are not shifted by the virtual tokens, so that they are predicted",
+    "virtual tokens are ids of the row, without a label",
+)
 def test_virtual_tokens_are_given_and_never_predicted(tokenizer, train):
     layout = PromptLayout((PromptSlot("p", 0, 5, "template"),))
     data = module(tokenizer, train, prompt_template="{input}{virtual:5}", packing=True)
@@ -126,6 +142,10 @@ def test_worker_processes_change_nothing(tokenizer, train):
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(plain, found, strict=True))
 
 
+@pytest.mark.fault(
+    "equal rows stand in training and validation",
+    "the split goes by each row's content",
+)
 def test_validation_share_follows_content(tokenizer, train, write):
     data = module(tokenizer, train, validation_fraction=0.3)
     held = sorted(r for rows in rows_of(data.val_dataloader()) for r in rows)

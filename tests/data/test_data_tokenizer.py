@@ -29,6 +29,10 @@ def test_prompt_and_answer_join_exactly(request, name, rest):
     assert tokenizer.decode(joined) == "The movie" + rest
 
 
+@pytest.mark.fault(
+    "a SentencePiece tokenizer puts a second space between prompt and answer",
+    "a continuation is tokenised behind an anchor; joined ids decode to the joined text",
+)
 def test_naive_joining_would_add_a_space(metaspace):
     text = TextEncoder(metaspace)
     joined = text.starting(["The movie"])[0] + text.starting([", and"])[0]

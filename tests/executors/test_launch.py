@@ -46,6 +46,10 @@ def test_an_executor_that_cannot_start_says_so(tmp_path: Path) -> None:
         launch(run.Partial(write_ranks, directory=str(tmp_path)), broken)
 
 
+@pytest.mark.fault(
+    "a failed task exits with 0",
+    "every outcome but success raises",
+)
 def test_every_outcome_but_success_is_a_failure(tmp_path: Path) -> None:
     for outcome in ("FAILED", "CANCELLED", "UNKNOWN", "PENDING"):
         with pytest.raises(LaunchError, match=outcome):

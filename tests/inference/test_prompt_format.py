@@ -53,6 +53,10 @@ def run(model, file, tmp_path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.fault(
+    "an adapter is asked with another template than it was trained with",
+    "the template travels with the adapter",
+)
 def test_generate_and_evaluate_ask_as_the_training_did(run, checkpoint, file):
     where = {"base": str(checkpoint), "adapter": str(run / "adapter"), "dtype": "fp32"}
     ours, explicit = (

@@ -40,6 +40,10 @@ def parts(rank: int, world_size: int) -> list[dict[str, tuple[Any, Tensor]]]:
     return found
 
 
+@pytest.mark.fault(
+    "initial values depend on the tensor-parallel size",
+    "a tensor is drawn whole from seed and name, then cut",
+)
 @pytest.mark.processes
 def test_every_layout_starts_from_the_same_model() -> None:
     ranks = run_ranks(parts, 2)

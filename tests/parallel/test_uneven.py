@@ -90,6 +90,10 @@ def validate(rank: int, world: int, layouts: list[dict[str, Any]], root: Path) -
     return found
 
 
+@pytest.mark.fault(
+    "an uneven last batch hangs ranks, or drops rows",
+    "fills keep the ranks in step and have no labels",
+)
 @pytest.mark.processes
 def test_an_uneven_last_validation_batch_counts_every_row_once(tmp_path: Path) -> None:
     root = write_rows(tmp_path)

@@ -24,6 +24,10 @@ def start(rank: int, world_size: int, data: Path, root: Path) -> str:
     return "trained"
 
 
+@pytest.mark.fault(
+    "half of the ranks resume, the others start from random values",
+    "ranks agree on the state before any of them reads it",
+)
 @pytest.mark.processes
 def test_all_ranks_refuse_a_state_that_one_does_not_see(tmp_path: Path) -> None:
     data = tiny_run.write_data(tmp_path)

@@ -35,6 +35,10 @@ def named(model: Any, text: str) -> list[torch.nn.Parameter]:
     return [p for n, p in model.named_parameters() if text in n]
 
 
+@pytest.mark.fault(
+    "a NaN goes on into the weights",
+    "the step is refused before the update, naming file and lines",
+)
 def test_nan_loss_stops_before_the_update_and_names_file_and_lines(tiny_data: Path, tmp_path: Path) -> None:
     before: list[torch.Tensor] = []
 
@@ -73,6 +77,10 @@ def poisoned_ranks(rank: int, world_size: int, layout: dict[str, Any]) -> str:
     return "no error"
 
 
+@pytest.mark.fault(
+    "NaN in one rank: the others go on, or hang",
+    "all ranks stop together and name the row",
+)
 @pytest.mark.processes
 @pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 2}], ids=["dp2", "pp2"])
 def test_infinite_loss_is_traced_to_its_row_on_whichever_rank(layout: dict) -> None:
@@ -80,6 +88,10 @@ def test_infinite_loss_is_traced_to_its_row_on_whichever_rank(layout: dict) -> N
     assert texts == ["step 2: the loss is inf; look at the rows 2003. Nothing was updated."] * 2
 
 
+@pytest.mark.fault(
+    "an adapter that no gradient reaches trains to the end",
+    "after the first step every adapter must have had a gradient",
+)
 def test_an_adapter_without_gradient_is_named(tiny_data: Path, tmp_path: Path) -> None:
     def cut(model: Any) -> None:
         for parameter in named(model, ".adapters.ia3."):
@@ -98,6 +110,10 @@ def test_a_gradient_on_the_base_is_named(tiny_data: Path, tmp_path: Path) -> Non
         run(tiny_data, tmp_path, Spoil("on_after_backward", stray))
 
 
+@pytest.mark.fault(
+    "the base is silently unfrozen",
+    "the base's checksum is compared at the end",
+)
 def test_a_moved_base_is_named(tiny_data: Path, tmp_path: Path) -> None:
     def move(model: Any) -> None:
         named(model, "final_layernorm.weight")[0].data[3] += 1e-6
@@ -106,6 +122,10 @@ def test_a_moved_base_is_named(tiny_data: Path, tmp_path: Path) -> None:
         run(tiny_data, tmp_path, Spoil("on_train_batch_end", move))
 
 
+@pytest.mark.fault(
+    "a learning rate of zero trains nothing",
+    "at the end every B must have moved",
+)
 def test_a_learning_rate_of_zero_is_noticed(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="training has not moved ia3, lora; is the learning rate 0"):
         run(tiny_data, tmp_path, Callback(), lr=0.0)
@@ -126,6 +146,10 @@ def diverged(rank: int, world_size: int) -> str:
     return "no error"
 
 
+@pytest.mark.fault(
+    "replicas drift apart",
+    "checksums of what trains are compared over the ranks",
+)
 @pytest.mark.processes
 def test_replicas_that_drift_apart_are_named() -> None:
     for text in run_ranks(diverged, 2):
@@ -142,3 +166,16 @@ def test_checksum_sees_one_bit_and_a_swap(dtype: torch.dtype) -> None:
     swapped[0, 0], swapped[0, 1] = tensor[0, 1], tensor[0, 0]
     assert changed(checksums([("x", tensor)]), checksums([("x", other)])) == ["x"]
     assert checksum(swapped) != checksum(tensor)
+
+
+def test_nan_in_the_base_is_not_blamed_on_rows(tiny_data: Path, tmp_path: Path) -> None:
+    model = tiny_run.model()
+    model.configure_model()
+    name, weight = next((n, p) for n, p in model.named_parameters() if "layers.1" in n and p.ndim == 2)
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    trainer = tiny_run.trainer(tmp_path)
+    with pytest.raises(TrainingError, match=r"weights of the base are not finite: .*; no row is to blame") as told:
+        finetune(model, trainer, tiny_run.data_module(tiny_data), [LoRA(dim=4)], tiny_run.optim())
+    assert name in str(told.value).replace(".base.", ".") or name.rpartition(".")[0] in str(told.value)
+    assert "train.jsonl" not in str(told.value)

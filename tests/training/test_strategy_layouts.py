@@ -170,6 +170,10 @@ def test_loss_is_the_mean_over_the_answer_tokens_of_the_global_batch(reference: 
     assert relative(found, mean_of_means) > 1e-4, "the data must tell a token mean from a mean of means"
 
 
+@pytest.mark.fault(
+    "validation loss is a mean over batches",
+    "sums are divided once, by all answer tokens",
+)
 def test_validation_loss_weighs_batches_by_their_tokens(reference: dict[str, Any]) -> None:
     """The trained weights, both validation batches at once, one mean over all answer tokens."""
     parallel.ensure_initialized()

@@ -69,6 +69,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(kind: str, stop: int, tiny
     assert found["summary"]["val_loss"] == wanted["summary"]["val_loss"]
 
 
+@pytest.mark.fault(
+    "the state of the random numbers is not restored",
+    "it is in the state; without it the comparison fails",
+)
 def test_without_the_random_state_the_comparison_would_fail(tiny_data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Deliberate break: dropout makes the losses depend on the generators."""
     wanted = run(tiny_data, tmp_path / "whole")
@@ -128,12 +132,20 @@ def test_a_state_holds_only_what_trains(tiny_data: Path, tmp_path: Path) -> None
     assert json.loads((latest(tmp_path) / "state.json").read_text())["optimizer_step"] == 2  # type: ignore[operator]
 
 
+@pytest.mark.fault(
+    "fp32 masters are not restored on resume",
+    "masters are in the state, under their own name",
+)
 def test_masters_of_bf16_weights_are_in_the_state(tiny_data: Path, tmp_path: Path) -> None:
     run(tiny_data, tmp_path, peft=None, dtype="bf16", max_steps=2)
     found = kinds_by_name(tmp_path)
     assert found and all(kinds == {"weight", "exp_avg", "exp_avg_sq", "master"} for kinds in found.values())
 
 
+@pytest.mark.fault(
+    "a state with another number of optimizer entries is taken by position",
+    "tensors have names, and the state keeps what the run was; another stack is refused",
+)
 @pytest.mark.parametrize(
     ("peft", "allow", "words"),
     [
@@ -190,6 +202,10 @@ def test_a_failed_save_leaves_the_state_before_it(tiny_data: Path, tmp_path: Pat
     assert_same(run(tiny_data, tmp_path), run(tiny_data, tmp_path / "whole"))
 
 
+@pytest.mark.fault(
+    "two runs write into one directory",
+    "a lock on the directory",
+)
 def test_a_second_run_in_the_same_directory_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(ConfigError, match=rf"another run \(process {os.getpid()} on .*is using"):
         run(tiny_data, tmp_path)
