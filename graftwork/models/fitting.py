@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 
 from graftwork.errors import ConfigError, ParallelismError, TrainingError
@@ -51,9 +52,22 @@ def refuse_unfit(trainer: pl.Trainer, stack: Stack | None, context: int) -> None
             f"{type(trainer.strategy).__name__} does not know megatron-core's parallel layout; "
             "use graftwork.training.MegatronStrategy for several devices."
         )
+    refuse_accumulation(trainer)
     refuse_long_rows(trainer, context)
     if stack is not None and stack.merged:
         raise TrainingError("Adapters are merged into the base; call model.unmerge_adapters() before training.")
+
+
+def refuse_accumulation(trainer: pl.Trainer) -> None:
+    """Raise ConfigError when Lightning sums batches: a mean of their means is not the mean of all answer tokens."""
+    given: list[pl.Callback] = getattr(trainer, "callbacks", [])
+    planned = [c.scheduling.values() for c in given if isinstance(c, GradientAccumulationScheduler)]
+    most = max([trainer.accumulate_grad_batches, *(count for counts in planned for count in counts)])
+    if most != 1:
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches={most} must stay 1: set the data's global_batch_size and "
+            "micro_batch_size instead."
+        )
 
 
 def refuse_long_rows(trainer: pl.Trainer, context: int) -> None:

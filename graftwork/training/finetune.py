@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, GraftworkError
 from graftwork.optim import AdamW
 from graftwork.peft import PEFT
 from graftwork.training.callbacks import AdapterCheckpoint, Progress, Report, SelfCheck, Throughput, TrainingState
@@ -62,7 +62,8 @@ def finetune(
         resume_from = _resume_from(root, resume, trainer)
         if isinstance(trainer.strategy, MegatronStrategy):
             trainer.strategy.begin(facts, resume_from, allow_changes or ())
-        trainer.fit(model, datamodule=data, ckpt_path=resume_from)
+        with _fields_named(trainer):
+            trainer.fit(model, datamodule=data, ckpt_path=resume_from)
     return report.summary
 
 
@@ -75,6 +76,20 @@ def _resume_from(root: Path, resume: bool, trainer: Trainer) -> str | None:
         for path in states(root):
             discard(path)
     return str(found) if found is not None else None
+
+
+@contextmanager
+def _fields_named(trainer: Trainer) -> Iterator[None]:
+    """Say of Lightning's refusal of an interval what is valid."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, GraftworkError) or "val_check_interval" not in str(error):
+            raise
+        raise ConfigError(
+            f"trainer.val_check_interval={trainer.val_check_interval} is more than the steps of one pass over the "
+            "training rows; set trainer.check_val_every_n_epoch=None to count steps over all passes."
+        ) from error
 
 
 @contextmanager

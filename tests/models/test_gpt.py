@@ -226,3 +226,12 @@ def test_a_plain_lightning_trainer_trains_what_it_should(adapters, tmp_path):
         assert torch.equal(parameter, before[name]) is not changes, name
     saved = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=False)["state_dict"]
     assert set(saved) == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_mask_with_a_hole_is_refused():
+    """Positions after a hole differ from those of other libraries: nobody could say which are meant."""
+    ids = batch_of().tokens
+    mask = torch.ones_like(ids)
+    mask[1, 4:6] = 0
+    with pytest.raises(ConfigError, match="attention_mask has a hole in row 1"):
+        tiny()(ids, mask)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
 from graftwork.errors import ConfigError
 from graftwork.peft import LoRA
@@ -179,3 +179,42 @@ def test_lightnings_own_strategy_on_one_device_trains_alike(tiny_data: Path, tmp
 
     assert losses("plain", strategy="auto") == pytest.approx(losses("ours"), rel=1e-5)
     assert not (tmp_path / "plain" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"val_check_interval": 50},
+        {"val_check_interval": 1.0, "check_val_every_n_epoch": 1},
+        {"val_check_interval": 1.0, "check_val_every_n_epoch": 9, "max_steps": -1, "max_epochs": 1},
+    ],
+    ids=["beyond max_steps", "beyond the first epoch", "beyond max_epochs"],
+)
+def test_a_validation_that_would_never_be_due_runs_at_the_end(options: dict, tiny_data: Path, tmp_path: Path) -> None:
+    trainer = tiny_run.trainer(tmp_path, **{"max_steps": 2, "enable_progress_bar": False, **options})
+    finetune(tiny_run.model(), trainer, tiny_run.data_module(tiny_data), [LoRA(dim=4)], tiny_run.optim())
+    report = next(c for c in trainer.callbacks if isinstance(c, Report))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [step for step, _ in report.validation] == [trainer.global_step] and summary["val_loss"] is not None
+
+
+def test_an_interval_beyond_one_pass_names_the_field(tiny_data: Path, tmp_path: Path) -> None:
+    trainer = tiny_run.trainer(tmp_path, val_check_interval=50, check_val_every_n_epoch=1)
+    with pytest.raises(ConfigError, match="trainer.val_check_interval=50 is more than the steps of one pass"):
+        finetune(tiny_run.model(), trainer, tiny_run.data_module(tiny_data), [LoRA(dim=4)], tiny_run.optim())
+
+
+@pytest.mark.parametrize("strategy", ["auto", None])
+@pytest.mark.parametrize("how", ["option", "callback"])
+def test_batches_are_not_accumulated_by_lightning(how: str, strategy: Any, tiny_data: Path, tmp_path: Path) -> None:
+    """A mean of means: rows with few answer tokens would weigh more."""
+    options: dict[str, Any] = {"strategy": strategy} if strategy else {}
+    if how == "option":
+        options["accumulate_grad_batches"] = 2
+    else:
+        options["callbacks"] = [GradientAccumulationScheduler({0: 1, 1: 2})]
+    trainer = tiny_run.trainer(tmp_path, **options)
+    model = tiny_run.model()
+    model.add_adapter(LoRA(dim=4))
+    with pytest.raises(ConfigError, match=r"accumulate_grad_batches=2 must stay 1"):
+        trainer.fit(model, datamodule=tiny_run.data_module(tiny_data))

@@ -14,6 +14,7 @@ from graftwork import parallel
 from graftwork.batch import Batch
 from graftwork.core.context_parallel import slice_batch
 from graftwork.core.segments import local_positions
+from graftwork.errors import ConfigError
 from graftwork.models.generation.protocol import CausalModel
 
 
@@ -31,6 +32,14 @@ class RightPadded:
         if attention_mask is None or bool(attention_mask.all()):
             return cls(input_ids, None, None)
         mask = attention_mask.bool()
+        starts = mask.clone()
+        starts[:, 1:] &= ~mask[:, :-1]
+        if bool((starts.sum(dim=1) > 1).any()):
+            row = int((starts.sum(dim=1) > 1).nonzero()[0])
+            raise ConfigError(
+                f"attention_mask has a hole in row {row}: padding (0) may stand before and after a row's tokens, "
+                "not between them."
+            )
         order = torch.argsort((~mask).int(), dim=1, stable=True)
         tokens = torch.gather(input_ids.masked_fill(~mask, 0), 1, order)
         return cls(tokens, torch.argsort(order, dim=1), mask)

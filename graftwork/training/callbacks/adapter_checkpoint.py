@@ -44,6 +44,14 @@ class AdapterCheckpoint(WritesRunDown, Checkpoint):
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
         self.path = Path(state_dict["path"]) if state_dict["path"] else None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let a validation that would never be due run at the end: without one there is no best."""
+        steps, every = trainer.estimated_stepping_batches, trainer.check_val_every_n_epoch
+        in_epoch = trainer.val_check_batch or math.inf
+        due = in_epoch if every is None else (every - 1) * trainer.num_training_batches + in_epoch
+        if trainer.enable_validation and steps < due < math.inf:
+            trainer.check_val_every_n_epoch, trainer.val_check_batch = None, int(steps)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the adapters if they are the best so far."""
         value, model = trainer.callback_metrics.get(self.monitor), trainee(pl_module)

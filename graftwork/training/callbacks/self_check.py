@@ -63,7 +63,8 @@ class SelfCheck(Callback):
         step = trainer.global_step + 1
         loss = float(trainer.callback_metrics.get("train_loss", 0.0))
         if not math.isfinite(loss):
-            raise TrainingError(f"step {step}: the loss is {loss}; {self._rows(trainer)}. Nothing was updated.")
+            cause = _not_finite(pl_module) or self._rows(trainer)
+            raise TrainingError(f"step {step}: the loss is {loss}; {cause}. Nothing was updated.")
         norm = float(trainer.callback_metrics.get("grad_norm", 0.0))
         if not math.isfinite(norm):
             raise TrainingError(
@@ -127,6 +128,14 @@ class SelfCheck(Callback):
             sums = last.microbatches
             parts = [part for part, total in zip(parts, sums) if not bool(torch.isfinite(total))] if sums else []
         return [int(r) for part in parts for r in part.flatten().tolist() if r >= 0]
+
+
+def _not_finite(module: nn.Module) -> str | None:
+    """Name weights of the base that are not finite on any rank: no row is to blame for what they give."""
+    base = ((name, p) for name, p in module.named_parameters() if _owner(p) == BASE and p.is_floating_point())
+    mine = [name for name, p in base if not bool(torch.isfinite(p).all())]
+    names = sorted({name for found in all_gather_objects(mine) for name in found})
+    return f"weights of the base are not finite: {_some(names)}; no row is to blame" if names else None
 
 
 def trainable(module: nn.Module) -> Named:
