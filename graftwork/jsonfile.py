@@ -87,8 +87,7 @@ def named_inside(directory: Path, name: object, what: str, error: type[Graftwork
 
     A valid name has no directory part; a symbolic link must not lead outside, see ``refuse_outside``.
     """
-    plain = isinstance(name, str) and name not in ("", ".", "..") and not set("/\\\0") & set(name)
-    if not isinstance(name, str) or not plain or len(os.fsencode(name)) > MAX_NAME:
+    if not isinstance(name, str) or not _plain(name):
         raise error(f"{what} names the file {quoted(name)}; a plain name of a file in its directory is valid.")
     refuse_outside(directory, directory / name, error)
     return directory / name
@@ -104,6 +103,14 @@ def refuse_outside(directory: Path, file: Path, error: type[GraftworkError]) -> 
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not (place.is_relative_to(home) or place.is_relative_to(blobs)):
         raise error(f"{quoted(file)} is a link that leads out of its directory; put the file itself there.")
+
+
+def _plain(name: str) -> bool:
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        return False
+    return length <= MAX_NAME and name not in ("", ".", "..") and not set("/\\\0") & set(name)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -88,7 +88,7 @@ def test_names_stay_in_their_directory(tmp_path: Path) -> None:
     for directory in (home, tmp_path / "alias"):
         assert named_inside(directory, "own", "it", CheckpointError).read_text() == ""
         assert named_inside(directory, "link", "it", CheckpointError).read_text() == ""
-    for name in ("../other", "/etc/passwd", "a/b", "", "..", "a\0b", "n" * 300, 3, None, ["own"]):
+    for name in ("../other", "/etc/passwd", "a/b", "", "..", "a\0b", "n" * 300, "\ud800", 3, None, ["own"]):
         with pytest.raises(CheckpointError, match="it names the file .* a plain name"):
             named_inside(home, name, "it", CheckpointError)
     for name in ("out", "loop"):

@@ -23,6 +23,8 @@ from tests.helpers.tiny_hf import make_tiny
 SMALL = {"llama": {"num_hidden_layers": 1}, "llama_tied": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}}
 SECONDS, KIBIBYTES, CHARACTERS = 10.0, 400_000, 500
 TOLERANCE = 5e-5
+FINDINGS = ("json.text#59",)
+"""What once came out as something else than a sentence: a shard named by half of a surrogate pair."""
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,11 @@ def run(mutations: list[Mutation], checkpoints: list[Path], work: Path) -> Count
         assert time.process_time() - started < SECONDS, f"{mutation} on {whole.name} took too long"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < KIBIBYTES
     return found
+
+
+def test_past_findings(checkpoints: list[Path], tmp_path: Path) -> None:
+    found = run([Mutation.parse(text) for text in FINDINGS for _ in checkpoints], checkpoints, tmp_path)
+    assert sum(found.values()) == len(FINDINGS) * len(checkpoints)
 
 
 def test_300_damaged_checkpoints(checkpoints: list[Path], tmp_path: Path) -> None:
