@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 from graftwork.atomic import atomic_directory
 from graftwork.cache import sha256
 from graftwork.errors import CheckpointError, quoted
-from graftwork.jsonfile import named_inside, read_object, validated
+from graftwork.jsonfile import named_inside, read_object, refuse_outside, validated
 from graftwork.layout import Layout
 from graftwork.parallel import sharded_files
 from graftwork.parallel.collective import agreed, all_gather_objects, broadcast_object, world_rank, world_size
@@ -100,6 +100,7 @@ def read_common(path: Path) -> tuple[dict[str, Any], Facts]:
     """Return (Lightning's checkpoint, the contents of ``state.json``); the same CheckpointError on every rank."""
 
     def read() -> tuple[dict[str, Any], Facts]:
+        _check_entries(path)
         state = _facts(path)
         _check_files(path, state)
         found = torch.load(path / TRAINER, weights_only=True)
@@ -133,6 +134,15 @@ def _facts(path: Path) -> Facts:
     ):
         raise sharded_files.DamagedError(f"{STATE} was changed: its checksum does not match")
     return state
+
+
+def _check_entries(path: Path) -> None:
+    """Refuse what is no file of the state's own: a pipe would be waited for, a link leads elsewhere."""
+    for entry in sorted(path.rglob("*")):
+        if entry.is_symlink():
+            refuse_outside(path, entry, sharded_files.DamagedError)
+        if entry.exists() and not entry.is_dir() and not entry.is_file():
+            raise sharded_files.DamagedError(f"{quoted(entry.name)} is not a regular file")
 
 
 def _check_files(path: Path, state: Facts) -> None:
