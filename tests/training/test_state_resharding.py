@@ -160,9 +160,9 @@ def refusals(rank: int, world_size: int, root: Path) -> dict[str, str]:
     return found
 
 
-def _read_random(path: Path, state: dict) -> None:
-    state = {**state, "world_size": 2}
-    checkpoint.read_random_state(path, state, Layout(**state["layout"]))
+def _read_random(path: Path, state: checkpoint.Facts) -> None:
+    state = state.model_copy(update={"world_size": 2})
+    checkpoint.read_random_state(path, state, Layout(**state.layout))
 
 
 def _break(patch: pytest.MonkeyPatch, what: str) -> None:
