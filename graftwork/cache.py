@@ -34,7 +34,7 @@ def locked(path: Path, refusal: Callable[[Path, OSError], GraftworkError] = unwr
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         lock.acquire()
     except OSError as error:
         raise refusal(path.parent, error) from error
@@ -42,6 +42,14 @@ def locked(path: Path, refusal: Callable[[Path, OSError], GraftworkError] = unwr
         yield
     finally:
         lock.release()
+
+
+def make_private(directory: Path) -> None:
+    """Make ``directory`` and those above it that are missing, for this user alone; what is there stays as it is."""
+    missing = [one for one in (directory, *directory.parents) if not one.exists()]
+    for one in reversed(missing):
+        one.mkdir(mode=0o700, exist_ok=True)
+    directory.mkdir(exist_ok=True)  # refuses a file in its place
 
 
 def file_stamp(*files: Path) -> str:

@@ -1,6 +1,7 @@
 """The cache: one holder at a time, and none that outlives its process."""
 
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -61,3 +62,11 @@ def test_a_stamp_follows_every_touch(tmp_path: Path) -> None:
     assert file_stamp(file) == before
     file.write_text("ab")
     assert file_stamp(file) != before
+
+
+def test_what_the_cache_makes_is_private_and_what_was_there_stays(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    with locked(tmp_path / "home" / "cache" / "x"):
+        pass
+    modes = [stat.S_IMODE(p.stat().st_mode) for p in (tmp_path, tmp_path / "home", tmp_path / "home" / "cache")]
+    assert modes == [0o755, 0o700, 0o700]

@@ -11,7 +11,8 @@ import nemo_run as run
 import typer
 
 from graftwork.cli.overrides import PARSE_ERRORS, Maker, explain_executor, explain_overrides, factories, stack_as_list
-from graftwork.errors import ConfigError, GraftworkError, LaunchError, TrainingError
+from graftwork.cli.recipe_file import check_recipe_files
+from graftwork.errors import ConfigError, GraftworkError, LaunchError, TrainingError, quoted
 from graftwork.executors import launch, local
 from graftwork.recipes.show import show, with_text
 
@@ -24,6 +25,7 @@ class GraftContext(run.cli.RunContext):
     def cli_execute(self, fn: Maker, args: list[str], entrypoint_type: str = "task") -> None:
         """Run ``fn`` with overrides ``args``; exits 2 on bad input and 1 on a failed run."""
         with one_line_errors():
+            check_recipe_files(self.yaml, self.factory, args)
             own = [a for a in args if a.startswith("run.")]
             task_args = stack_as_list([a for a in args if a not in own])
             if self.to_yaml or self.to_toml or self.to_json:
@@ -120,7 +122,7 @@ def parsing(explain: Callable[[], str]) -> Iterator[None]:
     except PARSE_ERRORS as error:
         if isinstance(error, GraftworkError):
             raise
-        raise ConfigError(explain() or str(error)) from error
+        raise ConfigError(explain() or quoted(" ".join(str(error).split()), 400, bare=True)) from error
 
 
 @contextmanager

@@ -181,7 +181,11 @@ class TextEncoder:
 def _read(path: str | Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+        path,
+        local_files_only=True,
+        trust_remote_code=False,  # None would ask on a terminal
+    )
     return tokenizer
 
 

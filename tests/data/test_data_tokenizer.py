@@ -1,9 +1,14 @@
 """Pieces join exactly, for byte-level and for SentencePiece-like tokenizers; fingerprints follow what matters."""
 
+import json
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import graftwork
 from graftwork.data.tokenizer import TextEncoder, fingerprint, load_tokenizer
 from graftwork.errors import ConfigError, DataError
 from tests.helpers.tiny_tokenizer import CORPUS, tiny_tokenizer
@@ -75,3 +80,33 @@ def test_no_tokenizer_there(tmp_path):
 def _saved(tokenizer, path):
     tokenizer.save_pretrained(str(path))
     return path
+
+
+@pytest.mark.fault(
+    "a tokenizer from a stranger brings Python code that runs when it is loaded",
+    "code beside a tokenizer is never run; one that needs it is refused",
+)
+def test_code_beside_a_tokenizer_never_runs(tmp_path, monkeypatch):
+    tiny_tokenizer(tmp_path / "foreign")
+    ran = tmp_path / "ran"
+    (tmp_path / "foreign" / "mine.py").write_text(f"open({str(ran)!r}, 'w')\nclass Mine: pass\n")
+    file = tmp_path / "foreign" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(
+        json.dumps({**config, "auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}, "tokenizer_class": "Mine"})
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever is asked says yes
+    with suppress(DataError):
+        load_tokenizer(str(tmp_path / "foreign"))
+    assert not ran.exists()
+
+
+def test_nobody_trusts_remote_code():
+    package = Path(graftwork.__file__).parent
+    calls = [
+        line.strip()
+        for file in package.rglob("*.py")
+        for line in file.read_text().splitlines()
+        if "trust_remote" in line
+    ]
+    assert calls and all("trust_remote_code=False" in line for line in calls)
