@@ -144,6 +144,18 @@ def state(model: GPT) -> dict[str, tuple[bool, Tensor]]:
     return {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
 
 
+@pytest.mark.fault(
+    "unknown tensor keys are accepted",
+    "every tensor of the file must belong to a site of its stack",
+)
+@pytest.mark.fault(
+    "missing tensor keys are only warned of, and the module stays at its initial values",
+    "a stack is loaded whole or not at all",
+)
+@pytest.mark.fault(
+    "another library's adapter loads with no key matching, and the base answers",
+    "an artifact says whose it is and which sites it fills; another format is refused",
+)
 @pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damage_is_one_sentence_and_changes_nothing(case: str, attached: bool, good: Path, tmp_path: Path) -> None:

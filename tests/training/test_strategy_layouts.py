@@ -126,6 +126,10 @@ def test_layout_trains_as_one_process(layout: str, model: str, reference: dict, 
         assert_equal(rank["layouts"][layout][model], reference[model])
 
 
+@pytest.mark.fault(
+    "gradients of experts are not summed over the ranks that share them",
+    "the record on a parameter says that it is an expert's; trained weights equal one process",
+)
 @pytest.mark.processes
 @pytest.mark.parametrize("name", SPECIAL)
 def test_virtual_stages_and_experts_train_as_one_process(name: str, reference: dict, ranks: list[dict]) -> None:

@@ -177,7 +177,7 @@ def _write(path: Path, tensors: dict[str, Tensor], config: dict[str, object]) ->
         save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
         checked = config | {"checksum": _checksum(config, directory / TENSORS)}
         (directory / CONFIG).write_text(json.dumps(checked, indent=2, sort_keys=True) + "\n")
-        (directory / CARD).write_text(model_card(known, tensors))
+        (directory / CARD).write_text(model_card(known, tensors), encoding="utf-8")
 
 
 def _as_read(config: Mapping[str, object], path: Path) -> ArtifactConfig:
