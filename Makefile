@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-compat lint types format bench docs golden clean
+.PHONY: help install demo test test-all test-compat lint types format bench docs audit golden clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -68,6 +68,10 @@ bench: $(STAMP) ## seconds and tokens per step of each method on a small model
 docs: $(STAMP) ## build the documentation site into site/
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	@$(BIN)/mkdocs build --strict -q && echo "site/index.html"
+
+audit: ## known weaknesses of the tested versions, asked for over the network
+	@$(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/python -m pip install -q pip-audit
+	@$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 golden: $(STAMP) ## rewrite tests/golden and derived tables of the docs after an intended change (review the diff)
 	@$(BIN)/python -m tests.helpers.golden
