@@ -4,6 +4,7 @@ import codecs
 import csv
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,14 @@ import pyarrow
 import pyarrow.parquet
 
 from graftwork.cache import sha256
-from graftwork.data.schema import Place
+from graftwork.data.schema import HALF_PAIR, Place, is_text
 from graftwork.errors import DataError, quoted, suggest
 from graftwork.jsonfile import MAX_BYTES, parse_json
 
 MAX_LINE = MAX_BYTES
 """Longest line, in bytes or characters."""
+
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 Rows = Iterator[tuple[Place, object]]
 
@@ -94,7 +97,7 @@ def _read_jsonl(path: str) -> Rows:
 
 def _parse_json(line: bytes, place: Place) -> object:
     try:
-        return parse_json(line.removeprefix(codecs.BOM_UTF8), f"{place}: the line", DataError)
+        row = parse_json(line.removeprefix(codecs.BOM_UTF8), f"{place}: the line", DataError)
     except DataError as error:
         if isinstance(cause := error.__cause__, UnicodeDecodeError):
             said = f"{place}: not UTF-8 text (byte {cause.start + 1}); save the file as UTF-8."
@@ -103,6 +106,9 @@ def _parse_json(line: bytes, place: Place) -> object:
         else:
             said = str(error)
         raise DataError(said) from None
+    if _ESCAPED_SURROGATE.search(line) and not is_text(json.dumps(row, ensure_ascii=False)):
+        raise DataError(f"{place}: {HALF_PAIR}; save the file as UTF-8.")
+    return row
 
 
 def _read_csv(path: str, delimiter: str = ",") -> Rows:

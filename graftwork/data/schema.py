@@ -3,9 +3,9 @@
 import difflib
 import itertools
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, Optional
+from typing import Annotated, Literal, NamedTuple, Optional
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from graftwork.errors import DataError, quoted
 
@@ -28,10 +28,27 @@ class Place(NamedTuple):
         return f"{self.file}, {self.unit} {self.number}"
 
 
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: half of a surrogate pair, which JSON can hold, cannot."""
+    return value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _whole_pairs(value: str) -> str:
+    if not is_text(value):
+        raise ValueError(HALF_PAIR)
+    return value
+
+
+HALF_PAIR = "half of a surrogate pair (\\ud800 to \\udfff) is no text"
+
+Text = Annotated[str, AfterValidator(_whole_pairs)]
+"""A string that a tokenizer takes."""
+
+
 class _Row(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
-    task: Optional[str] = None
+    task: Optional[Text] = None
 
     @field_validator("task")
     @classmethod
@@ -42,8 +59,8 @@ class _Row(BaseModel):
 class Prompt(_Row):
     """A row to answer: ``input``, and ``output`` where the right answer is known."""
 
-    input: str
-    output: Optional[str] = None
+    input: Text
+    output: Optional[Text] = None
 
     @property
     def fields(self) -> dict[str, object]:
@@ -54,7 +71,7 @@ class Prompt(_Row):
 class Example(Prompt):
     """A row to learn from: the answer is there and not empty."""
 
-    output: str = Field(min_length=1)
+    output: Text = Field(min_length=1)
 
 
 class Message(BaseModel):
@@ -63,7 +80,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
+    content: Text
 
 
 class Chat(_Row):
@@ -106,7 +123,7 @@ def _explain(error: ValidationError, raw: Mapping[str, object]) -> str:
     if first["type"] == "missing":
         return f"field {name!r} is missing{_misspelt(raw) if len(first['loc']) == 1 else ''}"
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        return f"field {name!r}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
     said = first["msg"][0].lower() + first["msg"][1:]
     return f"field {name!r}: {said}, got {quoted(first['input'], 60)}"
 

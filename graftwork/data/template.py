@@ -8,7 +8,7 @@ import math
 import string
 from dataclasses import dataclass
 
-from graftwork.data.schema import Chat, Place, Prompt
+from graftwork.data.schema import Chat, Place, Prompt, is_text
 from graftwork.errors import ConfigError, DataError, quoted, suggest
 from graftwork.virtual_tokens import PromptLayout, PromptSlot
 
@@ -132,7 +132,7 @@ def _is_text(value: str | float) -> bool:
     """Whether a value of a row reads as text: a missing number ("nan") and half of a surrogate pair do not."""
     if isinstance(value, float):
         return math.isfinite(value)
-    return not isinstance(value, str) or value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
+    return not isinstance(value, str) or is_text(value)
 
 
 def check_templates(prompt: str, answer: str) -> None:

@@ -46,3 +46,18 @@ def test_unknown_fields_are_kept_for_templates():
 def test_rows_to_answer_need_no_answer():
     assert parse_row({"input": "a"}, HERE, answered=False) == Prompt(input="a")
     assert isinstance(parse_row({"messages": [{"role": "user", "content": "x"}]}, HERE, answered=False), Chat)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": "\ud800", "output": "x"},
+        {"input": "a", "output": "\udfff"},
+        {"input": "a", "output": "x", "task": "\ud800"},
+        {"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "x"}]},
+    ],
+)
+@pytest.mark.parametrize("answered", [True, False])
+def test_half_of_a_surrogate_pair_is_no_text(row, answered):
+    with pytest.raises(DataError, match=r"line 1: field '[\w.]+': .*(half of a surrogate pair|as a unicode string)"):
+        parse_row(row, Place("f.jsonl", "line", 1), answered=answered)

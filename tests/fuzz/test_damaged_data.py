@@ -119,10 +119,14 @@ def test_five_thousand_mutations(tmp_path: Path, encoder: RowEncoder) -> None:
 DEEP = 100_000
 FINDINGS = {
     "nested deeper than the parser's stack": ('{"input": ' + "[" * DEEP + "]" * DEEP + ', "output": "x"}', "64 levels"),
-    "half a surrogate pair": ('{"input": "\\ud800", "output": "x", "context": ""}', "field 'input'"),
+    "half a surrogate pair": ('{"input": "\\ud800", "output": "x", "context": ""}', "line 1: half of a surrogate pair"),
     "half a surrogate pair in a named field": (
         '{"input": "a", "output": "x", "context": "\\ud800"}',
-        "field 'context'",
+        "line 1: half of a surrogate pair",
+    ),
+    "half a surrogate pair in a conversation": (
+        json.dumps({"messages": [{"role": "user", "content": "a", "name": "\ud800"}, *CHAT["messages"][1:]]}),
+        "line 1: half of a surrogate pair",
     ),
     "a number of five thousand digits": ('{"input": "a", "output": "x", "context": ' + "9" * 5000 + "}", "line 1"),
     "a number that is none": ('{"input": "a", "output": "x", "context": NaN}', "'NaN' is no finite number"),
