@@ -11,12 +11,23 @@ from graftwork.errors import ParallelismError
 IGNORED = -100
 """Label of a position without a target (torch's and transformers' ``ignore_index``)."""
 
+Ids = Sequence[Sequence[int]]
+"""Rows of token ids, of any lengths."""
+
+
+def right_padded(rows: Ids, fill: int, device: torch.device | str) -> Tensor:
+    """Return int64 [b, longest] of rows of different lengths, padded behind with ``fill``."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64, device=device)
+
 
 @dataclass
 class Batch:
     """The rows of one step (or microbatch) of a data-parallel rank.
 
     tokens, labels, position_ids: int64 [b, s]; ``labels[i, t]`` is the token after ``tokens[i, t]``, or IGNORED.
+    source int64 [b, se], source_lengths int64 [b]: what the encoder of a sequence-to-sequence model reads, padded right,
+    and how much of each row is no padding; ``tokens`` are then the decoder's. None in a causal batch.
     cu_seqlens: int32, only in a *packed* batch, whose rows hold several samples each: the boundaries of the samples in
     every row [b, k] (repeated at the end where a row has fewer), or [k] once the rows lie ``in_one_line``.
     rows: int64 [b, k], numbers of the dataset rows in each row, -1 for none. micro_batch_size: rows that go through the
@@ -29,12 +40,31 @@ class Batch:
     cu_seqlens: Tensor | None = None
     rows: Tensor | None = None
     micro_batch_size: int | None = None
+    source: Tensor | None = None
+    source_lengths: Tensor | None = None
 
     @classmethod
     def of(cls, tokens: Tensor, labels: Tensor | None = None) -> "Batch":
         """Make a batch of right-padded ids [b, s] whose positions count from 0; no labels: no position has a target."""
         wanted = torch.full_like(tokens, IGNORED) if labels is None else labels
         return cls(tokens, wanted, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
+
+    @classmethod
+    def following(cls, prompts: Ids, answers: Ids, device: torch.device | str) -> "Batch":
+        """Lay each answer behind its prompt, as a causal model reads them; every token of an answer is a target."""
+        pairs = list(zip(prompts, answers, strict=True))
+        labels = [[*[IGNORED] * (len(prompt) - 1), *(answer or [IGNORED])] for prompt, answer in pairs]
+        return cls.of(
+            right_padded([[*prompt, *answer][: len(row)] for (prompt, answer), row in zip(pairs, labels)], 0, device),
+            right_padded(labels, IGNORED, device),
+        )
+
+    @classmethod
+    def answering(cls, prompts: Ids, answers: Ids, start: int, device: torch.device | str) -> "Batch":
+        """Give the prompts to the encoder and ``start`` with the answers to the decoder; answers are the targets."""
+        read = Batch.following([[start]] * len(prompts), answers, device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64, device=device)
+        return replace(read, source=right_padded(prompts, 0, device), source_lengths=lengths)
 
     @property
     def packed(self) -> bool:
@@ -72,7 +102,7 @@ class Batch:
         return replace(self, tokens=tokens, labels=labels, position_ids=positions, cu_seqlens=bounds)
 
     def at_positions(self, keep: Tensor) -> "Batch":
-        """Return only the positions ``keep`` (indices along s) of every row."""
+        """Return only the positions ``keep`` (indices along s) of every row; a source stays whole."""
         tokens, labels, positions = (t.index_select(1, keep) for t in (self.tokens, self.labels, self.position_ids))
         return replace(self, tokens=tokens, labels=labels, position_ids=positions)
 
@@ -91,6 +121,8 @@ class Batch:
             position_ids=change(self.position_ids),
             cu_seqlens=None if self.cu_seqlens is None else change(self.cu_seqlens),
             rows=None if self.rows is None else change(self.rows),
+            source=None if self.source is None else change(self.source),
+            source_lengths=None if self.source_lengths is None else change(self.source_lengths),
         )
 
 

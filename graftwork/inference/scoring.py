@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graftwork import parallel
-from graftwork.batch import IGNORED
+from graftwork.batch import IGNORED, right_padded
 from graftwork.data.sequence import Sequence
 from graftwork.models.generation.protocol import CausalModel
-from graftwork.models.generation.scoring import check_tokens, device_of, evaluating, right_padded, target_logits
+from graftwork.models.generation.scoring import check_tokens, device_of, evaluating, target_logits
 from graftwork.parallel.collective import all_gather_objects
 
 Value = TypeVar("Value")

@@ -8,16 +8,17 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, Unpack
+from typing import Any, ClassVar, Optional, Unpack
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graftwork import parallel
-from graftwork.batch import Batch, Questions
+from graftwork.batch import Batch, Ids, Questions
 from graftwork.data.tokenizer import Tokenizer, checkpoint_tokenizer
 from graftwork.errors import ArtifactError, ConfigError, TrainingError
 from graftwork.models.adapters import attach, load, refuse_taken_names, warn_of_other_prompts
@@ -56,6 +57,9 @@ class Model(pl.LightningModule):
         seed: Seed of random base weights and of every adapter's initial values.
     """
 
+    seq2seq: ClassVar[bool] = False
+    """Whether an encoder reads the prompt and a decoder gives the answer; False: one sequence holds both."""
+
     def __init__(
         self,
         shape: Shape,
@@ -87,6 +91,10 @@ class Model(pl.LightningModule):
     def run_chunk(self, chunk: nn.Module, batch: Batch) -> Tensor:
         """Call one chunk on a microbatch: logits [b, s, v/tp], or hidden states before the last stage."""
         raise TypeError(f"{type(self).__name__} must say how it runs a chunk.")
+
+    def lay_out(self, prompts: Ids, answers: Ids, device: torch.device) -> Batch:
+        """Return how prompts, each with the tokens that follow it, reach the model, with targets on those tokens."""
+        raise TypeError(f"{type(self).__name__} must say how prompts and answers reach it.")
 
     def forward_step(self, data_iterator: Iterator[Batch], module: nn.Module) -> tuple[Tensor, LossFunction]:
         """megatron-core's ``forward_step_func``: one microbatch's output and the function that reads its loss."""

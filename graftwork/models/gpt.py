@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from graftwork import parallel
-from graftwork.batch import Batch
+from graftwork.batch import Batch, Ids
 from graftwork.core.context_parallel import slice_batch
 from graftwork.core.gpt import build_gpt
 from graftwork.errors import ConfigError
@@ -61,6 +62,10 @@ class GPT(Model):
             packed_seq_params=packed,
         )
         return output
+
+    def lay_out(self, prompts: Ids, answers: Ids, device: torch.device) -> Batch:
+        """Return rows of a prompt and its answer, whose tokens are the targets."""
+        return Batch.following(prompts, answers, device)
 
     def forward_step(self, data_iterator: Iterator[Batch], module: nn.Module) -> tuple[Tensor, LossFunction]:
         """megatron-core's ``forward_step_func``: one microbatch's output and the function that reads its loss.

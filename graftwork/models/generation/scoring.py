@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from graftwork import parallel
-from graftwork.batch import IGNORED, Batch
+from graftwork.batch import IGNORED, Batch, right_padded
 from graftwork.errors import ConfigError
 from graftwork.models.generation.logits import all_logits, gather_vocabulary
 from graftwork.models.generation.protocol import CausalModel
@@ -56,12 +56,6 @@ def target_logits(model: CausalModel, tokens: Tensor, labels: Tensor) -> Tensor:
     output, _ = model.forward_step(iter([Batch.of(tokens, labels)]), model.chunks[0])
     whole = gather_vocabulary(output.reshape(-1, output.shape[-1]))
     return whole[:, : model.shape.vocab_size].float()
-
-
-def right_padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> Tensor:
-    """Return int64 [b, longest] of rows of different lengths, padded behind with ``fill``."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64, device=device)
 
 
 def last_logits(model: CausalModel, rows: Sequence[Sequence[int]]) -> Tensor:
