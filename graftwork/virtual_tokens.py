@@ -46,11 +46,22 @@ class PromptLayout:
         """Number of virtual ids that exist."""
         return max((s.offset + s.length for s in self.slots), default=0)
 
+    @property
+    def tasks(self) -> dict[str, list[str]]:
+        """The tasks of every prompt that is kept per task, by the prompt's name."""
+        found: dict[str, list[str]] = {}
+        for slot in self.slots:
+            if slot.task is not None:
+                found.setdefault(slot.name, []).append(slot.task)
+        return found
+
     def ids(self, name: str, task: str | None = None) -> list[int]:
-        """Ids of prompt ``name`` (and ``task``); raises MatchError naming the prompts that exist."""
+        """Ids of prompt ``name`` (and ``task``); raises MatchError naming the prompts, or its tasks, that exist."""
         for slot in self.slots:
             if slot.name == name and slot.task == task:
                 return slot.ids
+        if name in self.tasks:
+            raise MatchError(f"prompt {name!r} has no task {task!r}; {suggest(task or '', self.tasks[name])}")
         raise MatchError(f"no prompt is called {name!r}; {suggest(name, (s.name for s in self.slots))}")
 
     def placed(self, placement: str, task: str | None = None) -> list[int]:

@@ -5,7 +5,7 @@ from typing import Optional, TypedDict
 from graftwork.data import chat
 from graftwork.data.schema import Chat, Place, Prompt
 from graftwork.data.sequence import Sequence, TooLong
-from graftwork.data.template import Piece, PromptTemplate, check_task, template_slots
+from graftwork.data.template import Piece, PromptTemplate, TaskTemplates, Template, check_task, template_slots
 from graftwork.data.tokenizer import TextEncoder, Tokenizer
 from graftwork.errors import ConfigError, DataError
 from graftwork.virtual_tokens import PromptLayout
@@ -17,8 +17,8 @@ TOO_LONG = ("error", "drop")
 class PromptFormat(TypedDict):
     """The options that decide which tokens a row becomes: what generation must repeat to ask as training did."""
 
-    prompt_template: str
-    answer_template: str
+    prompt_template: Template
+    answer_template: Template
     add_bos: bool | None
     add_eos: bool
 
@@ -35,7 +35,7 @@ PROMPT_FORMAT = tuple(PromptFormat.__annotations__)
 
 
 class RowEncoder:
-    """Encodes checked rows for one tokenizer, prompt layout and pair of templates.
+    """Encodes checked rows for one tokenizer, prompt layout and pair of templates (of each task, where given so).
 
     Prompt and answer are tokenised separately: the ids of a training prompt are the ids generation starts from.
     """
@@ -45,15 +45,15 @@ class RowEncoder:
         tokenizer: Tokenizer,
         layout: PromptLayout | None = None,
         *,
-        prompt_template: str = "{input}",
-        answer_template: str = " {output}",
+        prompt_template: Template = "{input}",
+        answer_template: Template = " {output}",
         seq_length: int = 1024,
         add_bos: Optional[bool] = None,
         add_eos: bool = True,
         too_long: str = "error",
     ) -> None:
         self.layout = layout or PromptLayout()
-        self.template = PromptTemplate(prompt_template, answer_template, self.layout)
+        self.templates = TaskTemplates(prompt_template, answer_template, self.layout)
         self.text = TextEncoder(tokenizer, add_bos, add_eos)
         self.tokenizer = tokenizer
         self.seq_length = seq_length
@@ -72,23 +72,29 @@ class RowEncoder:
             self._checked_cut(sequence, place)
         return [(s.tokens, question, answer) for s, (_, question, answer) in zip(sequences, asked)]
 
-    def answers(self, outputs: list[str]) -> list[list[int]]:
-        """Ids each output would have as an answer (EOS included), to compare or to score."""
-        return [ids + self.text.end for ids in self.text.continuing([self.template.answer_text(o) for o in outputs])]
+    def answers(self, outputs: list[str], task: str | None = None) -> list[list[int]]:
+        """Ids each output would have as an answer to a row of ``task`` (EOS included), to compare or to score."""
+        template = self.templates.of(task, Place("outputs", "number", 1))
+        return [ids + self.text.end for ids in self.text.continuing([template.answer_text(o) for o in outputs])]
 
     def _learned(self, row: Prompt | Chat, place: Place) -> list[Piece]:
         if isinstance(row, Chat):
             return chat.learned_pieces(self.tokenizer, row, place, self.text.add_eos)
         assert row.output is not None, "parse_row(answered=True) lets no row without an answer through"
         end = [Piece(ids=tuple(self.text.end), loss=True)] if self.text.end else []
-        answer = Piece(self.template.answer_text(row.output), loss=True)
-        return [*self.template.prompt_pieces(row, place), answer, *end]
+        template = self._template(row, place)
+        answer = Piece(template.answer_text(row.output), loss=True)
+        return [*template.prompt_pieces(row, place), answer, *end]
 
     def _asked(self, row: Prompt | Chat, place: Place) -> tuple[list[Piece], str, str | None]:
         if isinstance(row, Chat):
             pieces, answer = chat.prompt_pieces(self.tokenizer, row, place)
             return pieces, chat.question(row), answer
-        return self.template.prompt_pieces(row, place), row.input, row.output
+        return self._template(row, place).prompt_pieces(row, place), row.input, row.output
+
+    def _template(self, row: Prompt, place: Place) -> PromptTemplate:
+        check_task(self.layout, row.task, place)  # first: it may be that a template of another name does not exist
+        return self.templates.of(row.task, place)
 
     def _encode(self, rows: list[Placed], pieces: list[list[Piece]]) -> list[Sequence]:
         """Tokenise all texts of many rows in two calls (fast tokenizers work on them in parallel), then assemble."""

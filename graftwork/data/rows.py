@@ -128,13 +128,14 @@ def asked_rows(path: str, encoder: RowEncoder, root: Path) -> "Dataset":
 
 
 def _key(purpose: str, path: str, encoder: RowEncoder) -> str:
+    prompt, answer = encoder.templates.key
     return cache_key(
         purpose=purpose,
         kind=Path(path).suffix,
         content=content_hash(path),
         tokenizer=fingerprint(encoder.tokenizer),
-        prompt=encoder.template.prompt,
-        answer=encoder.template.answer,
+        prompt=prompt,
+        answer=answer,
         layout=encoder.layout.slots,
         seq_length=encoder.seq_length,
         bos_eos=[encoder.text.add_bos, encoder.text.add_eos],
@@ -186,8 +187,8 @@ def _count(report: Report, sequences: list[Sequence], dropped: int, truncated: i
 
 
 def _note_unread(report: Report, unread: set[str], encoder: RowEncoder, placed: list[Placed]) -> None:
-    for _, row in placed:
-        unread |= encoder.template.unread(row)
+    for place, row in placed:
+        unread |= encoder.templates.unread(row, place)
     report["unread"] = [quoted(name, 60, bare=True) for name in sorted(unread)[:MOST_NAMED]]
 
 

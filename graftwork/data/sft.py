@@ -1,7 +1,7 @@
 """Supervised fine-tuning data as a LightningDataModule: files in, step batches out."""
 
 import logging
-from typing import Optional
+from typing import Optional, Union
 
 import lightning.pytorch as pl
 import numpy
@@ -32,9 +32,10 @@ class SFTDataModule(pl.LightningDataModule):
     ``tokenizer``: a directory (None = the model's own). ``seq_length``: tokens per row, virtual ones included; longer
     prompts lose tokens on the left. ``global_batch_size``: rows (packed rows when ``packing``) per optimizer step, over
     all devices. ``prompt_template``: see graftwork.data.template; ``answer_template`` follows it and is tokenised on
-    its own. ``add_bos=None``: as the tokenizer itself. ``validation_fraction``: share of ``train`` held out when there
-    is no ``validation`` file, chosen by each row's content. ``too_long``: "error" or "drop" for answers beyond
-    ``seq_length``. Raises ConfigError, ParallelismError on settings, DataError on files and rows.
+    its own; either may be one text or one per task. ``add_bos=None``: as the tokenizer itself. ``validation_fraction``:
+    share of ``train`` held out when there is no ``validation`` file, chosen by each row's content. ``too_long``:
+    "error" or "drop" for answers beyond ``seq_length``. Raises ConfigError, ParallelismError on settings, DataError on
+    files and rows.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True  # prediction on fewer rows than devices
@@ -50,8 +51,8 @@ class SFTDataModule(pl.LightningDataModule):
         micro_batch_size: int = 1,
         global_batch_size: int = 8,
         packing: bool = False,
-        prompt_template: str = "{input}",
-        answer_template: str = " {output}",
+        prompt_template: Union[dict[str, str], str] = "{input}",
+        answer_template: Union[dict[str, str], str] = " {output}",
         add_bos: Optional[bool] = None,
         add_eos: bool = True,
         validation_fraction: float = 0.0,

@@ -2,15 +2,20 @@
 
 ``"Review: {input}\\nSentiment:"`` names fields of the row; ``{virtual:10}`` takes the next ten virtual tokens of the
 adapters placed by template, ``{virtual:name}`` all those of adapter ``name``; ``{{`` and ``}}`` are literal braces.
+Rows of several tasks may have one template for all, or one for each task.
 """
 
 import math
 import string
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from graftwork.data.schema import Chat, Place, Prompt, is_text
 from graftwork.errors import ConfigError, DataError, quoted, suggest
 from graftwork.virtual_tokens import PromptLayout, PromptSlot
+
+Template = str | Mapping[str, str]
+"""The template of all rows, or that of each task by its name."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,6 @@ class PromptTemplate:
         self.names = frozenset(part.name for part in self.prompt if isinstance(part, Field))
         self.layout = layout
         self._markers: dict[str | None, list[tuple[int, ...]]] = {}
-        check_templates(prompt, answer)
 
     def prompt_pieces(self, row: Prompt, place: Place) -> list[Piece]:
         """The prompt of one row: text and virtual tokens in the template's order."""
@@ -128,6 +132,43 @@ class PromptTemplate:
             )
 
 
+class TaskTemplates:
+    """The templates of rows of several tasks: one pair for all of them, or one for each task."""
+
+    def __init__(self, prompt: Template, answer: Template, layout: PromptLayout) -> None:
+        check_templates(prompt, answer)
+        self.tasks = _tasks(prompt) or _tasks(answer)
+        pairs = {task: (_of_task(prompt, task), _of_task(answer, task)) for task in self.tasks or (None,)}
+        self._made = {task: PromptTemplate(*pair, layout) for task, pair in pairs.items()}
+
+    def of(self, task: str | None, place: Place) -> PromptTemplate:
+        """The templates for rows of ``task``; raises DataError where there are none."""
+        found = self._made.get(task if self.tasks else None)
+        if found is None:
+            raise DataError(f"{place}: {_said(task)}, but its template is chosen by task; {_near(task, self.tasks)}")
+        return found
+
+    def unread(self, row: Prompt | Chat, place: Place) -> set[str]:
+        """Fields of a row that say something and that nothing reads."""
+        any_one = next(iter(self._made.values()))  # a conversation is put by its chat template
+        return (any_one if isinstance(row, Chat) else self.of(row.task, place)).unread(row)
+
+    @property
+    def key(self) -> tuple[object, object]:
+        """What decides, of prompts and of answers, which tokens a row becomes."""
+        if not self.tasks:
+            return self._made[None].prompt, self._made[None].answer
+        return {t: made.prompt for t, made in self._made.items()}, {t: made.answer for t, made in self._made.items()}
+
+
+def _tasks(template: Template) -> tuple[str, ...]:
+    return () if isinstance(template, str) else tuple(template)
+
+
+def _of_task(template: Template, task: str | None) -> str:
+    return template if isinstance(template, str) else template[task or ""]
+
+
 def _is_text(value: str | float) -> bool:
     """Whether a value of a row reads as text: a missing number ("nan") and half of a surrogate pair do not."""
     if isinstance(value, float):
@@ -135,21 +176,51 @@ def _is_text(value: str | float) -> bool:
     return not isinstance(value, str) or is_text(value)
 
 
-def check_templates(prompt: str, answer: str) -> None:
-    """Raise ConfigError unless the prompt names a field of the row but not the answer, and the answer ``{output}``."""
+def check_templates(prompt: Template, answer: Template) -> None:
+    """Raise ConfigError unless every prompt names a field of the row but not the answer, and every answer ``{output}``.
+
+    Templates given by task must be given for the same tasks.
+    """
+    for name, template in (("prompt_template", prompt), ("answer_template", answer)):
+        if not isinstance(template, str) and not template:
+            raise ConfigError(f"{name} names no task; give one template, or one for each task.")
+    tasks, others = _tasks(prompt), _tasks(answer)
+    if tasks and others and set(tasks) != set(others):
+        odd = min(set(tasks) ^ set(others))
+        raise ConfigError(
+            f"prompt_template is given for the tasks {', '.join(tasks)}, answer_template for {', '.join(others)}: "
+            f"only one of them names {odd!r}."
+        )
+    for text in [prompt] if isinstance(prompt, str) else prompt.values():
+        _check_prompt(text)
+    for text in [answer] if isinstance(answer, str) else answer.values():
+        _check_answer(text)
+
+
+def _check_prompt(prompt: str) -> None:
     names = [part.name for part in parse_template(prompt) if isinstance(part, Field)]
     if not names or "output" in names:
         raise ConfigError(f"prompt_template {prompt!r} must name a field such as {{input}}, and never {{output}}.")
+
+
+def _check_answer(answer: str) -> None:
     if [part for part in parse_template(answer) if not isinstance(part, str)] != [Field("output")]:
         raise ConfigError(f"answer_template {answer!r} must hold {{output}} once and no other placeholder.")
 
 
 def check_task(layout: PromptLayout, task: str | None, place: Place) -> None:
-    """Raise DataError when the prompts are kept per task and the row does not name one of them."""
-    tasks = {slot.task for slot in layout.slots if slot.task is not None}
-    if tasks and task not in tasks:
-        said = "names no 'task'" if task is None else f"has the unknown task {task!r}"
-        raise DataError(f"{place}: the row {said}, but its prompt is chosen by task; {suggest(task or '', tasks)}")
+    """Raise DataError when the prompts are kept per task and the row does not name one that every prompt has."""
+    for name, tasks in layout.tasks.items():
+        if task not in tasks:
+            raise DataError(f"{place}: {_said(task)}, but prompt {name!r} is chosen by task; {_near(task, tasks)}")
+
+
+def _said(task: str | None) -> str:
+    return "the row names no 'task'" if task is None else f"the row has the unknown task {quoted(task)}"
+
+
+def _near(task: str | None, tasks: Iterable[str]) -> str:
+    return suggest(task or "", tasks)
 
 
 def template_slots(layout: PromptLayout, task: str | None) -> list[PromptSlot]:

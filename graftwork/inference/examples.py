@@ -9,7 +9,7 @@ from graftwork.data import PROMPT_FORMAT, RowEncoder, SFTDataModule
 from graftwork.data.files import read_rows
 from graftwork.data.schema import Chat, Place, Prompt, parse_row
 from graftwork.data.sequence import Sequence
-from graftwork.data.template import check_templates
+from graftwork.data.template import Template, check_templates
 from graftwork.errors import ConfigError, DataError
 from graftwork.models import Model
 
@@ -22,8 +22,8 @@ Placed = tuple[Place, Prompt | Chat]
 class Templates(TypedDict, total=False):
     """How rows of a file are put to a model; what is left out is as the model's adapters were trained."""
 
-    prompt_template: str | None
-    answer_template: str | None
+    prompt_template: Template | None
+    answer_template: Template | None
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Examples:
     def from_file(
         cls,
         path: str,
-        prompt_template: str | None = None,
-        answer_template: str | None = None,
+        prompt_template: Template | None = None,
+        answer_template: Template | None = None,
         limit: int | None = None,
         answered: bool = True,
     ) -> "Examples":
@@ -51,7 +51,7 @@ class Examples:
 
     @classmethod
     def from_prompts(
-        cls, prompts: list[str], prompt_template: str | None = None, task: str | None = None
+        cls, prompts: list[str], prompt_template: Template | None = None, task: str | None = None
     ) -> "Examples":
         """Take texts as inputs without known answers; raises DataError where there is none."""
         if not prompts:
@@ -95,7 +95,7 @@ class Examples:
         return sorted(outputs) if few and not any(isinstance(row, Chat) for _, row in self.rows) else None
 
 
-def _encoder(prompt_template: str | None, answer_template: str | None) -> Callable[[Model], RowEncoder]:
+def _encoder(prompt_template: Template | None, answer_template: Template | None) -> Callable[[Model], RowEncoder]:
     """Return what makes the encoder of a model, from the templates given and else from its adapters' own."""
     options = {"prompt_template": prompt_template, "answer_template": answer_template}
     given: dict[str, Any] = {name: text for name, text in options.items() if text is not None}

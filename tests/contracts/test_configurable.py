@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Callable
-from typing import Any, Optional, get_type_hints
+from typing import Any, Optional, Union, get_type_hints
 
 import pytest
 
@@ -14,7 +14,8 @@ from graftwork.peft import METHODS, PEFT
 from graftwork.training import MegatronStrategy, finetune
 
 PLAIN = [int, float, bool, str, list[str], list[int], dict[str, int]]
-SETTABLE = [*PLAIN, *(Optional[t] for t in PLAIN)]
+BY_TASK = Union[dict[str, str], str]  # tried in this order: any text is a str
+SETTABLE = [*PLAIN, BY_TASK, *(Optional[t] for t in PLAIN)]
 CLASSES = [*METHODS.values(), SFTDataModule, AdamW, MegatronStrategy, shapes.Shape, shapes.llama2_7b]
 RESERVED = ("run", "executor", "plugins")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from graftwork.data.schema import Chat, Place, Prompt
-from graftwork.data.template import Piece, PromptTemplate, check_templates
+from graftwork.data.template import Piece, PromptTemplate, TaskTemplates, check_templates
 from graftwork.errors import ConfigError, DataError
 from graftwork.virtual_tokens import VIRTUAL_BASE, PromptLayout, PromptSlot
 
@@ -126,3 +126,52 @@ def test_fields_that_nothing_reads():
 def test_what_is_no_text_never_stands_in_a_prompt(value):
     with pytest.raises(DataError, match="field 'context' must be text"):
         pieces("{context}", row=Prompt.model_construct(input="a", context=value, task=None))
+
+
+TASKS = layout(("p", 2, "squad"), ("p", 3, "mood"))
+PER_TASK = {"squad": "{virtual:p}{context}?", "mood": "{input}{virtual:3}"}
+
+
+def row_of(task: str | None, **fields: str) -> Prompt:
+    return Prompt.model_validate({"input": "x", "context": "c", "task": task, **fields})
+
+
+def test_each_task_has_its_own_templates_and_virtual_tokens():
+    templates = TaskTemplates(PER_TASK, {"squad": "{output}!", "mood": " {output}"}, TASKS)
+    squad, mood = templates.of("squad", HERE), templates.of("mood", HERE)
+    assert squad.prompt_pieces(row_of("squad"), HERE) == [Piece(ids=ids(0, 2)), Piece("c?")]
+    assert mood.prompt_pieces(row_of("mood"), HERE) == [Piece("x"), Piece(ids=ids(2, 5))]
+    assert [squad.answer_text("a"), mood.answer_text("a")] == ["a!", " a"]
+    assert templates.unread(row_of("squad"), HERE) == {"input"}
+    assert templates.unread(row_of("mood", more="1"), HERE) == {"context", "more"}
+
+
+def test_one_answer_template_serves_all_tasks_and_one_prompt_template_too():
+    one_answer = TaskTemplates(PER_TASK, " {output}", TASKS)
+    assert {one_answer.of(task, HERE).answer_text("a") for task in PER_TASK} == {" a"}
+    one_prompt = TaskTemplates("{virtual:p}{input}", {"squad": "{output}", "mood": "{output}."}, TASKS)
+    assert [one_prompt.of(task, HERE).answer_text("a") for task in PER_TASK] == ["a", "a."]
+    assert TaskTemplates("{input}", " {output}", TASKS).of("nobody's", HERE).answer_text("a") == " a"
+
+
+@pytest.mark.parametrize("task", [None, "mod"])
+def test_a_row_whose_task_has_no_template_is_told_the_tasks(task):
+    said = "names no 'task'" if task is None else "has the unknown task 'mod'"
+    near = "mood" if task else ""
+    with pytest.raises(DataError, match=rf"line 1: the row {said}, but its template is chosen by task; .*{near}"):
+        TaskTemplates(PER_TASK, " {output}", TASKS).of(task, HERE)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "said"),
+    [
+        ({}, "{output}", "prompt_template names no task"),
+        ("{input}", {}, "answer_template names no task"),
+        ({"a": "{input}", "b": "no field"}, "{output}", "prompt_template 'no field' must name a field"),
+        ({"a": "{input}"}, {"a": "gone"}, "answer_template 'gone' must hold"),
+        ({"a": "{input}", "b": "{input}"}, {"a": "{output}"}, "only one of them names 'b'"),
+    ],
+)
+def test_templates_by_task_are_checked_one_by_one(prompt, answer, said):
+    with pytest.raises(ConfigError, match=said):
+        check_templates(prompt, answer)
