@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from graftwork.errors import ParallelismError
+from graftwork.routes import Routes
 
 IGNORED = -100
 """Label of a position without a target (torch's and transformers' ``ignore_index``)."""
@@ -30,6 +31,7 @@ class Batch:
     and how much of each row is no padding; ``tokens`` are then the decoder's. None in a causal batch.
     cu_seqlens: int32, only in a *packed* batch, whose rows hold several samples each: the boundaries of the samples in
     every row [b, k] (repeated at the end where a row has fewer), or [k] once the rows lie ``in_one_line``.
+    routes: which adapters act where, on rows [b, 1] or, in a packed batch, on tokens [b, s]; None: all of them everywhere.
     rows: int64 [b, k], numbers of the dataset rows in each row, -1 for none. micro_batch_size: rows that go through the
     model together; None: all of them.
     """
@@ -42,6 +44,7 @@ class Batch:
     micro_batch_size: int | None = None
     source: Tensor | None = None
     source_lengths: Tensor | None = None
+    routes: Routes | None = None
 
     @classmethod
     def of(cls, tokens: Tensor, labels: Tensor | None = None) -> "Batch":
@@ -99,7 +102,8 @@ class Batch:
         starts = torch.arange(rows, device=self.cu_seqlens.device).unsqueeze(1) * length
         bounds = torch.unique((self.cu_seqlens + starts).reshape(-1)).to(torch.int32)
         tokens, labels, positions = (t.reshape(1, -1) for t in (self.tokens, self.labels, self.position_ids))
-        return replace(self, tokens=tokens, labels=labels, position_ids=positions, cu_seqlens=bounds)
+        routes = None if self.routes is None else self.routes.in_one_line(length)
+        return replace(self, tokens=tokens, labels=labels, position_ids=positions, cu_seqlens=bounds, routes=routes)
 
     def at_positions(self, keep: Tensor) -> "Batch":
         """Return only the positions ``keep`` (indices along s) of every row; a source stays whole."""
@@ -123,6 +127,7 @@ class Batch:
             rows=None if self.rows is None else change(self.rows),
             source=None if self.source is None else change(self.source),
             source_lengths=None if self.source_lengths is None else change(self.source_lengths),
+            routes=None if self.routes is None else self.routes.each(change),
         )
 
 

@@ -16,6 +16,7 @@ from graftwork.models.base import Model
 from graftwork.models.generation.logits import masked_logits
 from graftwork.models.loss import LossFunction, answer_rows, summed_loss, token_losses
 from graftwork.models.recompute import start_gradients
+from graftwork.peft.routing import only_positions
 
 
 class GPT(Model):
@@ -55,12 +56,13 @@ class GPT(Model):
         """
         packed = None if batch.cu_seqlens is None else _packed(batch.cu_seqlens)
         self._check_length(batch.tokens.shape[1] * parallel.cp_size() if packed is None else packed.max_seqlen_q)
-        output: Tensor = chunk(
-            input_ids=batch.tokens,
-            position_ids=batch.position_ids,
-            attention_mask=None,
-            packed_seq_params=packed,
-        )
+        with self.stack.routed(batch.routes):
+            output: Tensor = chunk(
+                input_ids=batch.tokens,
+                position_ids=batch.position_ids,
+                attention_mask=None,
+                packed_seq_params=packed,
+            )
         return output
 
     def lay_out(self, prompts: Ids, answers: Ids, device: torch.device) -> Batch:
@@ -103,6 +105,7 @@ class GPT(Model):
         """Hand only positions with a target to the output layer: [s, b, h] -> [n, 1, h]; the rest has no loss."""
         if self._answer_rows is None:
             return None
+        only_positions(self._answer_rows, len(hidden))
         return hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])[self._answer_rows].unsqueeze(1)
 
 

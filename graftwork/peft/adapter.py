@@ -13,6 +13,7 @@ from graftwork.parallel.names import in_expert
 from graftwork.parallel.record import Record, mark, record_of
 from graftwork.parallel.sharded_tensor import sharded_tensor
 from graftwork.parallel.sharding import Sharding
+from graftwork.peft.routing import acts_on
 
 Initializer = Callable[[Tensor, torch.Generator], None]
 """Fills a full, un-sharded fp32 CPU tensor in place from a generator."""
@@ -48,6 +49,8 @@ class Adapter(nn.Module):
 
     mergeable = False
     why_not_mergeable = "its effect is not a change of one weight"
+    passive = False
+    """Whether it only holds values that other adapters of its transform use, and changes nothing where it stands."""
 
     def __init__(self, birth: Birth) -> None:
         super().__init__()
@@ -113,6 +116,16 @@ class Adapter(nn.Module):
         """Return fp32 (weight, bias) of the base linear with this adapter folded in; only when ``mergeable``."""
         raise TypeError(f"{type(self).__name__} cannot be merged: {self.why_not_mergeable}")
 
+    def added(self, output: Tensor, update: Tensor) -> Tensor:
+        """Return ``output + update`` [s, b, ...] on rows that are sent to this adapter, ``output`` on the others."""
+        here = self._here(update)
+        return output + (update if here is None else update * here).to(output.dtype)
+
+    def chosen(self, changed: Tensor, unchanged: Tensor) -> Tensor:
+        """Return ``changed`` [s, b, ...] on rows that are sent to this adapter, ``unchanged`` on the others."""
+        here = self._here(changed)
+        return changed if here is None else torch.where(here, changed, unchanged)
+
     def extra_tensors(self) -> dict[str, Tensor]:
         """Return derived tensors that are saved beside the parameters (a baked prompt table); none by default."""
         return {}
@@ -120,6 +133,10 @@ class Adapter(nn.Module):
     def moved(self) -> bool:
         """Tell whether training has changed this adapter from its birth (used by the self check at the end)."""
         return True
+
+    def _here(self, x: Tensor) -> Tensor | None:
+        """Where this adapter acts on ``x``; inside of experts, where tokens have lost their rows, everywhere."""
+        return None if in_expert(self.birth.site) else acts_on(self.birth.adapter, x)
 
     def _record(self, sharding: Sharding, partial: bool) -> Record:
         return Record(sharding, owner=self.birth.adapter, expert=in_expert(self.birth.site), partial=partial)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from graftwork.parallel.sharding import Sharding
 from graftwork.parallel.state import tp_rank, tp_size
 from graftwork.peft.adapter import Adapter, Birth, Initializer
+from graftwork.peft.routing import acts_on_ids
 
 
 class EmbeddingLookup(Adapter):
@@ -22,6 +23,11 @@ class EmbeddingLookup(Adapter):
     def new_matrix(self, name: str, shape: tuple[int, ...], init: Initializer) -> None:
         """Register a replicated parameter whose gradient is summed over the group when lookups are scattered."""
         self.new_parameter(name, Sharding(shape), init, partial=self.scattered)
+
+    def mine(self, ids: Tensor) -> Tensor:
+        """Return ``ids``, bool [b, s], without the places of rows that are sent to other adapters."""
+        here = acts_on_ids(self.birth.adapter)
+        return ids if here is None else ids & here
 
     def like_output(self, values: Tensor) -> Tensor:
         """Bring [b, s, ...] into the layout of the embedding's output."""

@@ -15,9 +15,11 @@ from graftwork.peft.adapter import Adapter, Birth
 from graftwork.peft.merge import Candidate, fold, install, original_weights, originals, unmerge
 from graftwork.peft.method import PEFT
 from graftwork.peft.outline import Outline
+from graftwork.peft.routing import routed
 from graftwork.peft.sites import BaseTensor, Host, Site
 from graftwork.peft.trained import DerivedTensor, LentTensor, TrainedTensor, check_free
 from graftwork.peft.wrapper import graft, parameter_device, ungraft
+from graftwork.routes import Routes, Way
 from graftwork.virtual_tokens import PromptLayout
 
 PromptFormat = Mapping[str, Any]
@@ -161,6 +163,26 @@ class Stack:
                 for adapter, enabled in states:
                     adapter.enabled = enabled
 
+    @contextmanager
+    def routed(self, routes: Routes | None) -> Iterator[None]:
+        """Let each adapter act only where ``routes`` send a row to it, inside the block; None: everywhere.
+
+        Raises MatchError for a name that is not attached, or an adapter that cannot tell rows apart.
+        """
+        if routes is not None:
+            self.check_ways(routes.ways)
+        with routed(routes):
+            yield
+
+    def check_ways(self, ways: Collection[Way]) -> None:
+        """Raise MatchError unless rows can be sent these ways."""
+        named = [way for way in ways if way is not None]
+        self.known(sorted({name for way in named for name in way}))
+        for name, transform in self.transforms.items():
+            why = self._why_everywhere(name)
+            if why and not all(name in way for way in named):
+                raise MatchError(f"{transform} cannot act on some rows only: {why}; send all rows to it, or delete it.")
+
     def merge(self, names: Sequence[str] | None = None) -> None:
         """Fold adapters into the base weights (in fp32, then cast); ``names`` None means all.
 
@@ -268,6 +290,16 @@ class Stack:
         for tensor in self.tensors(name):
             tensor.parameter.requires_grad_(trainable)
         (self._training.add if trainable else self._training.discard)(name)  # also where a rank holds none of it
+
+    def _why_everywhere(self, name: str) -> str | None:
+        """Return why an adapter acts on all rows or on none, None for one that tells rows apart."""
+        if name in self._merged:
+            return "it is merged into the base (unmerge it first)"
+        if self.lent[name]:
+            return "it trains tensors of the base itself"
+        if any(item.site.in_expert for item in self.grafted[name]):
+            return "inside of experts tokens have lost their rows"
+        return None
 
     def _lent(self) -> list[LentTensor]:
         return [lent for tensors in self.lent.values() for lent in tensors]
