@@ -66,7 +66,7 @@ def parse_json(data: bytes, what: str, error: type[GraftworkError]) -> object:
         raise error(f"{what} is nested deeper than {MAX_DEPTH} levels.") from problem
     except ValueError as problem:  # also what is no UTF-8, and whole numbers of thousands of digits
         raise error(f"{what} is not valid JSON: {_reason(problem)}.") from problem
-    if _deeper(value, MAX_DEPTH):
+    if deeper(value):
         raise error(f"{what} is nested deeper than {MAX_DEPTH} levels.")
     return value
 
@@ -105,6 +105,14 @@ def refuse_outside(directory: Path, file: Path, error: type[GraftworkError]) -> 
         raise error(f"{quoted(file)} is a link that leads out of its directory; put the file itself there.")
 
 
+def deeper(value: object, levels: int = MAX_DEPTH) -> bool:
+    """Tell whether dictionaries, lists and tuples are nested deeper than ``levels``."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
+    if inner is None:
+        return False
+    return levels == 0 or any(deeper(one, levels - 1) for one in inner)
+
+
 def _plain(name: str) -> bool:
     try:
         length = len(name.encode())
@@ -129,13 +137,6 @@ def _finite(text: str) -> float:
 
 def _not_finite(text: str) -> NoReturn:
     raise ValueError(f"{quoted(text)} is no finite number")
-
-
-def _deeper(value: object, levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    if inner is None:
-        return False
-    return levels == 0 or any(_deeper(one, levels - 1) for one in inner)
 
 
 def _reason(problem: Exception) -> str:

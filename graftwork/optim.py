@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Optional, Protocol, TypeAlias
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LRScheduler
 
-from graftwork.errors import ConfigError, suggest
+from graftwork.errors import CheckpointError, ConfigError, suggest
+from graftwork.jsonfile import validated
 from graftwork.parallel.record import record_of
 
 FULL_FINE_TUNING_LR = 2e-5
@@ -133,6 +135,10 @@ def gradient_of(parameter: nn.Parameter) -> Tensor | None:
     return parameter.grad if main is None else main
 
 
+class _ScheduleState(BaseModel):
+    step: int = Field(strict=True, ge=0, le=2**60)
+
+
 class WarmupDecay(LRScheduler):
     """Learning rate = peak * factor(step); its state is the step alone, so it survives another pipeline layout."""
 
@@ -150,7 +156,8 @@ class WarmupDecay(LRScheduler):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go to the saved step."""
-        self.last_epoch = self._step_count = state_dict["step"]
+        saved = validated(state_dict, _ScheduleState, "the state of the learning rate's schedule", CheckpointError)
+        self.last_epoch = self._step_count = saved.step
         self._last_lr = self.get_lr()
         for group, lr in zip(self.optimizer.param_groups, self._last_lr):
             group["lr"] = lr

@@ -2,13 +2,29 @@
 
 import math
 from collections.abc import Mapping
+from typing import Optional
 
 import numpy
+from pydantic import BaseModel, Field
 
 from graftwork.errors import DataError
+from graftwork.jsonfile import validated
 
 FILL = -1
 """Stands for a row that is ignored altogether."""
+
+
+class _Position(BaseModel):
+    """A state; ``size`` and ``seed`` are left out where others were asked for."""
+
+    consumed_samples: int = Field(strict=True, ge=0, le=2**60)
+    size: Optional[int] = Field(None, strict=True)
+    seed: Optional[int] = Field(None, strict=True)
+
+
+def check_position(state: object) -> None:
+    """Raise DataError unless ``state`` is what ``RowStream.state_dict`` gives: it may come from a file of others."""
+    validated(state, _Position, "the position in the training data", DataError)
 
 
 class RowStream:
@@ -41,6 +57,7 @@ class RowStream:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where ``state`` was taken; raises DataError when it says that it was on other data or another seed."""
+        check_position(state)
         names = {"size": "number of training rows (packed ones when packing)", "seed": "data seed"}
         for key, name in names.items():
             if state.get(key, getattr(self, key)) != getattr(self, key):

@@ -14,7 +14,7 @@ from graftwork.data.files import check_file, content_hash, read_rows, unit
 from graftwork.data.loader import ListLoader, QuestionBuilder, StepBuilder, TrainLoader
 from graftwork.data.packing import best_fit_decreasing, efficiency
 from graftwork.data.rows import LearnedRows, asked_rows, learned_rows, share
-from graftwork.data.sampler import RowStream, in_order
+from graftwork.data.sampler import RowStream, check_position, in_order
 from graftwork.data.schema import Place
 from graftwork.data.surroundings import Surroundings, Topology
 from graftwork.data.template import check_templates
@@ -80,7 +80,7 @@ class SFTDataModule(pl.LightningDataModule):
         self._surroundings = Surroundings(tokenizer)
         self._rows: dict[str, LearnedRows] = {}
         self._stream: RowStream | None = None
-        self._resume: dict[str, int] = {}
+        self._resume: dict[str, int] | None = None
         self._other_rows = False
         check_templates(prompt_template, answer_template)
         self._check_settings(too_long)
@@ -137,9 +137,9 @@ class SFTDataModule(pl.LightningDataModule):
         if self._stream is None:
             overfit = bool(getattr(self.trainer, "overfit_batches", 0))
             self._stream = RowStream(len(build), self.global_batch_size, self.seed, overfit)
-            if self._resume:
+            if self._resume is not None:
                 self._stream.load_state_dict(self._resume)
-                self._resume = {}
+                self._resume = None
         return TrainLoader(self._stream, build, self.num_workers)
 
     def val_dataloader(self) -> ListLoader[Batch] | list[ListLoader[Batch]]:
@@ -178,7 +178,7 @@ class SFTDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """Position in the training data."""
-        return self._stream.state_dict() if self._stream is not None else self._resume
+        return self._stream.state_dict() if self._stream is not None else self._resume or {}
 
     def decides(self) -> dict[str, object]:
         """What decides the training rows and their order, by option: files and tokenizer by their contents."""
@@ -206,6 +206,7 @@ class SFTDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on at a saved position, now or once the training data are built."""
+        check_position(state_dict)
         if self._other_rows:
             state_dict = {key: value for key, value in state_dict.items() if key == "consumed_samples"}
         if self._stream is not None:

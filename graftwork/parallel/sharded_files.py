@@ -28,15 +28,18 @@ from pydantic import BaseModel
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from graftwork.errors import CheckpointError, GraftworkError
+from graftwork.errors import CheckpointError, GraftworkError, quoted
 from graftwork.jsonfile import read_schema
 from graftwork.parallel.collective import agree, agreed, barrier
 from graftwork.parallel.tensor_index import DamagedError, indices_as_data
+from graftwork.parallel.torch_file import read_torch
 
 T = TypeVar("T")
 Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
 State = dict[str, Entry]
 """This rank's parts of full tensors, by any name that is this rank's own; ``Entry.key`` names the full tensor."""
+MESSAGE = 400
+"""So much of what megatron-core and torch say is told."""
 
 _UNREADABLE = (
     CheckpointException,
@@ -156,6 +159,7 @@ def _check_parts(state: State) -> None:
 def _as_data(directory: Path) -> Iterator[None]:
     """Read ``directory`` without running anything that a foreign file asks for."""
     read_schema(directory / "metadata.json", _Backends, DamagedError)  # it chooses the code that reads the rest
+    _check_common(directory / "common.pt")
     # Newer versions keep indices by path for the life of the process, also when the directory has been written anew.
     getattr(CachedMetadataFileSystemReader, "clear_metadata_cache", lambda: None)()
     with indices_as_data():
@@ -166,7 +170,18 @@ class _Backends(BaseModel):
     """``metadata.json``: what wrote the tensors and what the rest."""
 
     sharded_backend: Literal["torch_dist"]
+    sharded_backend_version: Literal[1] = 1
     common_backend: Literal["torch"]
+    common_backend_version: Literal[1] = 1
+
+
+def _check_common(path: Path) -> None:
+    """Raise DamagedError unless the file of what is no tensor, where there is one, says that there is nothing.
+
+    megatron-core reads it as torch does by default, which an environment variable turns into running what it asks for.
+    """
+    if path.exists() and read_torch(path, DamagedError) != {}:
+        raise DamagedError(f"{path.name} holds more than tensors")
 
 
 def _together(action: Callable[[], T]) -> T:
@@ -177,7 +192,8 @@ def _reason(problem: BaseException) -> str:
     """Return the cause of torch's collective exception in place of its table of tracebacks."""
     failures = getattr(problem, "failures", None)
     cause = next(iter(failures.values()))[0] if failures else problem
-    return f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
+    first = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
+    return quoted(first, MESSAGE, bare=True)
 
 
 @contextmanager

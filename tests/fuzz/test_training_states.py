@@ -20,7 +20,9 @@ from graftwork.training.state.identity import Identity
 from tests.fuzz.mutations import Mutation, damage, draw
 
 FAMILIES = ("json", "bytes", "directory")
-LIMIT = 2000
+BEFORE = Path(__file__).parents[1] / "written_before" / "adapters" / "checkpoints" / "step-00000003"
+CORPUS = Path(__file__).parent / "corpus" / "states.json"
+LIMIT = 1000
 """Longest message, in characters."""
 
 
@@ -47,7 +49,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A state, what it holds, and the state as the version before wrote it: without identity and checksums."""
     root = tmp_path_factory.mktemp("states")
     chunks, optimizer = trained(1)
-    own = {"global_step": 1, "epoch": 0, "loops": {"fit_loop": {"a": [1, 2]}}, "callbacks": {}}
+    own = {**torch.load(BEFORE / "trainer.pt", weights_only=True), "global_step": 3}
     identity = Identity(decides={"optim": "AdamW", "optim.lr": 1e-2}, around={"trainer.max_steps": 3}, recipe="a = 1")
     checkpoint.save(root / "state", own, Update(chunks, [optimizer]), Layout(), identity)
     shutil.copytree(root / "state", root / "before")
@@ -84,10 +86,10 @@ def outcome(source: Path, mutation: Mutation, place: Path, saved: SimpleNamespac
     return "equal" if equal else "other"
 
 
-def fuzz(count: int, saved: SimpleNamespace, place: Path) -> Counter[str]:
+def fuzz(mutations: list[Mutation], saved: SimpleNamespace, place: Path) -> Counter[str]:
     """Return how often each thing came out; an error of any other kind ends the test with the mutation's name."""
     found: Counter[str] = Counter()
-    for number, mutation in enumerate(draw(count, FAMILIES)):
+    for number, mutation in enumerate(mutations):
         try:
             found[outcome(saved.root / "state", mutation, place, saved, exact=True)] += 1
             if number % 4 == 0:
@@ -102,14 +104,20 @@ def test_an_undamaged_state_is_read_bit_for_bit(saved: SimpleNamespace) -> None:
         assert all(torch.equal(a, b) for a, b in zip(read(saved.root / name)[1], saved.values, strict=True))
 
 
+def test_past_findings(saved: SimpleNamespace, tmp_path: Path) -> None:
+    known = [Mutation.parse(text) for text in json.loads(CORPUS.read_text())]
+    found = fuzz(known, saved, tmp_path / "copy")
+    assert found["refused"] + found["equal"] == len(known)
+
+
 def test_damaged_states_are_refused_or_equal(saved: SimpleNamespace, tmp_path: Path) -> None:
-    found = fuzz(300, saved, tmp_path / "copy")
+    found = fuzz(draw(300, FAMILIES), saved, tmp_path / "copy")
     assert found["refused"] + found["equal"] == 300 and found["refused"] > 200, found
     print(dict(found))
 
 
 @pytest.mark.slow
 def test_thousands_of_damaged_states_are_refused_or_equal(saved: SimpleNamespace, tmp_path: Path) -> None:
-    found = fuzz(5000, saved, tmp_path / "copy")
+    found = fuzz(draw(5000, FAMILIES), saved, tmp_path / "copy")
     assert found["refused"] + found["equal"] == 5000, found
     print(dict(found))

@@ -7,9 +7,18 @@ from typing import Any, Optional
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from pydantic import BaseModel
 
+from graftwork.errors import CheckpointError
+from graftwork.jsonfile import validated
 from graftwork.training.run import WritesRunDown
 from graftwork.training.trainee import Trainee, trainee
+
+
+class _Saved(BaseModel):
+    best: Optional[float]
+    best_step: Optional[int]
+    path: Optional[str]
 
 
 class AdapterCheckpoint(WritesRunDown, Checkpoint):
@@ -41,8 +50,9 @@ class AdapterCheckpoint(WritesRunDown, Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best, so that a worse adapter does not take its place."""
-        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
-        self.path = Path(state_dict["path"]) if state_dict["path"] else None
+        saved = validated(state_dict, _Saved, "the state of the best adapter", CheckpointError)
+        self.best, self.best_step = saved.best, saved.best_step
+        self.path = Path(saved.path) if saved.path else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let a validation that would never be due run at the end: without one there is no best."""

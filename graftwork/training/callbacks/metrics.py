@@ -4,10 +4,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from pydantic import BaseModel
 
+from graftwork.errors import CheckpointError
+from graftwork.jsonfile import validated
 from graftwork.training.summary import Metrics
 
 Evaluate = Callable[[Trainer, LightningModule], Mapping[str, float]]
+
+
+class _Saved(BaseModel):
+    metrics: Metrics
 
 
 class BeforeAfter(Callback):
@@ -26,7 +33,7 @@ class BeforeAfter(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what was measured."""
-        self.metrics = state_dict["metrics"]
+        self.metrics = validated(state_dict, _Saved, "what was measured before", CheckpointError).metrics
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the untrained model, unless a resumed run has done so."""

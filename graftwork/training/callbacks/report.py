@@ -7,8 +7,11 @@ from typing import Any, Optional
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from pydantic import BaseModel, Field
 
 from graftwork.atomic import atomic_write_bytes, atomic_write_text
+from graftwork.errors import CheckpointError
+from graftwork.jsonfile import validated
 from graftwork.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from graftwork.training.callbacks.metrics import BeforeAfter
 from graftwork.training.callbacks.throughput import Throughput
@@ -19,6 +22,13 @@ from graftwork.training.trainee import callbacks_of, trainee
 
 MAX_POINTS = 4000
 """Longer curves drop every second point, so that a training state never grows with the run."""
+
+
+class _Saved(BaseModel):
+    train: list[tuple[int, float]]
+    validation: list[tuple[int, float]]
+    every: int = Field(ge=1, le=2**60)
+    parameters: tuple[int, int]
 
 
 class Report(WritesRunDown, Callback):
@@ -49,8 +59,9 @@ class Report(WritesRunDown, Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curve."""
-        self.train, self.validation = list(state_dict["train"]), list(state_dict["validation"])
-        self._every, self._parameters = state_dict["every"], state_dict["parameters"]
+        saved = validated(state_dict, _Saved, "the loss curve of the training state", CheckpointError)
+        self.train, self.validation = saved.train, saved.validation
+        self._every, self._parameters = saved.every, saved.parameters
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count parameters and tell them."""

@@ -6,10 +6,17 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from pydantic import BaseModel
 from torch import Tensor
 
 from graftwork import parallel
 from graftwork.batch import IGNORED, Batch
+from graftwork.errors import CheckpointError
+from graftwork.jsonfile import validated
+
+
+class _Saved(BaseModel):
+    average: float
 
 
 class Throughput(Callback):
@@ -42,7 +49,7 @@ class Throughput(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the average."""
-        self._before = state_dict["average"]
+        self._before = validated(state_dict, _Saved, "the throughput of the training state", CheckpointError).average
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Start the clock."""

@@ -28,8 +28,9 @@ from graftwork.parallel.collective import agreed, all_gather_objects, broadcast_
 from graftwork.training.optimizer.update import Update
 from graftwork.training.state import random_state
 from graftwork.training.state.identity import Identity
+from graftwork.training.state.trainer_file import TRAINER, read_trainer
 
-STATE, TRAINER, TENSORS = "state.json", "trainer.pt", "tensors"
+STATE, TENSORS = "state.json", "tensors"
 FORMAT = 2
 ELSEWHERE = ("state_dict", "optimizer_states")
 """Keys of Lightning's checkpoint that are written as sharded tensors instead."""
@@ -103,12 +104,7 @@ def read_common(path: Path) -> tuple[dict[str, Any], Facts]:
         _check_entries(path)
         state = _facts(path)
         _check_files(path, state)
-        found = torch.load(path / TRAINER, weights_only=True)
-        if not isinstance(found, dict) or not isinstance(found.get("global_step"), int):
-            raise sharded_files.DamagedError(f"{TRAINER} holds no training loops")
-        if found["global_step"] != state.step:
-            raise sharded_files.DamagedError(f"{TRAINER} is of step {found['global_step']}, {STATE} of {state.step}")
-        return found, state
+        return read_trainer(path, state.step), state
 
     checkpoint, state = _read(path, read)
     return {**checkpoint, "state_dict": {}, "optimizer_states": [{}]}, state
@@ -174,8 +170,7 @@ def read_random_state(path: Path, state: Facts, layout: Layout) -> random_state.
     """Return this rank's generators, None when the state was saved in another layout (each rank then starts anew)."""
     if state.layout != asdict(layout) or state.world_size != world_size():
         return None
-    found: random_state.State = _read(path, lambda: torch.load(path / _random_file(), weights_only=True))
-    return found
+    return _read(path, lambda: random_state.read(path / _random_file()))
 
 
 def read_weights(path: Path, state: Facts, update: Update) -> None:
