@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from graftwork.compat.frozen_linear import FoldedFrozenLinear
 from graftwork.errors import ParallelismError
 
 
@@ -14,7 +13,6 @@ def install() -> None:
     """Replace the functions wherever megatron-core modules have bound them."""
     _rebind("get_pos_emb_on_this_cp_rank", positions_on_this_rank)
     _rebind("maybe_move_tensor_to_cpu", split_sizes_to_host)
-    _rebind("LinearWithFrozenWeight", FoldedFrozenLinear)
 
 
 def positions_on_this_rank(pos_emb: Tensor, seq_dim: int, cp_group: ProcessGroup | None = None) -> Tensor:

@@ -103,13 +103,4 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, input_size] -> ([s, b, output_size / tp], bias or None); under sequence parallelism s is local."""
-        x = normalized_input(self, input_)
-        if self.skip_bias_add or self.bias is None or not self.bias.requires_grad or self.weight.requires_grad:
-            return super().forward(x, weight, runtime_gather_output)
-        # megatron-core's linear with a frozen weight gives its bias no gradient, so that the bias is added out here.
-        self.skip_bias_add = True
-        try:
-            output, _ = super().forward(x, weight, runtime_gather_output)
-        finally:
-            self.skip_bias_add = False
-        return output + self.bias, None
+        return super().forward(normalized_input(self, input_), weight, runtime_gather_output)

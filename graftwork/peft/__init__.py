@@ -11,5 +11,6 @@ from graftwork.peft.methods.canonical_adapter import CanonicalAdapter
 from graftwork.peft.methods.ia3 import IA3
 from graftwork.peft.methods.lora import LoRA
 from graftwork.peft.methods.prompt import PTuning
+from graftwork.peft.methods.selective import Selective
 
-__all__ = ["IA3", "METHODS", "PEFT", "CanonicalAdapter", "LoRA", "PTuning"]
+__all__ = ["IA3", "METHODS", "PEFT", "CanonicalAdapter", "LoRA", "PTuning", "Selective"]

@@ -6,9 +6,9 @@ all expert-parallel ranks, so a site has one name in every layout.
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
@@ -30,9 +30,10 @@ _IN_LAYER = re.compile(r"(?:(\w+)\.)?\blayers\.(\d+)(?:\.(.+))?$")
 
 @dataclass(frozen=True)
 class Place:
-    """A place in a model: ``name`` is the same in every layout."""
+    """A place in a model: ``name`` is the same in every layout, ``what`` says in a sentence what stands there."""
 
     name: str
+    what: ClassVar[str] = "module"
 
     @property
     def leaf(self) -> str:
@@ -83,6 +84,7 @@ class BaseTensor(Place):
     """One parameter of the base; a tied copy on another pipeline stage goes by the name of the tensor it copies."""
 
     parameter: nn.Parameter
+    what: ClassVar[str] = "tensor"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Host:
 
     ``chunks`` are this rank's megatron-core modules (several under virtual pipelining), ``config`` their
     TransformerConfig, ``vocab_size`` the real (un-padded) vocabulary, ``seed`` fixes every adapter's initial values.
-    ``depths`` is the number of layers of each part; None: one decoder of ``config.num_layers``.
+    ``depths`` is the number of layers of each part; None: one decoder of ``config.num_layers``. ``tokenize`` returns the
+    ids of a text, without BOS and EOS; None where no initial value is asked for.
     """
 
     chunks: Sequence[nn.Module]
@@ -100,6 +103,7 @@ class Host:
     seed: int
     prompts: PromptLayout = field(default_factory=PromptLayout)
     depths: Mapping[str, int] | None = None
+    tokenize: Callable[[str], list[int]] | None = None
 
     def sites(self) -> list[Site]:
         """Return every module that may be wrapped: all but the insides of adapters."""
@@ -119,13 +123,16 @@ class Host:
             if not _in_adapter(path)
         ]
 
-    def select(self, places: Iterable[P], patterns: Sequence[str], layers: Layers, who: str) -> list[P]:
+    def select(
+        self, places: Iterable[P], patterns: Sequence[str], layers: Layers, who: str, names: "Naming | None" = None
+    ) -> list[P]:
         """Return the places that the patterns name in the selected layers; every pattern must match.
 
-        Raises MatchError on every rank when a pattern matches nothing in the whole model, or a layer does not exist.
+        ``names`` tells whether a pattern names a place, by default as ``matches`` does. Raises MatchError on every rank
+        when a pattern matches nothing in the whole model, or a layer does not exist.
         """
         depths = {"decoder": self.config.num_layers} if self.depths is None else self.depths
-        return select(places, patterns, layers, depths, who)
+        return select(places, patterns, layers, depths, who, matches if names is None else names)
 
     def everywhere(self, names: Iterable[str]) -> list[str]:
         """Return the union of ``names`` over the whole model: all pipeline stages and experts."""
@@ -142,8 +149,17 @@ def matches(pattern: str, name: str) -> bool:
     return f".{name}".endswith(f".{pattern}")
 
 
+Naming = Callable[[str, str], bool]
+"""Whether a pattern (first) means a name (second)."""
+
+
 def select(
-    places: Iterable[P], patterns: Sequence[str], layers: Layers, depths: Mapping[str, int], who: str
+    places: Iterable[P],
+    patterns: Sequence[str],
+    layers: Layers,
+    depths: Mapping[str, int],
+    who: str,
+    names: Naming = matches,
 ) -> list[P]:
     """Return the places that a pattern names and whose layer is selected; ``depths`` counts the layers of each part.
 
@@ -152,14 +168,14 @@ def select(
     """
     candidates = list(places)
     chosen_layers = _layers_by_part(layers, depths, who)
-    chosen = [p for p in candidates if _selected(p, chosen_layers) and any(matches(w, p.name) for w in patterns)]
-    hit = union(w for w in patterns if any(matches(w, p.name) for p in chosen))
-    leaves = union(p.leaf for p in candidates)
+    chosen = [p for p in candidates if _selected(p, chosen_layers) and any(names(w, p.name) for w in patterns)]
+    hit = union(w for w in patterns if any(names(w, p.name) for p in chosen))
+    known, what = union(_words(candidates)), next((p.what for p in candidates), Place.what)
     for pattern in patterns:
         if pattern not in hit:
             where = "" if layers is None else f" in layers {layers if isinstance(layers, Mapping) else list(layers)}"
             raise MatchError(
-                f"{who}: target {pattern!r} matches no module{where}; {suggest(pattern.split('.')[-1], leaves)}"
+                f"{who}: target {pattern!r} matches no {what}{where}; {suggest(pattern.split('.')[-1], known)}"
             )
     return chosen
 
@@ -170,6 +186,14 @@ def union(names: Iterable[str]) -> set[str]:
     for group in (pp_group(), ep_group()):
         found = {name for part in all_gather_objects(sorted(found), group) for name in part}
     return found
+
+
+def _words(places: Iterable[Place]) -> Iterable[str]:
+    """Yield what a mistyped pattern is compared with: modules by their own name, tensors by their module's too."""
+    for place in places:
+        yield place.leaf
+        if isinstance(place, BaseTensor):
+            yield place.name.split(".")[-2]
 
 
 def _in_adapter(path: str) -> bool:

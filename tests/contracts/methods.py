@@ -17,11 +17,11 @@ from graftwork.batch import IGNORED, Batch
 from graftwork.models import GPT
 from graftwork.models.shapes import Shape
 from graftwork.parallel.record import record_of
-from graftwork.peft import IA3, METHODS, PEFT, CanonicalAdapter, LoRA, PTuning
+from graftwork.peft import IA3, METHODS, PEFT, CanonicalAdapter, LoRA, PTuning, Selective
 
 TINY: dict[str, Any] = {"dim": 4, "virtual_tokens": 3, "embedding_dim": 12, "bottleneck_dim": 10, "init_std": 0.3}
 """Values of hyper-parameters for the tiny models, wherever a method has them."""
-OTHER: dict[type[PEFT], dict[str, Any]] = {CanonicalAdapter: {"dim": 6}}
+OTHER: dict[type[PEFT], dict[str, Any]] = {CanonicalAdapter: {"dim": 6}, Selective: {"patterns": ["norm"]}}
 IDS = {"canonical_adapter": "canonical"}
 
 
@@ -43,6 +43,7 @@ STACKS: dict[str, Callable[[], list[PEFT]]] = {
     "lora+canonical": partial(stack, LoRA, CanonicalAdapter),
     "ptuning+canonical": partial(stack, PTuning, CanonicalAdapter),
     "all": partial(stack, LoRA, IA3, CanonicalAdapter, PTuning),
+    "lora+selective": partial(stack, LoRA, Selective),
 }
 
 VOCABULARY = 61
@@ -140,6 +141,12 @@ def loss(model: GPT, seed: int = 3) -> Tensor:
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters that adapters own."""
     yield from ((n, p) for n, p in model.named_parameters() if record_of(p).owner is not None)
+
+
+def beside_the_base(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that adapters have added, all but those that the base lends."""
+    lent = {id(tensor.parameter) for tensors in model.stack.lent.values() for tensor in tensors}
+    return {n for n, p in adapter_parameters(model) if id(p) not in lent}
 
 
 def base_values(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from graftwork.peft.methods.canonical_adapter import CanonicalAdapter
 from graftwork.peft.methods.ia3 import IA3
 from graftwork.peft.methods.lora import LoRA
 from graftwork.peft.methods.prompt import PTuning
+from graftwork.peft.methods.selective import Selective
 from graftwork.registry import Registry
 
 METHODS: Registry[type[PEFT]] = Registry("PEFT method")
@@ -17,3 +18,4 @@ METHODS.enter("LoRA", LoRA)
 METHODS.enter("CanonicalAdapter", CanonicalAdapter)
 METHODS.enter("IA3", IA3)
 METHODS.enter("PTuning", PTuning)
+METHODS.enter("Selective", Selective)

@@ -38,8 +38,9 @@ class KnowsWhere(Protocol):
 class SelfCheck(Callback):
     """Stops before the weights are touched by a loss or gradient that is not finite, naming the rows.
 
-    First step: every trainable adapter has a non-zero gradient, no frozen parameter has any. End: every adapter has
-    moved, the frozen base has not, replicas agree. Costs two passes over the parameters per run, none per step.
+    First step: every trainable adapter has a non-zero gradient, so has every tensor that the base lends to one, and no
+    frozen parameter has any. End: every adapter has moved, the frozen base has not, replicas agree. Costs two passes
+    over the parameters per run, none per step.
     """
 
     def __init__(self) -> None:
@@ -95,8 +96,18 @@ class SelfCheck(Callback):
         dead = [n for n, h, a in zip(names, held, living) if h and not a]
         if dead:
             raise TrainingError(f"no gradient reaches {_some(dead)}: it would stay at its initial values.")
+        self._check_lent(pl_module)
         stray = [n for n, p in frozen(pl_module) if p.grad is not None]
         agree(TrainingError(f"frozen parameters have gradients: {_some(stray)}.") if stray else None)
+
+    def _check_lent(self, pl_module: LightningModule) -> None:
+        """Stop where a tensor of the base that an adapter trains has no gradient; an idle expert rightly has none."""
+        stack: Stack | None = getattr(pl_module, "stack", None) if trainee(pl_module).adapters else None
+        lent = [t for tensors in stack.lent.values() for t in tensors] if stack is not None else []
+        held = [t for t in lent if t.parameter.requires_grad and not record_of(t.parameter).expert]
+        alive = [t.tensor.name for t in held if (g := gradient_of(t.parameter)) is not None and bool(g.any())]
+        dead = sorted({t.tensor.name for t in held} - _everywhere(alive))
+        agree(TrainingError(f"no gradient reaches {_some(dead)}: it would keep the base's values.") if dead else None)
 
     def _unmoved(self, pl_module: LightningModule) -> str | None:
         owners = {name: _owner(parameter) for name, parameter in trainable(pl_module)}
@@ -164,6 +175,11 @@ def _replicas_differ(module: nn.Module) -> str | None:
         if differ:
             return f"{kind} ranks disagree on {_some(differ)} after training."
     return None
+
+
+def _everywhere(names: list[str]) -> set[str]:
+    """Return the union of ``names`` over all ranks: each sees its part of a tensor."""
+    return {name for found in all_gather_objects(names) for name in found}
 
 
 def _owner(parameter: nn.Parameter) -> str:
