@@ -8,9 +8,11 @@ import graftwork.compat  # noqa: F401  # before any other megatron import
 from graftwork.peft.method import PEFT
 from graftwork.peft.methods import METHODS
 from graftwork.peft.methods.canonical_adapter import CanonicalAdapter
+from graftwork.peft.methods.canonical_lora import CanonicalLoRA
+from graftwork.peft.methods.dora import DoRA
 from graftwork.peft.methods.ia3 import IA3
 from graftwork.peft.methods.lora import LoRA
 from graftwork.peft.methods.prompt import PTuning
 from graftwork.peft.methods.selective import Selective
 
-__all__ = ["IA3", "METHODS", "PEFT", "CanonicalAdapter", "LoRA", "PTuning", "Selective"]
+__all__ = ["IA3", "METHODS", "PEFT", "CanonicalAdapter", "CanonicalLoRA", "DoRA", "LoRA", "PTuning", "Selective"]

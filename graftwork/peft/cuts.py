@@ -5,8 +5,10 @@ row-parallel base a cut factor followed by a replicated one.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, mappings
@@ -14,13 +16,15 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from graftwork.parallel.fused import QKVRows
+from graftwork.parallel.fused import Parts, QKVRows
 from graftwork.parallel.sharding import Sharding
 from graftwork.parallel.state import tp_group, tp_size
 from graftwork.peft.sites import Host, Site
 
 GATED = "linear_fc1"
 OUTPUT = "output_layer"
+_BLOCK = 2**22
+"""Largest number of a weight's values that are changed at once to find the norms of its rows (16 MiB in fp32)."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +138,26 @@ class Cut(ABC):
         """Whether ranks hold different parts of the base's output, so that their dropout masks must differ."""
         return self.region.partial
 
-    def norm(self, weight: Tensor) -> Tensor:
+    @abstractmethod
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the base's product of its input ``x`` and this rank's ``weight``, without a bias."""
+
+    def part(self, outputs: int) -> "Cut":
+        """Return the cut of one of the linears that were fused into this one, ``outputs`` wide."""
+        return replace(self, outputs=outputs)
+
+    def norm(self, weight: Tensor, change: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return the fp32 L2 norm of every output row of this rank's ``weight`` [outputs, inputs], without a gradient.
 
-        It is the norm of the full row also where rows are cut: then all ranks of the region must ask for it together.
+        ``change``: factors B [outputs, r] and A [r, inputs]; the rows are those of ``weight + B A``. Rows are changed a
+        block at a time and as they are, because sums of ``|W|^2``, ``W A^T`` and ``A A^T`` lose what cancels. It is the
+        norm of the full row also where rows are cut: then all ranks of the region must ask for it together.
         """
-        return weight.detach().float().square().sum(dim=1).sqrt()
+        return self._whole(_row_squares(weight.detach(), change)).sqrt().float()
+
+    def _whole(self, squares: Tensor) -> Tensor:
+        """Return the sums of full rows from those of this rank's part."""
+        return squares
 
 
 @dataclass(frozen=True)
@@ -152,6 +170,14 @@ class ColumnCut(Cut):
     def between(self, low: Tensor) -> Tensor:
         """Enter the region: [s(/tp), b, r] -> [s, b, r]."""
         return self.region.enter(low)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Enter the region and multiply: [s(/tp), b, inputs] -> [s, b, outputs / tp]."""
+        return F.linear(self.region.enter(x), weight)
+
+    def part(self, outputs: int) -> Cut:
+        """Return the cut of one of the fused linears, which is a single block of rows."""
+        return replace(self, outputs=outputs, blocks=1)
 
     def output_factor(self, rank: int) -> Sharding:
         """Return the factor's cut: that of the base's rows."""
@@ -180,6 +206,10 @@ class RowCut(Cut):
         """Leave the region: partial [s, b, r] -> summed [s(/tp), b, r]."""
         return self.region.leave(low)
 
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply and leave the region: [s, b, inputs / tp] -> [s(/tp), b, outputs]."""
+        return self.region.leave(F.linear(x, weight))
+
     def input_factor(self, rank: int) -> Sharding:
         """Return the factor's cut: that of the base's columns."""
         return Sharding((rank, self.inputs), dim=1)
@@ -198,9 +228,9 @@ class RowCut(Cut):
         """Whether there are several ranks."""
         return self.region.cut
 
-    def norm(self, weight: Tensor) -> Tensor:
-        """Return the root of the squares summed over all ranks' columns; collective over the region."""
-        return self.region.sum(weight.detach().float().square().sum(dim=1)).sqrt()
+    def _whole(self, squares: Tensor) -> Tensor:
+        """Sum over all ranks' columns; collective over the region."""
+        return self.region.sum(squares)
 
 
 @dataclass(frozen=True)
@@ -210,6 +240,10 @@ class Replicated(Cut):
     def between(self, low: Tensor) -> Tensor:
         """Return ``low``: both factors see the same tokens."""
         return low
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply."""
+        return F.linear(x, weight)
 
 
 def cut_of(site: Site, host: Host) -> Cut:
@@ -245,12 +279,34 @@ def qkv_rows(config: TransformerConfig) -> QKVRows:
     return QKVRows(config.num_attention_heads, config.num_query_groups, config.kv_channels)
 
 
+def parts_of(site: Site, host: Host) -> Parts | None:
+    """Return the linears that were fused into the one at ``site`` (q, k and v; k and v; gate and up), None for one."""
+    rows = qkv_rows(host.config)
+    if site.leaf == "linear_qkv":
+        return Parts(("linear_q", "linear_k", "linear_v"), tuple(rows.split_sizes), rows.width)
+    if site.leaf == "linear_kv":  # of cross attention: each head's key and value
+        return Parts(("linear_k", "linear_v"), (1, 1), rows.width)
+    if site.leaf == GATED and host.config.gated_linear_unit:
+        return Parts(("linear_fc1_gate", "linear_fc1_up"), (1, 1))
+    return None
+
+
 def drop(x: Tensor, probability: float, training: bool, differ: bool) -> Tensor:
     """Drop values; ranks that hold different parts (``differ``) draw different masks, ranks that hold the same one."""
     if not (training and differ):
         return F.dropout(x, probability, training)
     with get_cuda_rng_tracker().fork():
         return F.dropout(x, probability, True)
+
+
+def _row_squares(weight: Tensor, change: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return every row's sum of squares; in fp64, so that its roundings do not depend on how rows are cut."""
+    step = max(1, _BLOCK // weight.shape[1])
+    blocks: Iterator[Tensor] = (rows.float() for rows in weight.split(step))
+    if change is not None:
+        left, right = (factor.detach().float() for factor in change)
+        blocks = (torch.addmm(block, rows, right) for block, rows in zip(blocks, left.split(step)))
+    return torch.cat([block.square().sum(dim=1, dtype=torch.float64) for block in blocks])
 
 
 def _cut_class(module: nn.Module) -> type[Cut] | None:

@@ -40,9 +40,12 @@ def fold(candidates: Sequence[Candidate], chunks: Sequence[nn.Module]) -> list[F
         if not candidate.adapter.mergeable:
             why = candidate.adapter.why_not_mergeable
             raise MatchError(f"{candidate.who} cannot be merged at {candidate.site.name}: {why}.")
-    chosen = {id(c.adapter): c for c in candidates}
+    chosen = {id(c.adapter): c for c in candidates if not c.adapter.passive}
     wrappers = [wrapper for chunk in chunks for _, wrapper in adapted_modules(chunk)]
-    return [folded for wrapper in wrappers if (folded := _fold_one(wrapper, chosen))]
+    found = [folded for wrapper in wrappers if (folded := _fold_one(wrapper, chosen))]
+    for folded in found:  # not before all are computed: ranks that compute one together must not part
+        _check_finite(folded, chosen[id(folded.adapters[0])])
+    return found
 
 
 def install(folded: Sequence[Folded]) -> None:
@@ -116,7 +119,10 @@ def _fold_one(wrapper: AdaptedModule, chosen: dict[int, Candidate]) -> Folded | 
         for adapter in adapters:
             values = adapter.merged_weights(*values)
     tensors = {k: v.to(before[k].dtype) for k, v in zip(before, values) if v is not None}
-    for key, tensor in tensors.items():
+    return Folded(wrapper, tensors, adapters)
+
+
+def _check_finite(folded: Folded, first: Candidate) -> None:
+    for key, tensor in folded.tensors.items():
         if not torch.isfinite(tensor).all():
             raise MatchError(f"{first.who} cannot be merged at {first.site.name}: its {key} would hold NaN or Inf.")
-    return Folded(wrapper, tensors, adapters)

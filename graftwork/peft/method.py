@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable
-from typing import ClassVar, Optional, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Optional, Protocol, TypeVar, Union, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +14,9 @@ from graftwork.peft.sites import BaseTensor, Host, Site
 from graftwork.virtual_tokens import PromptSlot
 
 N = TypeVar("N", int, float)
+
+LayerChoice = Optional[Union[list[int], dict[str, list[int]]]]
+"""Global indices of layers, of every part of the model or of each named part; None: all layers."""
 
 MOST = 2**24
 """Largest rank, width or number of virtual tokens: the bytes of a matrix of two are still a number to torch."""
@@ -39,13 +42,18 @@ class PEFT(pl.Callback):
 
     default_lr: ClassVar[float] = 1e-4
 
-    def __init__(self, name: str, layers: Optional[list[int]] = None) -> None:
+    def __init__(self, name: str, layers: LayerChoice = None) -> None:
         if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
             raise ConfigError(f"An adapter's name may hold letters, digits, '-' and '_'; got {quoted(name)}.")
         if hasattr(nn.ModuleDict(), name):
             raise ConfigError(f"An adapter cannot be named {name!r}, an attribute of torch's modules; choose another.")
         self.name = name
         self.layers = layers
+        if not _is_layers(layers) and not (isinstance(layers, dict) and layers and all(map(_is_named, layers.items()))):
+            raise ConfigError(
+                f"{self}: layers must be a list of whole numbers, or one for each part of the model such as "
+                f'{{"encoder": [0, 1], "decoder": [2]}}; got {quoted(layers)}.'
+            )
 
     @classmethod
     def short_name(cls) -> str:
@@ -79,6 +87,10 @@ class PEFT(pl.Callback):
         """Return the virtual tokens this transform owns, from ``offset``; most methods own none."""
         return []
 
+    def holds(self, other: "PEFT") -> bool:
+        """Tell whether the trained values of ``other`` have their place here: it is the same transform."""
+        return repr(self) == repr(other)
+
     def lr_scale(self, parameter_name: str) -> float:
         """Return the factor on the learning rate of one of this transform's parameters."""
         return 1.0
@@ -109,6 +121,12 @@ class PEFT(pl.Callback):
             )
         return value
 
+    def switch(self, field: str, value: bool) -> bool:
+        """Return ``value`` or raise ConfigError when it is neither True nor False."""
+        if not isinstance(value, bool):
+            raise ConfigError(f"{self}: {field} must be True or False, got {quoted(value)}.")
+        return value
+
     def probability(self, field: str, value: float) -> float:
         """Return ``value`` or raise ConfigError when it is not in [0, 1)."""
         if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
@@ -120,3 +138,14 @@ class PEFT(pl.Callback):
         if value not in valid:
             raise ConfigError(f"{self}: {field} is {quoted(value)}; {suggest(str(value), valid)}")
         return value
+
+
+def _is_layers(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+
+
+def _is_named(item: tuple[object, object]) -> bool:
+    part, layers = item
+    return isinstance(part, str) and isinstance(layers, list) and _is_layers(layers)

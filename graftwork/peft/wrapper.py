@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from graftwork.peft.adapter import Adapter, Inner, Offsets
 
+_ORIGINALS = "graftwork_originals"
+
 
 class AdaptedModule(nn.Module):
     """``base`` with named adapters around it, inner to outer in the order in which they were added.
@@ -37,6 +39,7 @@ class AdaptedModule(nn.Module):
             "_modules": dict(base._modules),
             "originals": {},
         }
+        base.__dict__[_ORIGINALS] = self.originals  # for adapters, which know the base only
         self.adapters = nn.ModuleDict()
 
     def forward(self, *args: object, **kwargs: object) -> object:
@@ -93,6 +96,14 @@ class AdaptedModule(nn.Module):
 def innermost(module: nn.Module) -> nn.Module:
     """Return the base under a wrapper, or ``module`` itself."""
     return module.base if isinstance(module, AdaptedModule) else module
+
+
+def original_weight(base: nn.Module) -> Tensor:
+    """Return the weight that ``base`` has without the adapters that are merged into it."""
+    originals: dict[str, Tensor] = base.__dict__.get(_ORIGINALS, {})
+    weight = originals.get("weight", base.weight)
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def graft(root: nn.Module, path: str, name: str, adapter: Adapter) -> AdaptedModule:

@@ -11,11 +11,12 @@ from graftwork.data import SFTDataModule
 from graftwork.models import GPT, shapes
 from graftwork.optim import AdamW
 from graftwork.peft import METHODS, PEFT
+from graftwork.peft.method import LayerChoice
 from graftwork.training import MegatronStrategy, finetune
 
 PLAIN = [int, float, bool, str, list[str], list[int], dict[str, int]]
 BY_TASK = Union[dict[str, str], str]  # tried in this order: any text is a str
-SETTABLE = [*PLAIN, BY_TASK, *(Optional[t] for t in PLAIN)]
+SETTABLE = [*PLAIN, BY_TASK, LayerChoice, *(Optional[t] for t in PLAIN)]
 CLASSES = [*METHODS.values(), SFTDataModule, AdamW, MegatronStrategy, shapes.Shape, shapes.llama2_7b]
 RESERVED = ("run", "executor", "plugins")
 

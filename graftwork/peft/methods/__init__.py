@@ -5,6 +5,8 @@ An artifact names a method by its class, the command line by ``short_name()``.
 
 from graftwork.peft.method import PEFT
 from graftwork.peft.methods.canonical_adapter import CanonicalAdapter
+from graftwork.peft.methods.canonical_lora import CanonicalLoRA
+from graftwork.peft.methods.dora import DoRA
 from graftwork.peft.methods.ia3 import IA3
 from graftwork.peft.methods.lora import LoRA
 from graftwork.peft.methods.prompt import PTuning
@@ -19,3 +21,5 @@ METHODS.enter("CanonicalAdapter", CanonicalAdapter)
 METHODS.enter("IA3", IA3)
 METHODS.enter("PTuning", PTuning)
 METHODS.enter("Selective", Selective)
+METHODS.enter("DoRA", DoRA)
+METHODS.enter("CanonicalLoRA", CanonicalLoRA)
