@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from graftwork.errors import ParallelismError
@@ -27,8 +28,8 @@ class Batch:
     """The rows of one step (or microbatch) of a data-parallel rank.
 
     tokens, labels, position_ids: int64 [b, s]; ``labels[i, t]`` is the token after ``tokens[i, t]``, or IGNORED.
-    source int64 [b, se], source_lengths int64 [b]: what the encoder of a sequence-to-sequence model reads, padded right,
-    and how much of each row is no padding; ``tokens`` are then the decoder's. None in a causal batch.
+    source int64 [b, se], source_lengths int64 [b]: what the encoder of a sequence-to-sequence model reads, padded on
+    the right, and how much of each row is no padding; ``tokens`` are then the decoder's. None in a causal batch.
     cu_seqlens: int32, only in a *packed* batch, whose rows hold several samples each: the boundaries of the samples in
     every row [b, k] (repeated at the end where a row has fewer), or [k] once the rows lie ``in_one_line``.
     routes: which adapters act where, on rows [b, 1] or, in a packed batch, on tokens [b, s]; None: all of them everywhere.
@@ -104,6 +105,13 @@ class Batch:
         tokens, labels, positions = (t.reshape(1, -1) for t in (self.tokens, self.labels, self.position_ids))
         routes = None if self.routes is None else self.routes.in_one_line(length)
         return replace(self, tokens=tokens, labels=labels, position_ids=positions, cu_seqlens=bounds, routes=routes)
+
+    def padded_to(self, length: int, source_length: int = 0) -> "Batch":
+        """Return unpacked rows padded on the right to ``length`` tokens, their sources to ``source_length``."""
+        behind = (0, length - self.tokens.shape[1])
+        wide = Batch.of(F.pad(self.tokens, behind), F.pad(self.labels, behind, value=IGNORED))
+        source = None if self.source is None else F.pad(self.source, (0, source_length - self.source.shape[1]))
+        return replace(self, tokens=wide.tokens, labels=wide.labels, position_ids=wide.position_ids, source=source)
 
     def at_positions(self, keep: Tensor) -> "Batch":
         """Return only the positions ``keep`` (indices along s) of every row; a source stays whole."""

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import torch
 
@@ -20,7 +21,7 @@ class Collator:
         self.micro_batch_size = micro_batch_size
         self.packed = packed
 
-    def __call__(self, bins: list[list[Sample]], length: int) -> Batch:
+    def __call__(self, bins: list[list[Sample]], length: int, source_length: int = 0) -> Batch:
         """Return the batch of ``len(bins)`` rows of ``length`` tokens, with ``cu_seqlens`` only where packed."""
         shape = (len(bins), length)
         batch = Batch(
@@ -34,6 +35,35 @@ class Collator:
         if self.packed:
             batch.cu_seqlens = _rectangle(edges, length, torch.int32)
         return batch
+
+
+class PairCollator:
+    """Gives the prompt of each bin's one sample to an encoder and its answer to a decoder, which begins with ``start``.
+
+    An empty bin makes a row that is ignored altogether; its encoder reads a single token, for it cannot read none.
+    """
+
+    def __init__(self, start: int, micro_batch_size: int) -> None:
+        self.start = start
+        self.micro_batch_size = micro_batch_size
+
+    def __call__(self, bins: list[list[Sample]], length: int, source_length: int) -> Batch:
+        """Return the batch of ``len(bins)`` rows of ``length`` tokens, their sources of ``source_length``."""
+        pairs = [_pair(samples) for samples in bins]
+        laid = Batch.answering([prompt for prompt, _ in pairs], [answer for _, answer in pairs], self.start, "cpu")
+        return replace(
+            laid.padded_to(length, source_length),
+            rows=_rectangle([[s.row for s in samples] for samples in bins], -1, torch.int64),
+            micro_batch_size=self.micro_batch_size,
+        )
+
+
+def _pair(samples: list[Sample]) -> tuple[list[int], list[int]]:
+    if not samples:
+        return [0], []
+    (sample,) = samples
+    at = len(sample.tokens) - sample.answer
+    return sample.tokens[:at].tolist(), sample.tokens[at:].tolist()
 
 
 def round_up(length: int, multiple: int) -> int:

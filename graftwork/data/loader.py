@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from graftwork.batch import Batch, Questions
-from graftwork.data.collate import Collator, round_up
+from graftwork.data.collate import Collator, PairCollator, round_up
 from graftwork.data.rows import LearnedRows
 from graftwork.data.sampler import FILL, RowStream
 from graftwork.data.surroundings import Topology
@@ -34,7 +34,7 @@ class StepBuilder:
         self,
         rows: LearnedRows,
         bins: list[list[int]] | None,
-        collate: Collator,
+        collate: Collator | PairCollator,
         seq_length: int,
         place: Topology,
     ) -> None:
@@ -50,18 +50,22 @@ class StepBuilder:
     def __call__(self, chosen: list[int]) -> Batch:
         mine = [self._members(row) for row in chosen[self.place.rank :: self.place.world_size]]
         samples = iter(self.rows.samples([i for members in mine for i in members]))
-        return self.collate([list(itertools.islice(samples, len(m))) for m in mine], self._length(chosen))
+        return self.collate([list(itertools.islice(samples, len(m))) for m in mine], *self._lengths(chosen))
 
     def _members(self, row: int) -> list[int]:
         if row == FILL:
             return []
         return [row] if self.bins is None else self.bins[row]
 
-    def _length(self, chosen: list[int]) -> int:
+    def _lengths(self, chosen: list[int]) -> tuple[int, int]:
+        """How long rows and their sources are on every rank (0: there are no sources)."""
         if self.bins is not None:
-            return self.seq_length
+            return self.seq_length, 0
         real = [row for row in chosen if row != FILL]
-        return round_up(int(self.rows.lengths[real].max()), self.place.multiple)
+        whole, answers = self.rows.lengths[real], self.rows.answers[real]
+        parts = (answers, whole - answers) if isinstance(self.collate, PairCollator) else (whole, answers)
+        length, source = (round_up(int(part.max()), self.place.multiple) for part in parts)
+        return length, source
 
 
 class TrainLoader:

@@ -41,6 +41,9 @@ LEARNED = pyarrow.schema(
         ("share", pyarrow.float64()),
     ]
 )
+PAIRS = LEARNED.append(pyarrow.field("answer", pyarrow.int32()))
+"""For sequence-to-sequence models: the last ``answer`` tokens are the decoder's, those before them the encoder's."""
+
 ASKED = pyarrow.schema(
     [
         ("tokens", pyarrow.list_(pyarrow.int32())),
@@ -54,20 +57,30 @@ ASKED = pyarrow.schema(
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenised row: ``tokens`` and ``labels`` int64 [n]; ``labels[t]`` is the token after t, or IGNORED."""
+    """One tokenised row: ``tokens`` and ``labels`` int64 [n]; ``labels[t]`` is the token after t, or IGNORED.
+
+    For a sequence-to-sequence model the last ``answer`` tokens are the decoder's.
+    """
 
     tokens: numpy.ndarray
     labels: numpy.ndarray
     row: int
+    answer: int = 0
 
 
 class LearnedRows:
-    """Rows to learn from; ``lengths`` int32 [len(self)] counts tokens, virtual ones included."""
+    """Rows to learn from; ``lengths`` int32 [len(self)] counts tokens, virtual ones included.
+
+    ``answers`` int32 [len(self)] counts those that a decoder gives; zeros where one sequence holds prompt and answer.
+    """
 
     def __init__(self, table: "Dataset", chosen: numpy.ndarray | None = None) -> None:
         count = table.num_rows
         self.chosen = numpy.arange(count) if chosen is None else chosen
         self.lengths: numpy.ndarray = table.data.column("length").to_numpy()[self.chosen]
+        self.answers: numpy.ndarray = numpy.zeros_like(self.lengths)
+        if "answer" in table.column_names:
+            self.answers = table.data.column("answer").to_numpy()[self.chosen]
         self._table = table
         self._reader = table.with_format("arrow", columns=["tokens", "loss", "row"])
 
@@ -84,8 +97,10 @@ class LearnedRows:
         ids = tokens.flatten().to_numpy(zero_copy_only=False).astype(numpy.int64)
         learned = loss.flatten().to_numpy(zero_copy_only=False)
         return [
-            Sample(ids[a:b], _labels(ids[a:b], learned[a:b]), row)
-            for (a, b), row in zip(itertools.pairwise(edges), found["row"].to_pylist())
+            Sample(ids[a:b], _labels(ids[a:b], learned[a:b]), row, answer)
+            for (a, b), row, answer in zip(
+                itertools.pairwise(edges), found["row"].to_pylist(), self.answers[indices].tolist()
+            )
         ]
 
     @property
@@ -115,7 +130,8 @@ def _labels(tokens: numpy.ndarray, learned: numpy.ndarray) -> numpy.ndarray:
 def learned_rows(path: str, encoder: RowEncoder, root: Path) -> tuple[LearnedRows, Report]:
     """Tokenise ``path`` to learn from, or find it in the cache; raises DataError on a malformed row."""
     key = _key("learn", path, encoder)
-    table, report = cached_table(root, key, LEARNED, lambda r: _learn(path, encoder, r), needed=_NEEDED)
+    schema = PAIRS if encoder.seq2seq else LEARNED
+    table, report = cached_table(root, key, schema, lambda r: _learn(path, encoder, r), needed=_NEEDED)
     if len(table) == 0:
         raise DataError(f"every row of {path!r} was dropped as longer than seq_length={encoder.seq_length}.")
     return LearnedRows(table), {"file": path, **report}
@@ -140,6 +156,7 @@ def _key(purpose: str, path: str, encoder: RowEncoder) -> str:
         seq_length=encoder.seq_length,
         bos_eos=[encoder.text.add_bos, encoder.text.add_eos],
         too_long=encoder.too_long,
+        **({"answer_length": encoder.answer_length} if encoder.seq2seq else {}),
     )
 
 
@@ -173,6 +190,7 @@ def _learn(path: str, encoder: RowEncoder, report: Report) -> Iterator[Columns]:
             "row": [rows[i] for i in kept],
             "number": [placed[i][0].number for i in kept],
             "share": [shares[i] for i in kept],
+            **({"answer": [len(s) - s.answer_start for s in sequences]} if encoder.seq2seq else {}),
         }
 
 

@@ -7,7 +7,11 @@ from graftwork.errors import DataError
 
 
 class TooLong(DataError):
-    """What must be kept of a row does not fit into ``seq_length``."""
+    """What must be kept of a row does not fit into the length that ``option`` sets."""
+
+    def __init__(self, message: str, option: str = "seq_length") -> None:
+        super().__init__(message)
+        self.option = option
 
 
 @dataclass
@@ -52,15 +56,39 @@ class Sequence:
         if excess <= 0:
             return 0
         start = self.answer_start
-        loose = [i for i in range(start) if self.loose[i]]
-        spare = len(loose) - (len(loose) == start)
-        if excess > spare:
-            kept = start - len(loose)
+        if excess > self._spare(start):
             raise TooLong(
-                f"the answer has {len(self) - start} tokens and {kept} more must be kept before it, "
+                f"the answer has {len(self) - start} tokens and {start - self._loose(start)} more must be kept before "
+                f"it, which does not fit into seq_length={length}"
+            )
+        return self._shorten(excess)
+
+    def cut_apart(self, length: int, answer_length: int) -> int:
+        """As ``cut`` where the prompt and the answer are rows of their own, each with its length."""
+        start = self.answer_start
+        if len(self) - start > answer_length:
+            said = f"the answer has {len(self) - start} tokens, which does not fit into answer_length={answer_length}"
+            raise TooLong(said, "answer_length")
+        if start - length > self._spare(start):
+            raise TooLong(
+                f"{start - self._loose(start)} tokens of the prompt must be kept, "
                 f"which does not fit into seq_length={length}"
             )
-        gone = set(loose[:excess])
+        return self._shorten(start - length)
+
+    def _loose(self, start: int) -> int:
+        return sum(self.loose[:start])
+
+    def _spare(self, start: int) -> int:
+        """How many tokens before ``start`` may go: one stays."""
+        loose = self._loose(start)
+        return max(0, loose - (loose == start))
+
+    def _shorten(self, excess: int) -> int:
+        """Take the first ``excess`` loose tokens away and return how many went."""
+        if excess <= 0:
+            return 0
+        gone = set([i for i, loose in enumerate(self.loose) if loose][:excess])
         stay = [i for i in range(len(self)) if i not in gone]
         self.tokens = [self.tokens[i] for i in stay]
         self.loss = [self.loss[i] for i in stay]

@@ -8,8 +8,8 @@ import numpy
 
 from graftwork.batch import Batch, Questions
 from graftwork.data.cache import Report, cache_root
-from graftwork.data.collate import Collator
-from graftwork.data.encoder import TOO_LONG, PromptFormat, RowEncoder, RowFormat
+from graftwork.data.collate import Collator, PairCollator
+from graftwork.data.encoder import NO_CHAT, TOO_LONG, PromptFormat, RowEncoder, RowFormat, check_kind
 from graftwork.data.files import check_file, content_hash, read_rows, unit
 from graftwork.data.loader import ListLoader, QuestionBuilder, StepBuilder, TrainLoader
 from graftwork.data.packing import best_fit_decreasing, efficiency
@@ -30,12 +30,13 @@ class SFTDataModule(pl.LightningDataModule):
     """Rows of JSONL, CSV or Parquet files, answer-only loss, padded or packed.
 
     ``tokenizer``: a directory (None = the model's own). ``seq_length``: tokens per row, virtual ones included; longer
-    prompts lose tokens on the left. ``global_batch_size``: rows (packed rows when ``packing``) per optimizer step, over
-    all devices. ``prompt_template``: see graftwork.data.template; ``answer_template`` follows it and is tokenised on
-    its own; either may be one text or one per task. ``add_bos=None``: as the tokenizer itself. ``validation_fraction``:
-    share of ``train`` held out when there is no ``validation`` file, chosen by each row's content. ``too_long``:
-    "error" or "drop" for answers beyond ``seq_length``. Raises ConfigError, ParallelismError on settings, DataError on
-    files and rows.
+    prompts lose tokens on the left. ``answer_length``: for sequence-to-sequence models, whose prompts alone
+    ``seq_length`` limits, the tokens per answer (None: as many). ``global_batch_size``: rows (packed rows when
+    ``packing``) per optimizer step, over all devices. ``prompt_template``: see graftwork.data.template;
+    ``answer_template`` follows it and is tokenised on its own; either may be one text or one per task.
+    ``add_bos=None``: as the tokenizer itself. ``validation_fraction``: share of ``train`` held out when there is no
+    ``validation`` file, chosen by each row's content. ``too_long``: "error" or "drop" for answers that do not fit.
+    Raises ConfigError, ParallelismError on settings, DataError on files and rows.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True  # prediction on fewer rows than devices
@@ -60,10 +61,12 @@ class SFTDataModule(pl.LightningDataModule):
         seed: int = 1234,
         num_workers: int = 0,
         cache_dir: Optional[str] = None,
+        answer_length: Optional[int] = None,
     ) -> None:
         super().__init__()
         self.files = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.seq_length = seq_length
+        self.answer_length = answer_length
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
         self.packing = packing
@@ -75,7 +78,7 @@ class SFTDataModule(pl.LightningDataModule):
         """Per split: file, rows, truncated, dropped, tokens, answer_tokens, longest, packing figures."""
         self._format = RowFormat(
             prompt_template=prompt_template, answer_template=answer_template, add_bos=add_bos, add_eos=add_eos,
-            seq_length=seq_length, too_long=too_long,
+            seq_length=seq_length, answer_length=answer_length, too_long=too_long,
         )  # fmt: skip
         self._surroundings = Surroundings(tokenizer)
         self._rows: dict[str, LearnedRows] = {}
@@ -92,11 +95,16 @@ class SFTDataModule(pl.LightningDataModule):
         rank: int = 0,
         world_size: int = 1,
         pad_to_multiple: int = 1,
+        decoder_start: Optional[int] = None,
     ) -> "SFTDataModule":
-        """Give by hand what a trainer would; it wins over the trainer's. Returns the data module itself."""
+        """Give by hand what a trainer would; it wins over the trainer's. Returns the data module itself.
+
+        ``decoder_start``: what the decoder of a sequence-to-sequence model reads first; None: as the trainer's model.
+        """
         self._surroundings.attached_tokenizer = tokenizer
         self._surroundings.attached_layout = prompt_layout
         self._surroundings.attached_topology = Topology(rank, world_size, pad_to_multiple)
+        self._surroundings.attached_start = decoder_start
         return self
 
     def setup(self, stage: Optional[str] = None) -> None:
@@ -104,6 +112,8 @@ class SFTDataModule(pl.LightningDataModule):
         for path in self.files.values():
             if path is not None:
                 check_file(path)
+        if self._around().kind_is_known:
+            self._check_kind()
         if stage == "fit":
             self._stream = None  # a second fit starts at the first row, unless a state is loaded
 
@@ -125,11 +135,11 @@ class SFTDataModule(pl.LightningDataModule):
     def encoder(self) -> RowEncoder:
         """Encodes rows as this data module does, for the adapters attached now."""
         around = self._around()
-        return RowEncoder(around.tokenizer, around.layout, **self._format)
+        return RowEncoder(around.tokenizer, around.layout, seq2seq=around.decoder_start is not None, **self._format)
 
-    def encoder_for(self, tokenizer: Tokenizer, layout: PromptLayout) -> RowEncoder:
+    def encoder_for(self, tokenizer: Tokenizer, layout: PromptLayout, seq2seq: bool = False) -> RowEncoder:
         """Encodes rows as this data module does, for a model with this tokenizer (its own path wins) and layout."""
-        return RowEncoder(self._surroundings.beside(tokenizer), layout, **self._format)
+        return RowEncoder(self._surroundings.beside(tokenizer), layout, seq2seq=seq2seq, **self._format)
 
     def train_dataloader(self) -> TrainLoader:
         """Endless shuffled steps; see RowStream."""
@@ -226,10 +236,29 @@ class SFTDataModule(pl.LightningDataModule):
     def _builder(self, split: str) -> StepBuilder:
         place = self._around().topology
         check_deal(self.global_batch_size, self.micro_batch_size, place.world_size)
+        self._check_kind()
         rows = self._learned(split)
         bins = self._bins(split, rows, place.multiple) if self.packing else None
-        collate = Collator(self.encoder.text.pad, self.micro_batch_size, self.packing)
-        return StepBuilder(rows, bins, collate, self.seq_length, place)
+        return StepBuilder(rows, bins, self._collator(), self.seq_length, place)
+
+    def _collator(self) -> Collator | PairCollator:
+        start = self._around().decoder_start
+        if start is not None:
+            return PairCollator(start, self.micro_batch_size)
+        return Collator(self.encoder.text.pad, self.micro_batch_size, self.packing)
+
+    def _check_kind(self) -> None:
+        """Raise ConfigError, DataError for options and rows that the kind of model has no use for."""
+        seq2seq = self._around().decoder_start is not None
+        check_kind(seq2seq, self.answer_length, self._format["add_bos"])
+        if not seq2seq:
+            return
+        if self.packing:
+            raise ConfigError("packing=True is not for sequence-to-sequence models; set packing=False.")
+        for path in filter(None, self.files.values()):
+            place, row = next(read_rows(path))  # the others are told when they are tokenised
+            if isinstance(row, dict) and "messages" in row:
+                raise DataError(f"{place}: {NO_CHAT}")
 
     def _bins(self, split: str, rows: LearnedRows, multiple: int) -> list[list[int]]:
         check_packed_length(self.seq_length, multiple)
@@ -281,14 +310,21 @@ class SFTDataModule(pl.LightningDataModule):
             )  # fmt: skip
         if report["truncated"] or report["dropped"]:
             log.warning(
-                "%s: %d rows had their prompt cut on the left and %d were dropped to fit seq_length=%d (%d rows stay).",
-                report["file"], report["truncated"], report["dropped"], self.seq_length, report["rows"],
+                "%s: %d rows had their prompt cut on the left and %d were dropped to fit %s (%d rows stay).",
+                report["file"], report["truncated"], report["dropped"], self._limits, report["rows"],
             )  # fmt: skip
+
+    @property
+    def _limits(self) -> str:
+        told = f"seq_length={self.seq_length}"
+        return told if self.answer_length is None else f"{told}, answer_length={self.answer_length}"
 
     def _check_settings(self, too_long: str) -> None:
         for name, least in (("seq_length", 2), ("micro_batch_size", 1), ("global_batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
+        if self.answer_length is not None and self.answer_length < 1:
+            raise ConfigError(f"answer_length={self.answer_length} is too small; it must be at least 1.")
         check_deal(self.global_batch_size, self.micro_batch_size, 1)
         if too_long not in TOO_LONG:
             raise ConfigError(f"too_long={too_long!r} is unknown; {suggest(too_long, TOO_LONG)}")

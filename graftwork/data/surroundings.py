@@ -38,6 +38,22 @@ class HasVocabulary(Protocol):
 
 
 @runtime_checkable
+class SaysKind(Protocol):
+    """A model that says whether an encoder reads its prompts."""
+
+    seq2seq: bool
+
+
+@runtime_checkable
+class HasDecoderStart(Protocol):
+    """Sizes of a sequence-to-sequence model."""
+
+    @property
+    def decoder_start_token_id(self) -> int:
+        """What the decoder reads first."""
+
+
+@runtime_checkable
 class HasPrompts(Protocol):
     """A model with virtual tokens."""
 
@@ -84,6 +100,7 @@ class Surroundings:
         self.attached_tokenizer: Tokenizer | None = None
         self.attached_layout: PromptLayout | None = None
         self.attached_topology: Topology | None = None
+        self.attached_start: int | None = None
         self._loaded: Tokenizer | None = None
         self._compared = False
 
@@ -115,6 +132,23 @@ class Surroundings:
         """How many ids the model has, None where there is no model that says so."""
         shape = self._model.shape if isinstance(self._model, HasShape) else None
         return shape.vocab_size if isinstance(shape, HasVocabulary) else None
+
+    @property
+    def kind_is_known(self) -> bool:
+        """Whether there is a model, or a hand that says what kind it is."""
+        return self.attached_start is not None or self._model is not None
+
+    @property
+    def decoder_start(self) -> int | None:
+        """What the decoder of a sequence-to-sequence model reads first; None: the model is causal, or there is none."""
+        if self.attached_start is not None:
+            return self.attached_start
+        model = self._model
+        if not isinstance(model, SaysKind) or not model.seq2seq:
+            return None
+        shape = model.shape if isinstance(model, HasShape) else None
+        assert isinstance(shape, HasDecoderStart), "a model with a decoder knows what it begins with"
+        return shape.decoder_start_token_id
 
     @property
     def layout(self) -> PromptLayout:

@@ -14,6 +14,9 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 FEW = 0.01
 """Share of the ids that may mean another word in a tokenizer that still is the same."""
 
+_ANCHORS = ["\n", ":"]
+"""What a text is put behind to get its ids without the space of a beginning; T5's tokenizers drop a line break."""
+
 _UNREADABLE = (OSError, ValueError, ImportError, KeyError)
 
 
@@ -132,7 +135,9 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.bos = tokenizer.bos_token_id
         self.eos = tokenizer.eos_token_id
-        own = self.bos is not None and self.bos in tokenizer("a")["input_ids"][:1]
+        alone = tokenizer("a")["input_ids"]
+        own = self.bos is not None and self.bos in alone[:1]
+        self._closes = self.eos is not None and alone[-1:] == [self.eos]
         self.add_bos = own if add_bos is None else add_bos
         self.add_eos = add_eos
         if (self.add_bos and self.bos is None) or (add_eos and self.eos is None):
@@ -157,6 +162,11 @@ class TextEncoder:
         """EOS, where it ends a sequence."""
         return [self.eos] if self.add_eos and self.eos is not None else []
 
+    @property
+    def source_end(self) -> list[int]:
+        """EOS, where the tokenizer itself ends a text with it, as T5's does: what an encoder reads then ends so."""
+        return [self.eos] if self._closes and self.eos is not None else []
+
     def starting(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts that begin a sequence."""
         return self._ids(texts)
@@ -165,10 +175,10 @@ class TextEncoder:
         """Ids of texts that follow other text, such that decoding the joined ids gives the joined texts."""
         if not self._marks_start:
             return self._ids(texts)
-        anchor = self._ids(["\n"])[0]
+        before, anchor = next((pair for pair in zip(_ANCHORS, self._ids(_ANCHORS)) if pair[1]), ("", []))
         return [
             ids[len(anchor) :] if ids[: len(anchor)] == anchor else plain
-            for ids, plain in zip(self._ids(["\n" + text for text in texts]), self._ids(texts))
+            for ids, plain in zip(self._ids([before + text for text in texts]), self._ids(texts))
         ]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
