@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graftwork.atomic import atomic_directory
-from graftwork.errors import CheckpointError, ConfigError, quoted
+from graftwork.errors import CheckpointError, quoted
 from graftwork.models.shape import Shape
-from graftwork.models.weights.gguf_tokenizer import write_tokenizer
+from graftwork.models.weights.gguf_header import check_header
+from graftwork.models.weights.gguf_tokenizer import read_vocabulary, write_tokenizer
 from graftwork.models.weights.hf import hf_config, mapping_for
 from graftwork.models.weights.hf.llama import Llama
 from graftwork.models.weights.hf.rope import LLAMA3
@@ -23,6 +24,17 @@ from graftwork.models.weights.writer import Entry, write_sharded
 SHARD_BYTES = 4 * 2**30
 ARCHITECTURE = "llama"
 """GGUF's own name of the one architecture whose tensor names are below; it holds models of the family Llama."""
+_UNREADABLE = (
+    ValueError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    AssertionError,
+)
+"""What gguf, numpy and torch raise for damaged files; sizes and counts have been compared by then."""
 ROPE_FACTORS = "rope_freqs.weight"
 USED = frozenset(
     {
@@ -77,14 +89,16 @@ def convert(path: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) ->
     """
     reader = _open(path)
     shape = read_shape(reader)
+    vocabulary = read_vocabulary({name: field(reader, name) for name in reader.fields if "tokenizer." in name})
+    ids = {f"{name}_token_id": value for name, value in vocabulary.ids("bos", "eos", "pad").items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     wanted = _wanted(path, shape, tensors)
     entries = [Entry(name, size, dtype) for name, size in wanted.items()]
     with atomic_directory(directory) as temporary:
         write_sharded(temporary, entries, _tensors(wanted, tensors, shape, dtype), SHARD_BYTES)
-        config = {**hf_config(shape), **_token_ids(reader), "torch_dtype": str(dtype).removeprefix("torch.")}
+        config = {**hf_config(shape), **ids, "torch_dtype": str(dtype).removeprefix("torch.")}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_tokenizer({name: field(reader, name) for name in reader.fields if "tokenizer." in name}, temporary)
+        write_tokenizer(vocabulary, temporary)
 
 
 def _wanted(path: Path, shape: Shape, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
@@ -133,19 +147,20 @@ def read_shape(reader: Reader) -> Shape:
     """Return the Shape that the file's metadata describe."""
     try:
         shape = _shape(reader)
-    except (ConfigError, KeyError, TypeError, ValueError, OverflowError) as error:
+        _check_metadata(reader, shape)
+        with np.errstate(all="ignore"):
+            _check_frequencies(next((t for t in reader.tensors if t.name == ROPE_FACTORS), None), shape)
+    except _UNREADABLE as error:
         raise CheckpointError(
             f"the GGUF file describes no valid model: {quoted(str(error), 200, bare=True)}"
         ) from error
-    _check_metadata(reader, shape)
-    _check_frequencies(next((t for t in reader.tensors if t.name == ROPE_FACTORS), None), shape)
     return shape
 
 
 def _shape(reader: Reader) -> Shape:
     architecture = field(reader, "general.architecture")
     if architecture != ARCHITECTURE:
-        raise CheckpointError(f"GGUF architecture {architecture!r} is not supported; valid: {ARCHITECTURE!r}.")
+        raise CheckpointError(f"GGUF architecture {quoted(architecture)} is not supported; valid: {ARCHITECTURE!r}.")
 
     def get(name: str, default: object = None) -> Any:
         return field(reader, f"{ARCHITECTURE}.{name}", default)
@@ -198,7 +213,13 @@ def _tensors(
     heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.groups}
     for name, size in wanted.items():
         stored = tensors[gguf_name(name)]
-        weight = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy()).view(size)
+        try:
+            with np.errstate(all="ignore"):
+                weight = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy()).view(size)
+        except _UNREADABLE as error:
+            raise CheckpointError(
+                f"the tensor {quoted(stored.name)} of a GGUF file cannot be read: {_said(error)}."
+            ) from error
         part = name.split(".")[-2]
         yield (unpermuted(weight, heads[part]) if part in heads else weight).to(dtype)
 
@@ -206,17 +227,17 @@ def _tensors(
 def _open(path: Path) -> Reader:
     from gguf import GGUFReader
 
+    check_header(path)
     try:
-        reader: Reader = GGUFReader(path)
+        with np.errstate(all="ignore"):
+            reader: Reader = GGUFReader(path)
         return reader
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise CheckpointError(f"{str(path)!r} is no readable GGUF file: {error}.") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{quoted(path)} is no readable GGUF file: {_said(error)}.") from error
 
 
-def _token_ids(reader: Reader) -> dict[str, int]:
-    ids = {name: field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")}
-    named = {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["padding"]}
-    return {name: int(value) for name, value in named.items() if value is not None}
+def _said(error: Exception) -> str:
+    return quoted(str(error).partition("\n")[0], bare=True).rstrip(".")
 
 
 def _rope_factor(frequencies: StoredTensor | None) -> float | None:
