@@ -50,9 +50,9 @@ def run_cell(rank: int, world: int, cell: Cell, sizes: dict[str, Any], root: Pat
     options = {"max_steps": STEPS, "gradient_clip_val": CLIP, "limit_val_batches": 0} if cell.subject != "base" else {}
     trainer = trainer_for(sizes, world, rank, callbacks=[probe], **options)
     if cell.subject == "base":
-        trainer.validate(model, datamodule=Rows(cell.packed), verbose=False)
+        trainer.validate(model, datamodule=Rows(cell.packed, cell.routed), verbose=False)
     else:
-        trainer.fit(model, datamodule=Rows(cell.packed))
+        trainer.fit(model, datamodule=Rows(cell.packed, cell.routed))
     return probe.outcome
 
 

@@ -60,16 +60,22 @@ assert set(SUBJECTS) - {"base", "full"} <= set(STACKS)
 
 @dataclass(frozen=True)
 class Cell:
-    """``base``: a family of tests.helpers.tiny_hf, or "mixture" (of experts); ``subject``: a key of SUBJECTS."""
+    """``base``: a family of tests.helpers.tiny_hf, or "mixture" (of experts); ``subject``: a key of SUBJECTS.
+
+    ``routed``: rows (of a pack, samples) go to different adapters of the subject.
+    """
 
     base: str
     subject: str
     packed: bool = False
     recompute: str | None = None
+    routed: bool = False
 
     def __str__(self) -> str:
-        parts = [self.base, self.subject, "packed" if self.packed else "", f"recompute-{self.recompute}"]
-        return "-".join(p for p in parts[: 4 if self.recompute else 3] if p)
+        flags = ["packed" if self.packed else "", "routed" if self.routed else ""]
+        return "-".join(
+            part for part in (self.base, self.subject, *flags, self.recompute and f"recompute-{self.recompute}") if part
+        )
 
 
 def cells_of(layout: str) -> list[Cell]:
@@ -88,4 +94,11 @@ def _special(layout: str) -> list[Cell]:
     normed = [Cell("qwen3", subject) for subject in ("full", "ia3")]
     packed = [] if layout == "cp2" else [Cell("llama", subject, packed=True) for subject in ("full", "all")]
     replayed = [Cell("llama", "all", recompute="full"), Cell("llama", "ptuning", recompute="full")]
-    return [*learned, *normed, *packed, *replayed]
+    return [*learned, *normed, *packed, *replayed, *_routed(layout)]
+
+
+def _routed(layout: str) -> list[Cell]:
+    """Routes of whole rows and of packed samples; recomputed where another microbatch is under way by then."""
+    rows = Cell("llama", "all", recompute="full" if "pp2" in layout else None, routed=True)
+    samples = [Cell("llama", "all", packed=True, routed=True)] if layout == "tp2_sp" else []
+    return [rows, *samples]

@@ -1,5 +1,6 @@
 """The data of the matrix: steps of random rows with prompts in front and very different numbers of answer tokens."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from graftwork import parallel
 from graftwork.batch import IGNORED, Batch
+from graftwork.routes import Routes
 from tests.parallel.models import prompt_of
 
 LENGTH, ROWS, MICRO, STEPS = 16, 8, 2, 3
@@ -20,9 +22,9 @@ class Rows(LightningDataModule):
 
     global_batch_size, micro_batch_size = ROWS, MICRO
 
-    def __init__(self, packed: bool = False) -> None:
+    def __init__(self, packed: bool = False, routed: bool = False) -> None:
         super().__init__()
-        self.packed = packed
+        self.packed, self.routed = packed, routed
 
     def train_dataloader(self) -> DataLoader:
         """Return the steps of an epoch."""
@@ -33,7 +35,9 @@ class Rows(LightningDataModule):
         return DataLoader([self._mine(100)], batch_size=None)
 
     def _mine(self, step: int) -> Batch:
-        return mine(global_batch(self.trainer.lightning_module, step, self.packed))
+        model = self.trainer.lightning_module
+        batch = global_batch(model, step, self.packed)
+        return mine(routed(model, batch, step) if self.routed else batch)
 
 
 def mine(batch: Batch) -> Batch:
@@ -41,7 +45,19 @@ def mine(batch: Batch) -> Batch:
     rank, size = parallel.dp_rank(), parallel.dp_size()
     tokens, labels, positions = (t[rank::size].contiguous() for t in (batch.tokens, batch.labels, batch.position_ids))
     bounds = None if batch.cu_seqlens is None else batch.cu_seqlens[rank::size].contiguous()
-    return Batch(tokens, labels, positions, bounds, micro_batch_size=batch.micro_batch_size)
+    routes = None if batch.routes is None else batch.routes.each(lambda chosen: chosen[rank::size].contiguous())
+    return Batch(tokens, labels, positions, bounds, micro_batch_size=batch.micro_batch_size, routes=routes)
+
+
+def routed(model: Any, batch: Batch, step: int) -> Batch:
+    """Send the samples one after another to each adapter alone, to all of them, and to none."""
+    names = list(model.adapters)
+    ways = (*(frozenset({name}) for name in names), None, frozenset[str]())
+    starts = samples(batch.packed)
+    numbers = (torch.arange(ROWS * len(starts)) + step).reshape(ROWS, -1) % len(ways)
+    lengths = torch.tensor([*starts[1:], LENGTH]) - torch.tensor(starts)
+    chosen = numbers.repeat_interleave(lengths, 1) if batch.packed else numbers
+    return replace(batch, routes=Routes(ways, chosen))
 
 
 def global_batch(model: Any, step: int, packed: bool = False) -> Batch:

@@ -26,6 +26,7 @@ MISTAKES = [
     ("mean_per_replica", "dp2", Cell("llama", "lora"), "losses"),
     ("average_over_replicas", "dp2", Cell("llama", "ia3"), "gradients"),
     ("forget_tied_copy", "pp2", Cell("gpt2", "full"), "gradients"),
+    ("forget_the_route", "pp2", Cell("llama", "all", recompute="full", routed=True), "gradients"),
 ]
 BY_PROCESSES = sorted({(breakage, layout) for breakage, layout, _, _ in MISTAKES})
 
