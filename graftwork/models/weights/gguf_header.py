@@ -106,7 +106,7 @@ class _Header:
         block, size = sizes[kind]
         if elements % block:
             self._refuse(f"the tensor {quoted(name)} has {elements:,} numbers, which are no whole blocks of {block}")
-        return start + elements // block * size
+        return int(start + elements // block * size)
 
     def _text(self, limit: int) -> str:
         length = self._number("Q")
