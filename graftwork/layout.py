@@ -36,6 +36,11 @@ class Dimensions(Protocol):
         """Number of experts, None for a dense model."""
         ...
 
+    @property
+    def undivided(self) -> bool:
+        """Whether layers and sequences must stay whole on a rank, as in an encoder-decoder."""
+        ...
+
 
 class TransformerFields(Protocol):
     """The fields of megatron-core's TransformerConfig that can contradict each other without an error."""
@@ -122,6 +127,7 @@ class Layout:
 
     def check_shape(self, shape: Dimensions) -> None:
         """Raise ParallelismError naming the field that does not fit the model ``shape``."""
+        self._check_undivided(shape)
         for field in ("num_attention_heads", "groups", "ffn_hidden_size"):
             self._check_tensor(field.replace("groups", "num_query_groups"), getattr(shape, field))
         if shape.num_layers % self.stages:
@@ -163,6 +169,7 @@ class Layout:
 
     def check_transformer(self, shape: Dimensions) -> None:
         """Raise ParallelismError unless one TransformerConfig can describe ``shape`` in this layout."""
+        self._check_undivided(shape)
         tensor, stages = self.tensor_model_parallel_size, self.stages
         valid = valid_tensor_sizes(shape)
         if tensor not in valid:
@@ -183,6 +190,16 @@ class Layout:
             "batch_p2p_comm": not interleaved,
             "expert_tensor_parallel_size": 1,
         }
+
+    def _check_undivided(self, shape: Dimensions) -> None:
+        if not shape.undivided:
+            return
+        for field in ("pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self, field) > 1:
+                raise ParallelismError(
+                    f"{field}={getattr(self, field)} cannot divide an encoder-decoder; 1 is valid: divide it with "
+                    "tensor_model_parallel_size."
+                )
 
     def _check_tensor(self, field: str, value: int) -> None:
         if value % self.tensor_model_parallel_size:

@@ -5,19 +5,11 @@ import logging
 from collections.abc import Iterator
 from typing import Literal
 
-import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
 
 from graftwork.compat import cpu
-from graftwork.core.records import note_base
+from graftwork.core.built import finish
 from graftwork.core.specs import gpt_block_spec
 from graftwork.layout import refuse_silent_garbage
 
@@ -59,26 +51,8 @@ def build_gpt(
             post_process=post_process,
             vp_stage=vp_stage,
         )
-    _in_one_dtype(model, config.params_dtype)
-    mark_cut_weights(model)
-    note_base(model, config, vocab_size if real_vocab_size is None else real_vocab_size)
+    finish(model, config, vocab_size if real_vocab_size is None else real_vocab_size)
     return model
-
-
-def _in_one_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every parameter ``dtype``: megatron-core makes learned positions in fp32, which the first norm refuses."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-
-
-def mark_cut_weights(model: nn.Module) -> None:
-    """Set megatron-core's tensor-parallel attributes on every cut weight: it does so only where it draws values too."""
-    dimensions = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
-    for layer in model.modules():
-        weight = getattr(layer, "weight", None)
-        dimension = next((d for kind, d in dimensions.items() if isinstance(layer, kind)), None)
-        if weight is not None and dimension is not None and not hasattr(weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(weight, True, dimension, 1)
 
 
 @contextlib.contextmanager

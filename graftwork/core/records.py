@@ -10,7 +10,8 @@ from graftwork.parallel.state import tp_size
 
 EMBEDDING = "embedding.word_embeddings.weight"
 VOCABULARY = (EMBEDDING, "output_layer.weight")
-HEAD_NORMS = ("q_layernorm", "k_layernorm")
+OF_HEADS = ("q_layernorm", "k_layernorm", "relative_attention_bias")
+"""Replicated, but each tensor-parallel rank uses them for its own heads only."""
 
 
 def note_base(chunk: nn.Module, config: TransformerConfig, vocab_size: int) -> None:
@@ -22,8 +23,7 @@ def note_base(chunk: nn.Module, config: TransformerConfig, vocab_size: int) -> N
             # megatron-core marks experts only when they are spread over ranks, but with whole experts on every tensor
             # rank (expert tensor parallel size 1) each of those ranks has a partial gradient too.
             expert=in_expert(name),
-            # q/k norms see only the heads of their rank.
-            partial=flagged or any(norm in name for norm in HEAD_NORMS),
+            partial=flagged or any(part in name for part in OF_HEADS),
             copy=bool(getattr(parameter, "shared", False)),
         )
         note(parameter, record)

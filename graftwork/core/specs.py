@@ -1,7 +1,9 @@
-"""The layer specification of a decoder: transformer-engine's with CUDA, ours elsewhere, with equal parameter names.
+"""The layer specifications: a GPT's are transformer-engine's with CUDA, ours elsewhere, with equal parameter names.
 
 megatron-core annotates its submodules more narrowly than it fills them itself: those arguments are left unchecked.
 """
+
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
@@ -9,8 +11,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
     get_mlp_module_spec_for_backend,
 )
-from megatron.core.tensor_parallel.layers import RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import CrossAttentionSubmodules, SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -25,7 +27,10 @@ from megatron.core.transformer.transformer_layer import (
 from graftwork.compat import transformer_engine
 from graftwork.core.attention import SDPACoreAttention
 from graftwork.core.layers import LayerNormColumnParallelLinear, TorchNorm
+from graftwork.core.remembering import RememberingCrossAttention, RememberingSelfAttention
 from graftwork.errors import ConfigError
+
+BIAS_DROPOUT_ADD: Any = get_bias_dropout_add
 
 
 class FusedNormProvider(LocalSpecProvider):
@@ -63,8 +68,39 @@ def gpt_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Tr
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [experts if has_experts else dense for has_experts in _expert_layers(config)[first : first + count]]
-    norm = _engine_norm() if engine else TorchNorm
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)  # type: ignore[arg-type]
+    return _block(layers, _engine_norm() if engine else TorchNorm)
+
+
+def t5_block_specs(
+    encoder_layers: int, config: TransformerConfig
+) -> tuple[TransformerBlockSubmodules, TransformerBlockSubmodules]:
+    """Return the specifications of T5's encoder and, with ``config.num_layers`` layers, of its decoder.
+
+    They are ours with CUDA too: relative positions reach the attention as an additive mask that holds padding and
+    causality as well, so that it is made once for all layers of a stack.
+    """
+    if not transformer_engine.usable():
+        transformer_engine.name_absentees()
+    encoder, decoder = (_local_submodules(config, None, RememberingSelfAttention, AttnMaskType.no_mask) for _ in "ed")
+    decoder.pre_cross_attn_layernorm = TorchNorm
+    decoder.cross_attn_bda = BIAS_DROPOUT_ADD
+    decoder.cross_attention = ModuleSpec(
+        module=RememberingCrossAttention,
+        params={"attn_mask_type": AttnMaskType.padding},
+        submodules=CrossAttentionSubmodules(
+            linear_q=ColumnParallelLinear,
+            linear_kv=ColumnParallelLinear,
+            core_attention=SDPACoreAttention,
+            linear_proj=RowParallelLinear,
+        ),
+    )
+    stacks = ((encoder, encoder_layers), (decoder, config.num_layers))
+    first, second = (_block([ModuleSpec(module=TransformerLayer, submodules=one)] * n, TorchNorm) for one, n in stacks)
+    return first, second
+
+
+def _block(layers: list[ModuleSpec], final_norm: Any) -> TransformerBlockSubmodules:
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
 
 
 def _expert_layers(config: TransformerConfig) -> list[bool]:
@@ -80,26 +116,30 @@ def _expert_layers(config: TransformerConfig) -> list[bool]:
 
 
 def _local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    submodules = _local_submodules(config, num_experts, SelfAttention, AttnMaskType.causal)
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def _local_submodules(
+    config: TransformerConfig, num_experts: int | None, attention: type[SelfAttention], mask: AttnMaskType
+) -> TransformerLayerSubmodules:
     qk_norm = TorchNorm if config.qk_layernorm else IdentityOp
-    attention = SelfAttentionSubmodules(
+    inside = SelfAttentionSubmodules(
         linear_qkv=LayerNormColumnParallelLinear,
         core_attention=SDPACoreAttention,
         linear_proj=RowParallelLinear,
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
-    submodules = TransformerLayerSubmodules(
-        self_attention=ModuleSpec(
-            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-        ),
-        self_attn_bda=get_bias_dropout_add,  # type: ignore[arg-type]
+    return TransformerLayerSubmodules(
+        self_attention=ModuleSpec(module=attention, params={"attn_mask_type": mask}, submodules=inside),
+        self_attn_bda=BIAS_DROPOUT_ADD,
         pre_mlp_layernorm=TorchNorm if num_experts else IdentityOp,
         mlp=get_mlp_module_spec_for_backend(
             backend=FusedNormProvider(), num_experts=num_experts, moe_grouped_gemm=False
         ),
-        mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
+        mlp_bda=BIAS_DROPOUT_ADD,
     )
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
 def _engine_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:

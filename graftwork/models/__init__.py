@@ -7,7 +7,9 @@ import graftwork.compat  # noqa: F401  # before any other megatron import
 from graftwork.models.base import Model
 from graftwork.models.gpt import GPT
 from graftwork.models.load import MODELS, load
+from graftwork.models.t5 import T5
 
-MODELS.enter("gpt", GPT)
+for _kind in (GPT, T5):
+    MODELS.enter(_kind.kind, _kind)
 
-__all__ = ["GPT", "MODELS", "Model", "load"]
+__all__ = ["GPT", "MODELS", "T5", "Model", "load"]

@@ -26,12 +26,13 @@ from graftwork.models.fitting import ValidationLoss, prompt_format_of, refuse_un
 from graftwork.models.generation.answers import Answer, answer, refuse_spread_experts
 from graftwork.models.generation.decoding import Decoding, Options, generate
 from graftwork.models.loss import LossFunction
+from graftwork.models.microbatch import Targets
 from graftwork.models.pending import Add, Freeze, Load, Pending, Request
 from graftwork.models.precision import common_dtype
 from graftwork.models.recompute import recompute_fields
 from graftwork.models.shapes import Shape
 from graftwork.models.weights import check_checkpoint, export_weights, family_named, fingerprint, load_weights
-from graftwork.models.weights.drawn import draw
+from graftwork.models.weights.drawn import Draw, draw_all, spread
 from graftwork.models.weights.hub import resolve
 from graftwork.optim import AdamW
 from graftwork.parallel.collective import agreed
@@ -57,6 +58,8 @@ class Model(pl.LightningModule):
         seed: Seed of random base weights and of every adapter's initial values.
     """
 
+    kind: ClassVar[str] = "gpt"
+    """What a family calls the models of this class."""
     seq2seq: ClassVar[bool] = False
     """Whether an encoder reads the prompt and a decoder gives the answer; False: one sequence holds both."""
 
@@ -69,7 +72,7 @@ class Model(pl.LightningModule):
         seed: int = 1234,
     ) -> None:
         super().__init__()
-        family_named(shape.family)  # wrong names are told at once
+        _check_kind(self.kind, shape)  # wrong names are told at once
         recompute_fields(recompute)
         self.shape, self.checkpoint, self.dtype_name = shape, checkpoint, dtype
         self.recompute, self.seed = recompute, seed
@@ -81,6 +84,7 @@ class Model(pl.LightningModule):
         self._stack: Stack | None = None
         self._pending = Pending()
         self._validation = ValidationLoss()
+        self._targets = Targets()
 
     # ---- what a family supplies ----------------------------------------------------------------------------------
 
@@ -99,6 +103,10 @@ class Model(pl.LightningModule):
     def forward_step(self, data_iterator: Iterator[Batch], module: nn.Module) -> tuple[Tensor, LossFunction]:
         """megatron-core's ``forward_step_func``: one microbatch's output and the function that reads its loss."""
         raise TypeError(f"{type(self).__name__} must say how it runs a microbatch.")
+
+    def draw(self) -> Draw:
+        """Return how random weights are drawn."""
+        return partial(spread, self.shape.transformer_config())
 
     # ---- building ------------------------------------------------------------------------------------------------
 
@@ -161,7 +169,7 @@ class Model(pl.LightningModule):
         if self.checkpoint_dir is not None:
             agreed(partial(load_weights, chunks, self.shape, self.checkpoint_dir))
         else:
-            draw(chunks, _config_of(chunks[0]), self.seed)
+            draw_all(chunks, self.draw(), self.seed)
 
     def host(self) -> Host:
         """Describe the model to transforms."""
@@ -386,6 +394,15 @@ class Model(pl.LightningModule):
             "perform_initialization": self.checkpoint is None,  # else every value comes from the checkpoint
             **recompute_fields(self.recompute),
         }
+
+
+def _check_kind(kind: str, shape: Shape) -> None:
+    """Raise ConfigError unless models of this kind have such a shape."""
+    family = family_named(shape.family)
+    if family.kind != kind:
+        raise ConfigError(f"a model of kind {kind!r} cannot be a {family.name}, which is of kind {family.kind!r}.")
+    if type(shape) is not family.shape_class:
+        raise ConfigError(f"a {family.name} has a {family.shape_class.__name__}, not a {type(shape).__name__}.")
 
 
 def _config_of(chunk: nn.Module) -> TransformerConfig:

@@ -14,19 +14,16 @@ from graftwork.core.gpt import build_gpt
 from graftwork.errors import ConfigError
 from graftwork.models.base import Model
 from graftwork.models.generation.logits import masked_logits
-from graftwork.models.loss import LossFunction, answer_rows, summed_loss, token_losses
+from graftwork.models.loss import LossFunction
+from graftwork.models.microbatch import loss_of
 from graftwork.models.recompute import start_gradients
-from graftwork.peft.routing import only_positions
 
 
 class GPT(Model):
     """A GPT-style model (GPT-2/3, LLaMA, Nemotron, SmolLM2, ...) over megatron-core's GPTModel.
 
-    The arguments are those of ``Model``. While ``forward_step`` runs, it notes the positions that have a target, so
-    that a hook between decoder and output layer can drop all others: most positions of a prompt need no logits.
+    The arguments are those of ``Model``.
     """
-
-    _answer_rows: Tensor | None = None
 
     def build_chunk(self, config: TransformerConfig, vp_stage: int | None) -> nn.Module:
         """Return the GPTModel of one (virtual) pipeline stage, its weights not yet filled."""
@@ -36,7 +33,7 @@ class GPT(Model):
         if first:
             chunk.embedding.register_forward_hook(start_gradients)
         if last:
-            chunk.decoder.register_forward_hook(self._keep_answer_rows)
+            chunk.decoder.register_forward_hook(self._targets.keep)
         return chunk
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -77,21 +74,11 @@ class GPT(Model):
         """
         batch = next(data_iterator)
         batch = slice_batch(batch.in_one_line() if batch.packed else batch)
-        rows = answer_rows(batch.labels)
         # Under sequence parallelism the hidden states hold only a part of the sequence: rows are taken from the logits.
-        scattered = self.config.sequence_parallel
-        self._answer_rows = None if scattered else rows
-        try:
+        scattered = bool(self.config.sequence_parallel)
+        with self._targets.only(batch.labels, scattered) as rows:
             output = self.run_chunk(module, batch)
-        finally:
-            self._answer_rows = None
-
-        def loss_function(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            logits = output.reshape(-1, output.shape[-1])
-            logits = logits[rows] if scattered else logits
-            return summed_loss(token_losses(logits, batch.labels.reshape(-1)[rows], self.shape.vocab_size))
-
-        return output, loss_function
+        return output, loss_of(batch.labels, rows, scattered, self.shape.vocab_size)
 
     def _check_length(self, length: int) -> None:
         limit = self.shape.max_position_embeddings
@@ -100,13 +87,6 @@ class GPT(Model):
                 f"a row of {length} tokens, virtual ones included, is longer than the model's context "
                 f"(max_position_embeddings={limit}); set data.seq_length to at most {limit}, or give shorter rows."
             )
-
-    def _keep_answer_rows(self, decoder: nn.Module, arguments: object, hidden: Tensor) -> Tensor | None:
-        """Hand only positions with a target to the output layer: [s, b, h] -> [n, 1, h]; the rest has no loss."""
-        if self._answer_rows is None:
-            return None
-        only_positions(self._answer_rows, len(hidden))
-        return hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])[self._answer_rows].unsqueeze(1)
 
 
 def _packed(cu_seqlens: Tensor) -> PackedSeqParams:

@@ -1,7 +1,8 @@
 """Shape: every number that defines a decoder-only transformer, and the arithmetic that follows from it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal, Optional, TypedDict
+from typing import ClassVar, Literal, Optional, TypedDict
 
 from megatron.core.transformer import TransformerConfig
 
@@ -10,9 +11,11 @@ from graftwork.models.transformer_config import ACTIVATIONS, transformer_config
 
 CHOICES = {
     "normalization": ("RMSNorm", "LayerNorm"),
-    "activation": tuple(ACTIVATIONS),
+    "activation": ("swiglu", "gelu", "gelu_tanh", "squared_relu"),
     "position_embedding": ("rope", "learned"),
 }
+GATED = ("swiglu", "geglu_tanh")
+"""Activations of a gate that stands beside the up projection."""
 SAME_NAME = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "qk_layernorm"),
@@ -53,6 +56,13 @@ class Shape:
     families are known. ``num_query_groups`` and ``kv_channels`` default to plain multi-head attention.
     ``rope_scaling_factor`` is the LLaMA 3.1 frequency scaling. Raises ConfigError for a value that cannot work.
     """
+
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = CHOICES
+    """Valid values of each field that is a name."""
+    undivided: ClassVar[bool] = False
+    """Whether layers and sequences must stay whole on a rank: no pipeline or context parallelism."""
+    from_zero: ClassVar[frozenset[str]] = frozenset()
+    """Whole numbers that may be 0."""
 
     num_layers: int
     hidden_size: int
@@ -107,7 +117,7 @@ class Shape:
     @property
     def gated(self) -> bool:
         """Whether fc1 holds a gate beside the up projection."""
-        return self.activation == "swiglu"
+        return self.activation in GATED
 
     @property
     def qkv_bias(self) -> bool:
@@ -182,7 +192,7 @@ class Shape:
         return outputs * (inputs + bias)
 
     def _check_choices(self) -> None:
-        for field, valid in CHOICES.items():
+        for field, valid in self.choices.items():
             value = getattr(self, field)
             if value not in valid:
                 raise ConfigError(f"Shape.{field} is {quoted(value)}; {suggest(str(value)[:100], valid)}")
@@ -191,8 +201,11 @@ class Shape:
         for field in fields(self):
             value = getattr(self, field.name)
             absent = value is None and field.type == Optional[int]
-            if field.type in (int, Optional[int]) and not absent and (type(value) is not int or value < 1):
-                raise ConfigError(f"Shape.{field.name} is {quoted(value)}; a whole number of at least 1 is valid.")
+            least = 0 if field.name in self.from_zero else 1
+            if field.type in (int, Optional[int]) and not absent and (type(value) is not int or value < least):
+                raise ConfigError(
+                    f"Shape.{field.name} is {quoted(value)}; a whole number of at least {least} is valid."
+                )
             if type(value) is int and value > LARGEST:
                 raise ConfigError(f"Shape.{field.name} is {quoted(value)}; a whole number up to {LARGEST:,} is valid.")
             if field.type is bool and type(value) is not bool:

@@ -20,6 +20,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
+    "geglu_tanh": gelu_tanh,
+    "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
     "squared_relu": squared_relu,

@@ -47,7 +47,10 @@ def test_older_and_newer_rotary_settings_are_the_same() -> None:
     "changes, message",
     [
         ({"model_type": "lama"}, "model_type 'lama' is not supported; did you mean 'llama'"),
-        ({"model_type": "t5"}, "model_type 't5' is not supported; valid: gpt2, llama, mistral, nemotron, qwen2, qwen3"),
+        (
+            {"model_type": "bert"},
+            "model_type 'bert' is not supported; valid: gpt2, llama, mistral, mt5, nemotron, qwen2, qwen3",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' of config.json is not supported; valid: 'silu'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling has low_freq_factor=None; only 1.0"),

@@ -7,9 +7,28 @@ from graftwork.models.shape import Shape
 from graftwork.models.shapes.gpt import gpt2_124m, gpt3_175b
 from graftwork.models.shapes.llama import llama2_7b, llama2_13b, llama2_70b, llama3_8b, llama3_70b, smollm2_135m
 from graftwork.models.shapes.nemotron import nemotron3_8b, nemotron4_340b
+from graftwork.models.shapes.t5 import (
+    mt5_base,
+    mt5_large,
+    mt5_small,
+    mt5_xl,
+    mt5_xxl,
+    t5_3b,
+    t5_11b,
+    t5_base,
+    t5_large,
+    t5_small,
+    t5v11_base,
+    t5v11_large,
+    t5v11_small,
+    t5v11_xl,
+    t5v11_xxl,
+)
+from graftwork.models.t5_shape import T5Shape
 
 __all__ = [
     "Shape",
+    "T5Shape",
     "gpt2_124m",
     "gpt3_175b",
     "llama2_7b",
@@ -17,7 +36,22 @@ __all__ = [
     "llama2_70b",
     "llama3_8b",
     "llama3_70b",
+    "mt5_base",
+    "mt5_large",
+    "mt5_small",
+    "mt5_xl",
+    "mt5_xxl",
     "nemotron3_8b",
     "nemotron4_340b",
     "smollm2_135m",
+    "t5_3b",
+    "t5_11b",
+    "t5_base",
+    "t5_large",
+    "t5_small",
+    "t5v11_base",
+    "t5v11_large",
+    "t5v11_small",
+    "t5v11_xl",
+    "t5v11_xxl",
 ]

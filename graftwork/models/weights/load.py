@@ -51,10 +51,11 @@ def check_checkpoint(shape: Shape, directory: str | Path) -> None:
     """
     theirs = shape_from_hf(read_config(directory))
     # Dropout is a training choice, not part of the weights.
-    names = [f.name for f in fields(Shape) if not f.name.endswith("_dropout")]
-    differing = [name for name in names if getattr(shape, name) != getattr(theirs, name)]
+    names = [f.name for f in fields(theirs) if not f.name.endswith("_dropout")]
+    ours = {name: getattr(shape, name, None) for name in names}
+    differing = [name for name in names if ours[name] != getattr(theirs, name)]
     if differing:
-        shown = ", ".join(f"{n}={getattr(shape, n)!r} (there {getattr(theirs, n)!r})" for n in differing[:5])
+        shown = ", ".join(f"{n}={ours[n]!r} (there {getattr(theirs, n)!r})" for n in differing[:5])
         raise CheckpointError(
             f"the model's shape is not that of the checkpoint {quoted(directory)}: {shown}; set these fields of "
             "model.shape to the checkpoint's values, or choose another checkpoint."

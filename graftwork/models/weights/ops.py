@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graftwork.models.weights.views import RowsView, TransposedView
-from graftwork.parallel.fused import GatedRows, QKVRows
+from graftwork.parallel.fused import GatedRows, KVRows, QKVRows
 from graftwork.parallel.sharding import Sharding, Source
 
 Shapes = list[tuple[int, ...]]
@@ -122,6 +122,39 @@ class QKV:
     def write(self, full: Tensor) -> list[Tensor]:
         """Return the Hugging Face tensors."""
         # The last dimension may differ from ``tail``: adapters pass [rows, rank] through the same layout.
+        return list(self.rows.split(full))
+
+
+@dataclass(frozen=True)
+class KV:
+    """Keys and values in one linear, interleaved by head; ``tail`` () or (h,)."""
+
+    heads: int
+    channels: int
+    tail: tuple[int, ...]
+
+    @property
+    def rows(self) -> KVRows:
+        """Which rows of the fused linear are whose."""
+        return KVRows(self.heads, self.channels)
+
+    @property
+    def sharding(self) -> Sharding:
+        """How the core tensor is cut."""
+        return Sharding((sum(self.rows.counts), *self.tail), dim=0)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shape of each Hugging Face tensor."""
+        return [(count, *self.tail) for count in self.rows.counts]
+
+    def read(self, sources: Sequence[Source], rank: int, size: int) -> Tensor:
+        """Return the rank's part of the core tensor."""
+        key, value = (Sharding(shape, dim=0).read(source, rank, size) for source, shape in zip(sources, self.shapes))
+        return self.rows.join(key, value)
+
+    def write(self, full: Tensor) -> list[Tensor]:
+        """Return the Hugging Face tensors."""
         return list(self.rows.split(full))
 
 

@@ -19,9 +19,11 @@ from graftwork.models.weights.hf.family import (
 from graftwork.models.weights.hf.gpt2 import GPT2
 from graftwork.models.weights.hf.llama import Llama
 from graftwork.models.weights.hf.mistral import Mistral
+from graftwork.models.weights.hf.mt5 import MT5
 from graftwork.models.weights.hf.nemotron import Nemotron
 from graftwork.models.weights.hf.qwen2 import Qwen2
 from graftwork.models.weights.hf.qwen3 import Qwen3
+from graftwork.models.weights.hf.t5 import T5
 
 for _family in (
     Llama(),
@@ -30,6 +32,8 @@ for _family in (
     Qwen3(),
     GPT2(),
     Nemotron(),
+    T5(),
+    MT5(),
 ):
     FAMILIES.enter(_family.name, _family)
 

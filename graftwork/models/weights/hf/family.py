@@ -26,7 +26,8 @@ class Family(ABC):
     """One ``model_type``; a subclass without state, entered in FAMILIES.
 
     ``name``: the model_type, also ``Shape.family``; ``architecture``: what config.json calls the class; ``notes``: the
-    family's line in the docs; ``kind``: which class of ``graftwork.models`` its checkpoints become.
+    family's line in the docs; ``kind``: which class of ``graftwork.models`` its checkpoints become; ``shape_class``:
+    what describes them.
 
     Every field of transformers' config class is in one of ``used`` (by ``read``), ``fixed`` (its valid values, None:
     absent) and ``irrelevant`` (with the reason), here or above for all families. ``defaults``: what transformers takes
@@ -38,6 +39,7 @@ class Family(ABC):
     architecture: ClassVar[str]
     notes: ClassVar[str]
     kind: ClassVar[str] = "gpt"
+    shape_class: ClassVar[type[Shape]] = Shape
     used: ClassVar[frozenset[str]] = frozenset()
     fixed: ClassVar[ReadOnly[str, tuple[object, ...]]] = {}
     irrelevant: ClassVar[ReadOnly[str, str]] = {}
@@ -124,7 +126,7 @@ def shape_from_hf(config: Config) -> Shape:
     """Return the Shape of a Hugging Face config; raises CheckpointError for a model that cannot be expressed."""
     family = family_of(config)
     try:
-        return Shape(family=family.name, **family.read(_complete(family, config)))
+        return family.shape_class(family=family.name, **family.read(_complete(family, config)))
     except KeyError as error:
         raise CheckpointError(f"config.json of this {family.name} model has no field {error}.") from error
     except ConfigError as error:
@@ -209,7 +211,7 @@ def _current_size() -> int:
 
 def _check_expressible(shape: Shape, back: Shape) -> None:
     # Dropout is a training choice, not part of the weights: not every family has a place for it.
-    differing = [f.name for f in fields(Shape) if getattr(shape, f.name) != getattr(back, f.name)]
+    differing = [f.name for f in fields(back) if getattr(shape, f.name, None) != getattr(back, f.name)]
     lost = [name for name in differing if not name.endswith("_dropout")]
     if lost:
         shown = ", ".join(f"{name}={getattr(shape, name)!r}" for name in lost)

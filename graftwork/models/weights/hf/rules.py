@@ -1,4 +1,4 @@
-"""Rules for the parameters that every decoder has: a family says what its Hugging Face tensors are called.
+"""Rules for the parameters that decoders and encoders have: a family says what its Hugging Face tensors are called.
 
 Names end in a dot where ``weight`` and ``bias`` follow; ``{layer}`` in them stands for the layer's index.
 """
@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from graftwork.models.shape import Shape
 from graftwork.models.weights.mapping import Rule
-from graftwork.models.weights.ops import QKV, Copy, Fused, Gated, Op, Transposed
+from graftwork.models.weights.ops import KV, QKV, Copy, Fused, Gated, Op, Transposed
 from graftwork.parallel.sharding import Sharding
 
 ATTENTION, MLP = "decoder.layers.{layer}.self_attention.", "decoder.layers.{layer}.mlp."
 QKV_NORM, FC1_NORM = ATTENTION + "linear_qkv.layer_norm_", MLP + "linear_fc1.layer_norm_"
 FINAL_NORM = "decoder.final_layernorm."
+CROSS, CROSS_NORM = "decoder.layers.{layer}.cross_attention.", "decoder.layers.{layer}.pre_cross_attn_layernorm."
 
 Tail = tuple[int, ...]
 """The input dimension of a linear's weight, or nothing for its bias."""
@@ -71,6 +72,25 @@ def fused_qkv(shape: Shape, hf: str) -> tuple[Rule, ...]:
 def attention_output(shape: Shape, hf: str) -> tuple[Rule, ...]:
     """Return the rules of the attention's output projection."""
     return row(shape, ATTENTION + "linear_proj.", hf, shape.num_attention_heads * shape.channels)
+
+
+def cross_attention(shape: Shape, query: str, key: str, value: str, out: str) -> tuple[Rule, ...]:
+    """Return the rules of a decoder's attention to the encoder's output."""
+    heads, width, bias = shape.num_attention_heads, shape.channels, shape.add_bias_linear
+
+    def queries(tail: Tail) -> Op:
+        return Copy(Sharding((heads * width, *tail), dim=0))
+
+    return (
+        *column(shape, CROSS + "linear_q.", (query,), queries, bias),
+        *column(shape, CROSS + "linear_kv.", (key, value), lambda tail: KV(heads, width, tail), bias),
+        *row(shape, CROSS + "linear_proj.", out, heads * width),
+    )
+
+
+def of_encoder(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Return the rules of a decoder for the same parameters of an encoder."""
+    return tuple(replace(rule, core=rule.core.replace("decoder.", "encoder.", 1)) for rule in rules)
 
 
 def fc1(shape: Shape, *hf: str) -> tuple[Rule, ...]:
