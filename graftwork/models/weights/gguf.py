@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graftwork.atomic import atomic_directory
-from graftwork.errors import CheckpointError, quoted
+from graftwork.errors import CheckpointError, quoted, suggest
 from graftwork.models.shape import Shape
 from graftwork.models.weights.gguf_header import check_header
 from graftwork.models.weights.gguf_tokenizer import read_vocabulary, write_tokenizer
@@ -44,6 +44,9 @@ USED = frozenset(
     }
 )
 """Settings of the architecture that ``read_shape`` reads."""
+_AROUND = frozenset({"GGUF", "general", "tokenizer", "quantize", "split", "imatrix"})
+"""First parts of settings that say nothing of the architecture."""
+_ROOMS = _AROUND | {ARCHITECTURE}
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _BLOCK = {
     "input_layernorm": "attn_norm",
@@ -133,9 +136,11 @@ def _check_metadata(reader: Reader, shape: Shape) -> None:
         "expert_used_count": 0,
     }
     for name in reader.fields:
-        own = name.removeprefix(f"{ARCHITECTURE}.")
-        if own == name or own in USED:
+        room, _, own = name.partition(".")
+        if room in _AROUND or (room == ARCHITECTURE and own in USED):
             continue
+        if room != ARCHITECTURE:  # a setting whose name is damaged would count as absent
+            raise CheckpointError(f"the setting {quoted(name)} of a GGUF file is unknown; {suggest(room, _ROOMS)}")
         if own not in fixed or field(reader, name) != fixed[own]:
             valid = f"; valid: {fixed[own]!r}" if own in fixed else ""
             raise CheckpointError(
@@ -177,7 +182,7 @@ def _shape(reader: Reader) -> Shape:
         kv_channels=get("attention.key_length"),
         vocab_size=int(names["token_embd.weight"].shape[1]),
         max_position_embeddings=get("context_length"),
-        layernorm_epsilon=_short(get("attention.layer_norm_rms_epsilon", 1e-5)),
+        layernorm_epsilon=_short(get("attention.layer_norm_rms_epsilon")),
         rotary_base=_short(get("rope.freq_base", 10000.0)),
         rope_scaling_factor=_rope_factor(names.get(ROPE_FACTORS)),
         tie_embeddings="output.weight" not in names,

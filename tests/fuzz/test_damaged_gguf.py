@@ -26,6 +26,7 @@ from tests.helpers.tiny_gguf import llama_cpp_name, permuted, write_gguf
 from tests.helpers.tiny_hf import make_tiny
 
 SECONDS, KIBIBYTES, CHARACTERS = 5.0, 300_000, 500
+PAST = [(629, "bytes.noise#89")]
 HUGE = [0, 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1]
 NUMBERS = {
     "block_count": "num_hidden_layers",
@@ -191,6 +192,10 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         (lambda w: w.add_string("tokenizer.ggml.tokens", "x"), "does not fit: 'tokenizer.ggml.tokens'"),
         (lambda w: w.add_string("llama.block_count", "x"), "describes no valid model"),
         (lambda w: w.add_string("llama.rope.freq_base", "x" * 10_000), "describes no valid model"),
+        (
+            lambda w: w.add_string("mlama.rope.freq_base", "x"),
+            "the setting 'mlama.rope.freq_base' of a GGUF file is unknown",
+        ),
         (lambda w: w.add_string("general.architecture", "x" * 10_000), "architecture 'xxx"),
     ],
 )
@@ -206,3 +211,9 @@ def test_settings_that_do_not_fit(change, words: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=words) as refused:
         convert(path, tmp_path / "out")
     assert len(str(refused.value)) < CHARACTERS and not (tmp_path / "out").exists()
+
+
+def test_past_findings(whole: bytes, tmp_path: Path) -> None:
+    """The name of a setting was damaged, and its default taken."""
+    found = Counter(outcome(damaged(whole, at, Mutation.parse(text)), whole, tmp_path) for at, text in PAST)
+    assert found["refused"] == len(PAST), found
