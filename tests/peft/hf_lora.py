@@ -36,11 +36,11 @@ def loss(logits: Tensor, seed: int = 5) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens(seed)[:, 1:].flatten())
 
 
-def assert_close(found: Tensor, wanted: Tensor, what: str) -> None:
+def assert_close(found: Tensor, wanted: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
     """Compare relative to the largest value."""
     assert found.shape == wanted.shape, what
     found, wanted = found.detach(), wanted.detach()
-    assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max(), what
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max(), what
 
 
 def both(family: str, directory: Path, transform: PEFT, **options: Any) -> tuple[GPT, nn.Module]:

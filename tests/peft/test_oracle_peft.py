@@ -6,37 +6,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork import models
 from graftwork.models import GPT
 from graftwork.peft import IA3, LoRA
 from tests.contracts.methods import shake
-from tests.helpers.tiny_hf import ODD_VOCABULARY, make_tiny, oracle
+from tests.helpers.tiny_hf import make_tiny, oracle
+from tests.peft.hf_lora import LINEARS, assert_close, loss, tokens
 from tests.peft.hf_names import modules, qkv_rows
 
-TOLERANCE = 1e-5
-"""Largest difference, relative to the largest absolute value."""
 FAMILIES = ["llama", "llama_tied", "llama_bias", "llama_wide_heads", "gpt2", "gpt2_untied"]
-LINEARS = {
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "gpt2": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
-}
-
-
-def tokens() -> Tensor:
-    return torch.randint(ODD_VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(5))
-
-
-def loss(logits: Tensor) -> Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
-
-
-def assert_close(found: Tensor, wanted: Tensor, what: str) -> None:
-    assert found.shape == wanted.shape, what
-    found, wanted = found.detach(), wanted.detach()
-    assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max(), what
 
 
 def pair(family: str, directory: Path, transform: Any, config: peft.PeftConfig) -> tuple[GPT, nn.Module]:
