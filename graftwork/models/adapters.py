@@ -31,6 +31,11 @@ def load(stack: Stack, asked: Load, identity: Callable[[str | None], artifact.Ba
     rank, and leaves the model as it was, when the artifact does not fit.
     """
     with artifact.opened(asked.path) as held:
+        if asked.checksum not in (None, held.config.checksum):
+            raise ArtifactError(
+                f"Adapter {held} is not the one that was there when load_adapters was called; "
+                "put that one back, or make the model anew and load this one."
+            )
         chosen = agreed(lambda: _checked(stack, asked, held, identity))
         names = [transform.name for transform in chosen]
         contents = agreed(lambda: Contents.of(held.file, held.config, names))

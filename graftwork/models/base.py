@@ -6,6 +6,7 @@ methods hand on to them. Whatever only one family does belongs to that family's 
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Optional, Unpack
@@ -245,8 +246,8 @@ class Model(pl.LightningModule):
         if self.chunks:
             load(self.stack, asked, self.base_identity)
         else:
-            artifact.read_everywhere(path)  # a wrong path is told at once
-            self._pending.put(asked)
+            seen = artifact.read_everywhere(path)  # a wrong path is told at once
+            self._pending.put(replace(asked, checksum=seen.checksum))
 
     def save_adapters(
         self,
@@ -377,7 +378,7 @@ class Model(pl.LightningModule):
             case Add():
                 self.add_adapter(request.transform, request.trainable)
             case Load():
-                self.load_adapters(request.path, request.names, request.trainable, request.check_base)
+                load(self.stack, request, self.base_identity)
             case Freeze():
                 self.freeze()
 

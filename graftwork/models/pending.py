@@ -18,12 +18,16 @@ class Add:
 
 @dataclass(frozen=True)
 class Load:
-    """Attach the adapters of the artifact at ``path`` (``names`` None: all of them) with their trained values."""
+    """Attach the adapters of the artifact at ``path`` (``names`` None: all of them) with their trained values.
+
+    ``checksum``: of the artifact that was seen when this was asked for; None where it is read at once.
+    """
 
     path: str | Path
     names: Sequence[str] | None = None
     trainable: bool = True
     check_base: bool = True
+    checksum: str | None = None
 
 
 @dataclass(frozen=True)

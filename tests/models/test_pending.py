@@ -2,7 +2,7 @@
 
 import pytest
 
-from graftwork.errors import MatchError
+from graftwork.errors import ArtifactError, MatchError
 from graftwork.models import GPT, MODELS, Model
 from graftwork.models.pending import Add, Freeze, Load, Pending
 from graftwork.models.shapes import Shape
@@ -77,3 +77,26 @@ def test_a_run_sets_optimizer_and_seed_until_the_model_is_built():
 
 def test_every_kind_of_model_is_entered_by_name():
     assert MODELS["gpt"] is GPT and all(issubclass(kind, Model) for kind in MODELS.values())
+
+
+def test_a_waiting_artifact_that_was_replaced_is_refused(tmp_path):
+    """What was seen when it was asked for is what is loaded when the model is built."""
+
+    def saved(path, dim):
+        model = GPT(SHAPE, dtype="fp32")
+        model.configure_model()
+        model.add_adapter(LoRA(dim=dim))
+        return model.save_adapters(path)
+
+    asked, other = saved(tmp_path / "asked", 2), saved(tmp_path / "other", 3)
+    model = GPT(SHAPE, dtype="fp32")
+    model.load_adapters(asked)
+    asked.rename(tmp_path / "away")
+    other.rename(asked)
+    with pytest.raises(ArtifactError, match="is not the one that was there when load_adapters was called"):
+        model.configure_model()
+    assert not model.adapters
+    asked.rename(other)
+    (tmp_path / "away").rename(asked)
+    model.configure_model()
+    assert model.adapters["lora"].dim == 2

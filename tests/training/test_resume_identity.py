@@ -239,3 +239,48 @@ def test_a_changed_state_is_found_by_its_checksums(again: Run) -> None:
     with pytest.raises(CheckpointError, match="'tensors/__0_0.distcp' was changed: its checksum does not match"):
         again.start()
     assert torch.is_tensor(next(iter(again.start(resume=False).values())))
+
+
+def preloaded(run: Run, scale: float) -> None:
+    """Put an artifact of a LoRA with values of this size beside the run, in place of the one that was there."""
+    shutil.rmtree(run.root.parent / "adapter", ignore_errors=True)
+    model = GPT(tiny_run.SHAPE, checkpoint=str(run.base))
+    model.configure_model()
+    model.add_adapter(LoRA(dim=2, name="given"))
+    with torch.no_grad():
+        for tensor in model.stack.tensors("given"):
+            tensor.parameter.fill_(scale)
+    model.save_adapters(run.root.parent / "adapter")
+
+
+def on_top(run: Run, steps: int, **rest: Any) -> None:
+    """Train another LoRA on top of the frozen one."""
+    model = GPT(tiny_run.SHAPE, checkpoint=str(run.base))
+    model.load_adapters(run.root.parent / "adapter", trainable=False)
+    trainer = tiny_run.trainer(run.root, max_steps=steps, limit_val_batches=0, enable_progress_bar=False)
+    finetune(model, trainer, tiny_run.data_module(run.files), [LoRA(dim=4)], tiny_run.optim(), **rest)
+
+
+def test_other_values_of_a_frozen_adapter_are_refused(again: Run) -> None:
+    """No state holds them: the trained one would go on over another function."""
+    shutil.rmtree(again.root)
+    preloaded(again, 0.1)
+    on_top(again, 1)
+    preloaded(again, 0.2)
+    with pytest.raises(CheckpointError, match=r"peft\[0\].frozen values: content \w{12} -> content \w{12}"):
+        on_top(again, 2)
+    preloaded(again, 0.1)
+    on_top(again, 2)
+    preloaded(again, 0.2)
+    on_top(again, 3, allow_changes=["peft[0].frozen values"])
+
+
+def test_a_state_that_does_not_know_frozen_values_goes_on(again: Run) -> None:
+    shutil.rmtree(again.root)
+    preloaded(again, 0.1)
+    on_top(again, 1)
+    path = latest(again.root) / "state.json"  # type: ignore[operator]
+    facts = json.loads(path.read_text())
+    del facts["identity"]["decides"]["peft[0].frozen values"]
+    path.write_text(json.dumps({**facts, "checksum": checkpoint._checksum(facts)}))
+    on_top(again, 2)

@@ -1,5 +1,6 @@
 """Whose training state it is: base, adapters, data and settings of the run, and what of them may differ on resuming."""
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -8,12 +9,15 @@ from typing import Optional, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 from pydantic import BaseModel
+from torch import Tensor
 
 from graftwork.errors import CheckpointError, ConfigError, DataError, quoted, suggest
 from graftwork.layout import Layout
 from graftwork.optim import AdamW
 from graftwork.parallel.collective import agreed, all_gather_objects, broadcast_object, world_rank, world_size
 from graftwork.peft.artifact.directory import Base
+from graftwork.peft.artifact.tensors import bring_together
+from graftwork.peft.stack import Stack
 from graftwork.training.run import RunFacts
 from graftwork.training.trainee import data_of, trainee
 
@@ -28,6 +32,16 @@ class KnowsBase(Protocol):
 
     def base_identity(self) -> Base:
         """Family, shape and fingerprint of the base."""
+        ...
+
+
+@runtime_checkable
+class HasStack(Protocol):
+    """A model whose adapters' values can be read."""
+
+    @property
+    def stack(self) -> Stack:
+        """The attached adapters."""
         ...
 
 
@@ -122,7 +136,30 @@ def _adapters(model: LightningModule) -> dict[str, object]:
     for place, transform in enumerate(trainee(model).adapters.values()):
         found[f"peft[{place}]"] = type(transform).__name__
         found |= {f"peft[{place}].{name}": value for name, value in transform.hyperparameters().items()}
-    return found
+    places = {name: place for place, name in enumerate(trainee(model).adapters)}
+    values = _frozen_values(model.stack) if isinstance(model, HasStack) else {}
+    return found | {f"peft[{places[name]}].frozen values": value for name, value in values.items()}
+
+
+def _frozen_values(stack: Stack) -> dict[str, str]:
+    """Return, by adapter, the hash of what does not train, which no state holds; known to the first rank.
+
+    Collective. Full tensors are hashed: the same in every parallel layout.
+    """
+    own = [t.key for name in stack.transforms for t in stack.tensors(name) if not t.parameter.requires_grad]
+    frozen = {key for keys in all_gather_objects(own) for key in keys}
+    names = [name for name in stack.transforms if any(key.partition(".")[0] == name for key in frozen)]
+    full = bring_together(stack, names) or {}
+    held = {name: {k: v for k, v in full.items() if k in frozen and k.partition(".")[0] == name} for name in names}
+    return {name: _hash(tensors) for name, tensors in held.items()}
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        digest.update(f"{key} {tuple(value.shape)} ".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _optimizer(model: LightningModule) -> dict[str, object]:
