@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from graftwork import models
 from graftwork.errors import CheckpointError
 from graftwork.models.weights import FAMILIES, check_checkpoint, read_config, shape_from_hf
 from graftwork.models.weights.hf.family import FIXED, IRRELEVANT
 from tests.helpers.core import loaded, logits
 from tests.helpers.tiny_hf import FAMILIES as TINY
+from tests.helpers.tiny_t5 import SIZES as T5_SIZES
 
 TOLERANCE = 5e-5
 """Largest difference of logits, relative to their largest absolute value."""
@@ -86,7 +89,36 @@ WINDOWS: dict[str, list[Any]] = {
 NORM: list[Any] = [1e-2, 0.0, ABSENT]
 CLASSIFIER = {"summary_type": ["mean"], "summary_use_proj": [False], "summary_activation": ["tanh"]}
 CLASSIFIER |= {"summary_proj_to_labels": [False], "summary_first_dropout": [0.3]}
+T5_FIELDS: dict[str, list[Any]] = {
+    **EVERY,
+    "is_encoder_decoder": [False, True],
+    "is_decoder": [True],
+    "d_model": [32],
+    "d_kv": [8, ABSENT],
+    "d_ff": [40],
+    "num_layers": [1],
+    "num_decoder_layers": [1, 3, None, ABSENT],
+    "num_heads": [2],
+    "hidden_size": [32, 48],
+    "head_dim": [8, 16],
+    "num_attention_heads": [2],
+    "num_hidden_layers": [1],
+    "relative_attention_num_buckets": [8, 9, 2, ABSENT],
+    "relative_attention_max_distance": [20, 16, ABSENT],
+    "dropout_rate": [0.3, ABSENT],
+    "layer_norm_epsilon": NORM,
+    "initializer_factor": [0.5],
+    "feed_forward_proj": ["relu", "gated-gelu", "gelu", "gelu_new", "gated-silu", "gated-relu", ABSENT],
+    "classifier_dropout": [0.3],
+    "decoder_start_token_id": [3, None],
+    # Fields that transformers derives, writes, and prefers to what it derives them from.
+    "dense_act_fn": ["relu", "gelu", "gelu_new"],
+    "is_gated_act": [True, False],
+    "scale_decoder_outputs": [True, False],
+}
 FLIPS: dict[str, dict[str, list[Any]]] = {
+    "t5": T5_FIELDS,
+    "mt5": T5_FIELDS,
     "llama": {**ROTARY, "rms_norm_eps": NORM, "attention_bias": [True], "mlp_bias": [True], "pretraining_tp": [2]},
     "mistral": {**ROTARY, "rms_norm_eps": NORM, "sliding_window": [16, None, 100, 4096, ABSENT]},
     "qwen2": {**ROTARY, **WINDOWS, "rms_norm_eps": NORM},
@@ -130,6 +162,11 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"hidden_size": 32, "n_embd": ABSENT}),
     ("gpt2", {"num_hidden_layers": 1, "n_layer": ABSENT, "max_position_embeddings": 64, "n_positions": ABSENT}),
     ("gpt2", {"embd_pdrop": 0.3, "resid_pdrop": 0.3}),
+    ("t5", {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True}),
+    ("t5", {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "is_gated_act": True}),
+    ("t5", {"tie_word_embeddings": False, "scale_decoder_outputs": True}),
+    ("t5", {"num_hidden_layers": 1, "num_layers": ABSENT, "head_dim": 8, "d_kv": ABSENT}),
+    ("mt5", {"hidden_size": 32, "d_model": ABSENT, "num_attention_heads": 2, "num_heads": ABSENT}),
 ]
 """Fields that mean something together."""
 
@@ -137,7 +174,8 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
 def tiny_config(family: str) -> dict[str, Any]:
     """Return the fields of a two-layer model, as transformers writes them."""
     layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
-    config = AutoConfig.for_model(**{**TINY[family], layers: 2}).to_dict()
+    given = {"model_type": family, **T5_SIZES} if FAMILIES[family].kind == "t5" else {**TINY[family], layers: 2}
+    config = AutoConfig.for_model(**given).to_dict()
     return {name: value for name, value in config.items() if name not in ("_name_or_path", "layer_types")}
 
 
@@ -148,7 +186,7 @@ def write(directory: Path, config: dict[str, Any]) -> bool:
     path.write_text(json.dumps(config))
     torch.manual_seed(0)
     try:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
+        model = _class(directory).from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
     except Exception:  # noqa: BLE001  # transformers refuses in many ways
         return False
     with torch.no_grad():
@@ -167,14 +205,29 @@ def outcome(directory: Path) -> str:
     except CheckpointError as error:
         assert "\n" not in str(error) and len(str(error)) < 500, error
         return "refused"
-    module, _ = loaded(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = _class(directory).from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
-        theirs = model(tokens).logits
-    ours = logits(module, tokens)[..., : theirs.shape[-1]]
+        theirs = (model(tokens, decoder_input_ids=tokens) if _is_t5(directory) else model(tokens)).logits
+    ours = _ours(directory, tokens)[..., : theirs.shape[-1]]
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     assert difference < TOLERANCE, f"logits differ by {difference:.1e} of their scale"
     return "equal"
+
+
+def _is_t5(directory: Path) -> bool:
+    return FAMILIES[str(read_config(directory)["model_type"])].kind == "t5"
+
+
+def _class(directory: Path) -> Any:
+    return AutoModelForSeq2SeqLM if _is_t5(directory) else AutoModelForCausalLM
+
+
+def _ours(directory: Path, tokens: Tensor) -> Tensor:
+    if not _is_t5(directory):
+        return logits(loaded(directory)[0], tokens)
+    with torch.no_grad():
+        found: Tensor = models.load(directory, dtype="fp32").eval()(tokens, tokens)
+    return found
 
 
 def change(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -40,8 +40,9 @@ class T5Like(Family):
             *("layer_norm_epsilon", "feed_forward_proj", "tie_word_embeddings", "decoder_start_token_id"),
         }
     )
-    fixed = {"is_encoder_decoder": (None, True), "is_decoder": (None, False)}
+    fixed = {"is_encoder_decoder": (None, True)}
     irrelevant = {
+        "is_decoder": "each stack sets its own",
         "initializer_factor": "spread of random weights",
         "classifier_dropout": "belongs to a classifier",
     }
