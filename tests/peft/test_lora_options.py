@@ -1,15 +1,18 @@
 """LoRA's options: which sites, which ranks and scales, dropout, learning rates, embedding and output layer."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
+from graftwork.errors import ConfigError, MatchError
 from graftwork.models import GPT
 from graftwork.optim import AdamW
-from graftwork.peft import PEFT, CanonicalAdapter, LoRA
+from graftwork.peft import IA3, PEFT, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, report
 from graftwork.peft.adapter import INITIALIZERS
 from tests.contracts.methods import every_family, loss, make, shake, tokens
 
@@ -205,3 +208,134 @@ def test_an_untied_output_layer_merges() -> None:
 def test_default_learning_rates_differ_by_method() -> None:
     rates = {m.__name__: m.default_lr for m in PEFT.__subclasses__()}
     assert rates["IA3"] > rates["CanonicalAdapter"] > rates["LoRA"]
+
+
+MIXTURE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+METHODS_THAT_SHARE = [LoRA, CanonicalLoRA]
+
+
+def mixture(method: type[LoRA], **options: Any) -> GPT:
+    model = make(sizes=MIXTURE)
+    model.add_adapter(method(dim=4, **options))
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS_THAT_SHARE)
+def test_experts_share_one_pair_a_layer_or_have_one_each(method: type[LoRA]) -> None:
+    """Equal to four pairs of the same values, whose gradients are summed; nothing is averaged."""
+    shared, each = mixture(method, share_experts=True), mixture(method)
+    name = method.short_name()
+    assert type(shared.stack.transforms[name].hyperparameters()["share_experts"]) is bool
+    shake(shared)
+    values = dict(adapter_values(shared, name))
+    held = {key for key in values if ".mlp.experts." in key}
+    assert held and not any(".local_experts." in key for key in held)
+    for site, adapter in sites(each, name).items():
+        experts, _, leaf = site.rpartition(".")
+        beside = f"{experts.partition('.local_experts.')[0]}."
+        for key, parameter in adapter.named_parameters():
+            prefix = f"{leaf}_" if key in ("lora_A", "lora_B") and ".experts." in site else ""
+            parameter.data.copy_(values[f"{beside}{prefix}{key}" if ".experts." in site else f"{site}.{key}"])
+    assert torch.allclose(shared(tokens()), each(tokens()), rtol=1e-5, atol=1e-5)
+    for model in (shared, each):
+        loss(model).backward()
+    summed: dict[str, Any] = {}
+    for site, adapter in sites(each, name).items():
+        for key, parameter in adapter.named_parameters():
+            place = f"{site}.{key}"
+            if ".local_experts." in site:
+                head, _, tail = site.partition(".local_experts.")
+                leaf = tail.partition(".")[2]
+                place = f"{head}.{leaf}_{key}" if key in ("lora_A", "lora_B") else f"{head}.{key}"
+            summed[place] = summed.get(place, 0) + (0 if parameter.grad is None else parameter.grad)
+    assert summed.keys() == values.keys()
+    for key, parameter in adapter_values(shared, name):
+        assert torch.allclose(parameter.grad, summed[key], rtol=1e-4, atol=1e-6), key
+
+
+def adapter_values(model: GPT, name: str) -> list[tuple[str, Tensor]]:
+    return [(f"{t.site}.{t.name}", t.parameter) for t in model.stack.tensors(name)]
+
+
+@pytest.mark.parametrize("method", METHODS_THAT_SHARE)
+def test_shared_factors_are_saved_once_merge_and_are_deleted(method: type[LoRA], tmp_path: Path) -> None:
+    model, twin = mixture(method, share_experts=True), make(sizes=MIXTURE)
+    with torch.no_grad():
+        base = twin(tokens())
+        assert torch.equal(model(tokens()), base), "the identity at birth"
+        shake(model, 0.1)
+        live = model(tokens())
+        model.save_adapters(tmp_path / "adapter")
+        stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        assert len([key for key in stored if ".experts." in key]) == 2 * 2 * (3 if method is CanonicalLoRA else 2)
+        assert '"share_experts": true' in (tmp_path / "adapter" / "adapter_config.json").read_text()
+        twin.load_adapters(tmp_path / "adapter")
+        assert torch.equal(twin(tokens()), live)
+        model.merge_adapters()
+        assert torch.allclose(model(tokens()), live, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapters()
+        assert torch.equal(model(tokens()), live)
+        with model.adapters_disabled():
+            assert torch.equal(model(tokens()), base)
+        for changed in (model, twin):
+            changed.delete_adapter(method.short_name())
+            assert torch.equal(changed(tokens()), base)
+
+
+def test_the_report_says_which_experts_share() -> None:
+    shared, each = (mixture(LoRA, share_experts=s) for s in (True, False))
+    found = [{r.site for r in report.sites(m.stack) if ".experts" in r.site} for m in (shared, each)]
+    assert found[0] == {f"decoder.layers.{i}.mlp.experts" for i in range(2)}
+    assert len(found[1]) == 2 * 4 * 2 and all(".local_experts." in site for site in found[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"target_modules": ["linear_qkv", "layers.0.mlp.experts.local_experts.1.linear_fc1"]},
+            r"share_experts=True gives all experts of a layer one update, but the targets leave out "
+            r"decoder.layers.0.mlp.experts.local_experts.0.linear_fc1; name the linear of every expert",
+        ),
+        ({"target_modules": ["linear_qkv"]}, "share_experts=True, but no target is a linear of an expert; leave it"),
+        ({"rank_pattern": {"local_experts.1.linear_fc1": 2}}, "rank_pattern .* matches no site"),
+    ],
+)
+def test_experts_cannot_share_what_only_some_of_them_have(options: dict[str, Any], message: str) -> None:
+    model = make(sizes=MIXTURE)
+    with pytest.raises((ConfigError, MatchError), match=message):
+        model.add_adapter(LoRA(dim=4, share_experts=True, **options))
+    assert not model.adapters
+    model.add_adapter(LoRA(dim=4, share_experts=True, rank_pattern={"experts.linear_fc1": 2}))
+    ranks = {n: p.shape[0] for n, p in model.named_parameters() if n.endswith("lora_A")}
+    assert {r for n, r in ranks.items() if "linear_fc1_lora_A" in n} == {2}
+
+
+def test_experts_share_nothing_in_a_dense_model() -> None:
+    with pytest.raises(ConfigError, match="no target is a linear of an expert"):
+        make().add_adapter(LoRA(dim=4, share_experts=True))
+    with pytest.raises(ConfigError, match="share_experts must be True or False, got 'yes'"):
+        LoRA(share_experts="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [LoRA, DoRA, CanonicalLoRA])
+def test_layers_of_named_parts(method: type[LoRA], tmp_path: Path) -> None:
+    transform = method(dim=4, layers={"decoder": [1]})
+    assert "layers={'decoder': [1]}" in repr(transform)
+    model = make()
+    model.add_adapter(transform)
+    assert {n.split(".")[2] for n in sites(model, transform.name)} == {"1"}
+    model.save_adapters(tmp_path / "adapter")
+    twin = make()
+    twin.load_adapters(tmp_path / "adapter")
+    assert repr(twin.stack.transforms[transform.name]) == repr(transform)
+
+
+@pytest.mark.parametrize(
+    "layers", ["0", 3, {"decoder": 3}, {"decoder": [0.5]}, {1: [0]}, {}, [True], [None], (0,), {"decoder": None}]
+)
+def test_layers_that_are_none_are_refused(layers: Any) -> None:
+    for method in (LoRA, IA3, CanonicalAdapter):
+        with pytest.raises(ConfigError, match="layers must be a list of whole numbers, or one for each part") as caught:
+            method(layers=layers)
+        assert "\n" not in str(caught.value)

@@ -10,7 +10,8 @@ SCHEMA = 1
 Name = Annotated[str, Field(max_length=200)]
 Text = Annotated[str, Field(max_length=2000)]
 Value = Text | bool | int | float | None
-Option = Value | Annotated[list[Value], Field(max_length=4096)] | Annotated[dict[Name, Value], Field(max_length=4096)]
+Values = Annotated[list[Value], Field(max_length=4096)]
+Option = Value | Values | Annotated[dict[Name, Value | Values], Field(max_length=4096)]
 
 
 class _Part(BaseModel):

@@ -281,7 +281,7 @@ class LoRA(PEFT):
         if not (self.share_experts and site.in_expert):
             return None
         path = f"{_experts_of(site.path)}.adapters.{self.name}"
-        return partial(host.chunks[site.chunk].get_submodule, path)  # no closure: a copied model finds its own
+        return partial(host.chunks[site.chunk].get_submodule, path)
 
     def plan_name(self, update: Update) -> str:
         """Return the name by which rank and alpha of an update are chosen: of all experts where they share one."""
