@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -26,6 +27,8 @@ _CLOSED = (
 )
 """What a place answers that is there, but not to be written to."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_TEMPORARY = re.compile(r"\.(?P<target>.+)\.\d+-[0-9a-f]{8}\.tmp")
+"""Name of what has not taken its target's place yet."""
 
 
 @contextmanager
@@ -66,6 +69,17 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path`` in one step."""
     atomic_write_bytes(path, text.encode())
+
+
+def clear_leftovers(directory: Path, target: str | None = None) -> None:
+    """Delete what killed processes left of ``target``, or of any, in ``directory``; only who alone writes there may."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is not None and target in (None, found["target"]):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def flush_tree(directory: Path) -> None:

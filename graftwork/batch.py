@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graftwork.errors import ParallelismError
-from graftwork.routes import Routes
+from graftwork.routes import Routes, Way
 
 IGNORED = -100
 """Label of a position without a target (torch's and transformers' ``ignore_index``)."""
@@ -141,12 +141,16 @@ class Batch:
 
 @dataclass
 class Questions:
-    """Prompts to answer: token ids, the question in words, the right answer where it is known, the dataset row."""
+    """Prompts to answer: token ids, the question in words, the right answer where it is known, the dataset row.
+
+    ``ways``: the adapters that are to answer each; empty: all of them answer every prompt.
+    """
 
     prompts: Sequence[Sequence[int]]
     inputs: Sequence[str]
     outputs: Sequence[str | None]
     rows: Sequence[int] = ()
+    ways: Sequence[Way] = ()
 
     def to(self, device: torch.device | str) -> "Questions":
         """Return the questions themselves: they hold no tensor."""

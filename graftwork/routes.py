@@ -20,7 +20,10 @@ def way(named: Named) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Routes:
-    """The way of every row, or of every token: ``chosen`` int64 [b, n] indexes ``ways``; n is 1 for whole rows."""
+    """The way of every row, or of every token: ``chosen`` int64 [b, n] indexes ``ways``; n is 1 for whole rows.
+
+    [1, 1] is the way of all rows, however many there are.
+    """
 
     ways: tuple[Way, ...]
     chosen: Tensor
@@ -50,6 +53,6 @@ class Routes:
         """Return the routes [1, b * length] of rows of ``length`` tokens that lie in one line."""
         return self.each(lambda chosen: chosen.expand(-1, length).reshape(1, -1))
 
-    def at(self, positions: Tensor, length: int) -> "Routes":
-        """Return the routes [1, n] of some positions, flat indices in rows of ``length`` tokens."""
-        return self.each(lambda chosen: chosen.expand(-1, length).reshape(1, -1).index_select(1, positions))
+    def at(self, positions: Tensor, rows: int, length: int) -> "Routes":
+        """Return the routes [1, n] of some positions, flat indices in ``rows`` of ``length`` tokens."""
+        return self.each(lambda chosen: chosen.expand(rows, length).reshape(1, -1).index_select(1, positions))

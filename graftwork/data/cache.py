@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Optional, TypedDict, cast
 import pyarrow
 from pydantic import TypeAdapter, ValidationError
 
-from graftwork.atomic import atomic_directory
+from graftwork.atomic import atomic_directory, clear_leftovers
 from graftwork.cache import cache_directory, locked
 from graftwork.errors import DataError, quoted
 from graftwork.jsonfile import read_bytes
@@ -27,7 +27,8 @@ Columns = Mapping[str, Sequence[object]]
 class Report(TypedDict, total=False):
     """What became of the rows of a file: how many were kept, cut or dropped, their tokens, and how they pack.
 
-    ``unread`` names fields that no template reads, ``largest_id`` is the largest id of the vocabulary in use.
+    ``unread`` names fields that no template reads, ``adapters`` those that rows are sent to, ``largest_id`` is the
+    largest id of the vocabulary in use.
     """
 
     file: str
@@ -38,6 +39,7 @@ class Report(TypedDict, total=False):
     answer_tokens: int
     longest: int
     unread: list[str]
+    adapters: list[str]
     largest_id: int
     packed_rows: int
     packing_efficiency: float
@@ -73,6 +75,7 @@ def cached_table(
 
     target = root / key
     with locked(target, _unwritable):
+        clear_leftovers(root, key)
         if not target.exists() or not needed <= _report(target).keys():
             _write(target, schema, produce)
     try:

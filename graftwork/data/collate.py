@@ -8,6 +8,7 @@ import torch
 
 from graftwork.batch import IGNORED, Batch
 from graftwork.data.rows import Sample
+from graftwork.routes import Routes
 
 
 class Collator:
@@ -34,6 +35,7 @@ class Collator:
         edges = [_lay(batch, i, samples) for i, samples in enumerate(bins)]
         if self.packed:
             batch.cu_seqlens = _rectangle(edges, length, torch.int32)
+        batch.routes = _routes(bins, length if self.packed else None)
         return batch
 
 
@@ -55,7 +57,22 @@ class PairCollator:
             laid.padded_to(length, source_length),
             rows=_rectangle([[s.row for s in samples] for samples in bins], -1, torch.int64),
             micro_batch_size=self.micro_batch_size,
+            routes=_routes(bins),
         )
+
+
+def _routes(bins: list[list[Sample]], packed_length: int | None = None) -> Routes | None:
+    """Return the ways of the samples, of rows or, packed, of their tokens; None where every adapter acts everywhere."""
+    ways = (None, *dict.fromkeys(s.way for samples in bins for s in samples if s.way is not None))
+    if len(ways) == 1:
+        return None
+    chosen = torch.zeros(len(bins), packed_length or 1, dtype=torch.int64)
+    for row, samples in zip(chosen, bins):
+        at = 0
+        for sample in samples:
+            stop = at + len(sample.tokens) if packed_length else 1
+            row[at:stop], at = ways.index(sample.way), stop
+    return Routes(ways, chosen)
 
 
 def _pair(samples: list[Sample]) -> tuple[list[int], list[int]]:

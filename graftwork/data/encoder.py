@@ -132,7 +132,8 @@ class RowEncoder:
             raise DataError(f"{place}: {NO_CHAT}")
 
     def _template(self, row: Prompt, place: Place) -> PromptTemplate:
-        check_task(self.layout, row.task, place)  # first: it may be that a template of another name does not exist
+        # first: it may be that a template of another name does not exist
+        check_task(self.layout.on(row.way), row.task, place)
         return self.templates.of(row.task, place)
 
     def _encode(self, rows: list[Placed], pieces: list[list[Piece]]) -> list[Sequence]:
@@ -162,10 +163,10 @@ class RowEncoder:
         return self.seq2seq and not part.text and not part.loss and list(part.ids) == end == body.tokens[-1:]
 
     def _headed(self, body: Sequence, row: Prompt | Chat, place: Place) -> Sequence:
-        """Put BOS and the virtual tokens of this row's task before the body."""
-        is_chat = isinstance(row, Chat)
-        check_task(self.layout, row.task, place)
-        if is_chat and template_slots(self.layout, row.task):
+        """Put BOS and the virtual tokens of this row's task and adapters before the body."""
+        is_chat, layout = isinstance(row, Chat), self.layout.on(row.way)
+        check_task(layout, row.task, place)
+        if is_chat and template_slots(layout, row.task):
             raise ConfigError(
                 "prompt adapters with placement='template' need rows with 'input' and 'output'; "
                 f"{place} is a conversation: use placement='prefix' or 'before_bos'."
@@ -173,10 +174,10 @@ class RowEncoder:
         # Chat templates write BOS themselves; elsewhere a template may do so too: never twice.
         written = bool(self.text.head) and body.tokens[:1] == self.text.head
         head = Sequence()
-        head.extend(self.layout.placed("before_bos", row.task))
+        head.extend(layout.placed("before_bos", row.task))
         if written or not is_chat:
             head.extend(self.text.head)
-        head.extend(self.layout.placed("prefix", row.task))
+        head.extend(layout.placed("prefix", row.task))
         head.join(body, skip=int(written))
         return head
 

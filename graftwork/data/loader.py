@@ -114,7 +114,8 @@ class QuestionBuilder:
 
     def __call__(self, chosen: list[int]) -> Questions:
         found = self.table[chosen]
-        return Questions(*(list(found[column]) for column in ("tokens", "input", "output", "row")))
+        ways = [None if names is None else frozenset(names) for names in found["adapters"]]
+        return Questions(*(list(found[column]) for column in ("tokens", "input", "output", "row")), ways=ways)
 
 
 class _Built(Dataset[Built]):

@@ -18,7 +18,8 @@ from graftwork.data.files import content_hash, read_rows
 from graftwork.data.schema import parse_row
 from graftwork.data.sequence import Sequence
 from graftwork.data.tokenizer import fingerprint
-from graftwork.errors import DataError, quoted
+from graftwork.errors import DataError, quoted, suggest
+from graftwork.routes import Way
 from graftwork.virtual_tokens import VIRTUAL_BASE
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ CHUNK = 1000
 MOST_NAMED = 20
 """Most unread fields that a report names."""
 
-_NEEDED = frozenset({"unread", "largest_id"})
+_NEEDED = frozenset({"unread", "largest_id", "adapters"})
 """What the report of an entry must say; those of an earlier version do not."""
 
 LEARNED = pyarrow.schema(
@@ -39,6 +40,7 @@ LEARNED = pyarrow.schema(
         ("row", pyarrow.int64()),
         ("number", pyarrow.int64()),
         ("share", pyarrow.float64()),
+        ("adapters", pyarrow.list_(pyarrow.string())),  # null: all of them
     ]
 )
 PAIRS = LEARNED.append(pyarrow.field("answer", pyarrow.int32()))
@@ -51,6 +53,7 @@ ASKED = pyarrow.schema(
         ("output", pyarrow.string()),
         ("row", pyarrow.int64()),
         ("share", pyarrow.float64()),
+        ("adapters", pyarrow.list_(pyarrow.string())),
     ]
 )
 
@@ -59,13 +62,14 @@ ASKED = pyarrow.schema(
 class Sample:
     """One tokenised row: ``tokens`` and ``labels`` int64 [n]; ``labels[t]`` is the token after t, or IGNORED.
 
-    For a sequence-to-sequence model the last ``answer`` tokens are the decoder's.
+    For a sequence-to-sequence model the last ``answer`` tokens are the decoder's. ``way``: the adapters that act on it.
     """
 
     tokens: numpy.ndarray
     labels: numpy.ndarray
     row: int
     answer: int = 0
+    way: Way = None
 
 
 class LearnedRows:
@@ -82,7 +86,7 @@ class LearnedRows:
         if "answer" in table.column_names:
             self.answers = table.data.column("answer").to_numpy()[self.chosen]
         self._table = table
-        self._reader = table.with_format("arrow", columns=["tokens", "loss", "row"])
+        self._reader = table.with_format("arrow", columns=["tokens", "loss", "row", "adapters"])
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -97,9 +101,12 @@ class LearnedRows:
         ids = tokens.flatten().to_numpy(zero_copy_only=False).astype(numpy.int64)
         learned = loss.flatten().to_numpy(zero_copy_only=False)
         return [
-            Sample(ids[a:b], _labels(ids[a:b], learned[a:b]), row, answer)
-            for (a, b), row, answer in zip(
-                itertools.pairwise(edges), found["row"].to_pylist(), self.answers[indices].tolist()
+            Sample(ids[a:b], _labels(ids[a:b], learned[a:b]), row, answer, None if names is None else frozenset(names))
+            for (a, b), row, answer, names in zip(
+                itertools.pairwise(edges),
+                found["row"].to_pylist(),
+                self.answers[indices].tolist(),
+                found["adapters"].to_pylist(),
             )
         ]
 
@@ -143,6 +150,14 @@ def asked_rows(path: str, encoder: RowEncoder, root: Path) -> "Dataset":
     return cached_table(root, key, ASKED, lambda r: _ask(path, encoder, r), needed=_NEEDED)[0]
 
 
+def check_adapters(named: list[str], attached: list[str] | None, path: str) -> None:
+    """Raise DataError when rows of ``path`` are sent to an adapter that the model (None: there is none) does not have."""
+    for name in named if attached is not None else ():
+        if name not in (attached or ()):
+            valid = suggest(name, attached or ()) if attached else "the model has no adapters."
+            raise DataError(f"rows of {quoted(path)} are sent to the adapter {quoted(name)}; {valid}")
+
+
 def _key(purpose: str, path: str, encoder: RowEncoder) -> str:
     prompt, answer = encoder.templates.key
     return cache_key(
@@ -181,7 +196,7 @@ def _learn(path: str, encoder: RowEncoder, report: Report) -> Iterator[Columns]:
         found = encoder.learn(placed)
         kept = [i for i, (sequence, _) in enumerate(found) if sequence is not None]
         sequences = [sequence for sequence, _ in found if sequence is not None]
-        _note_unread(report, unread, encoder, placed)
+        _note_names(report, unread, encoder, placed)
         _count(report, sequences, dropped=len(found) - len(kept), truncated=sum(cut > 0 for _, cut in found))
         yield {
             "tokens": [s.tokens for s in sequences],
@@ -190,6 +205,7 @@ def _learn(path: str, encoder: RowEncoder, report: Report) -> Iterator[Columns]:
             "row": [rows[i] for i in kept],
             "number": [placed[i][0].number for i in kept],
             "share": [shares[i] for i in kept],
+            "adapters": [_named(placed[i]) for i in kept],
             **({"answer": [len(s) - s.answer_start for s in sequences]} if encoder.seq2seq else {}),
         }
 
@@ -204,9 +220,17 @@ def _count(report: Report, sequences: list[Sequence], dropped: int, truncated: i
     report["longest"] = max([report["longest"], *(len(s) for s in sequences)])
 
 
-def _note_unread(report: Report, unread: set[str], encoder: RowEncoder, placed: list[Placed]) -> None:
+def _named(placed: Placed) -> list[str] | None:
+    way = placed[1].way
+    return None if way is None else sorted(way)
+
+
+def _note_names(report: Report, unread: set[str], encoder: RowEncoder, placed: list[Placed]) -> None:
+    adapters = set(report.get("adapters", []))
     for place, row in placed:
         unread |= encoder.templates.unread(row, place)
+        adapters |= row.way or frozenset()
+    report["adapters"] = sorted(adapters)
     report["unread"] = [quoted(name, 60, bare=True) for name in sorted(unread)[:MOST_NAMED]]
 
 
@@ -215,11 +239,12 @@ def _ask(path: str, encoder: RowEncoder, report: Report) -> Iterator[Columns]:
     report["largest_id"] = 0
     for rows, placed, shares in _chunks(path, answered=False):
         found = encoder.ask(placed)
-        _note_unread(report, unread, encoder, placed)
+        _note_names(report, unread, encoder, placed)
         yield {
             "tokens": [tokens for tokens, _, _ in found],
             "input": [question for _, question, _ in found],
             "output": [answer for _, _, answer in found],
             "row": rows,
             "share": shares,
+            "adapters": [_named(row) for row in placed],
         }

@@ -8,12 +8,14 @@ from typing import Annotated, Literal, NamedTuple, Optional
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from graftwork.errors import DataError, quoted
+from graftwork.routes import Way, way
 
 _COMPARED = 100
 """Most fields, and characters of each, that are compared with the right names."""
 
 VALID_ROWS = (
-    "a row holds the strings 'input' and 'output', or 'messages', a list of {'role', 'content'}; 'task' is optional"
+    "a row holds the strings 'input' and 'output', or 'messages', a list of {'role', 'content'}; "
+    "'task' and 'adapter' (a name, or a list of names) are optional"
 )
 
 
@@ -49,11 +51,17 @@ class _Row(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     task: Optional[Text] = None
+    adapter: Text | list[Text] | None = None
 
     @field_validator("task")
     @classmethod
     def _no_empty_task(cls, task: Optional[str]) -> Optional[str]:
         return task or None
+
+    @property
+    def way(self) -> Way:
+        """The adapters that act on this row: those that it names, none where it names nobody, all where it says nothing."""
+        return way(self.adapter) if "adapter" in self.model_fields_set else None
 
 
 class Prompt(_Row):
@@ -133,6 +141,6 @@ def _misspelt(raw: Mapping[str, object]) -> str:
     wanted = [name for name in ("input", "output", "messages") if name not in raw]
     for found in itertools.islice(raw, _COMPARED):
         near = difflib.get_close_matches(str(found)[:_COMPARED], wanted, n=1, cutoff=0.6)
-        if near and found not in ("input", "output", "messages", "task"):
+        if near and found not in ("input", "output", "messages", "task", "adapter"):
             return f" (did you mean {near[0]!r} where it says {quoted(found)}?)"
     return f" (it has {', '.join(quoted(str(k), 60) for k in list(raw)[:8]) or 'no fields'})"

@@ -13,7 +13,7 @@ from graftwork.data.encoder import NO_CHAT, TOO_LONG, PromptFormat, RowEncoder, 
 from graftwork.data.files import check_file, content_hash, read_rows, unit
 from graftwork.data.loader import ListLoader, QuestionBuilder, StepBuilder, TrainLoader
 from graftwork.data.packing import best_fit_decreasing, efficiency
-from graftwork.data.rows import LearnedRows, asked_rows, learned_rows, share
+from graftwork.data.rows import LearnedRows, asked_rows, check_adapters, learned_rows, share
 from graftwork.data.sampler import RowStream, check_position, in_order
 from graftwork.data.schema import Place
 from graftwork.data.surroundings import Surroundings, Topology
@@ -271,6 +271,7 @@ class SFTDataModule(pl.LightningDataModule):
         path = self._source(split)
         rows, report = learned_rows(path, self.encoder, cache_root(self.cache_dir))
         check_ids(report["largest_id"], self._around().vocabulary, path)
+        check_adapters(report["adapters"], self._around().adapters, path)
         rows = rows.take(self._share_of(split, rows.shares))
         self._tell(split, report)
         self._rows[split] = rows

@@ -80,6 +80,15 @@ class PadsRows(Protocol):
         """What a row's length must be a multiple of."""
 
 
+@runtime_checkable
+class HasAdapters(Protocol):
+    """A model with adapters."""
+
+    @property
+    def adapters(self) -> Mapping[str, object]:
+        """The adapters that are attached now, by name."""
+
+
 class Topology(NamedTuple):
     """Data-parallel rank and size; ``multiple`` divides every sequence length (sequence or context parallelism)."""
 
@@ -157,6 +166,11 @@ class Surroundings:
             return self.attached_layout
         model = self._model
         return model.prompt_layout if isinstance(model, HasPrompts) else PromptLayout()
+
+    @property
+    def adapters(self) -> list[str] | None:
+        """Names of the adapters that are attached to the model now, None where there is no model."""
+        return list(self._model.adapters) if isinstance(self._model, HasAdapters) else None
 
     @property
     def topology(self) -> Topology:

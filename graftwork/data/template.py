@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from graftwork.data.schema import Chat, Place, Prompt, is_text
 from graftwork.errors import ConfigError, DataError, quoted, suggest
+from graftwork.routes import Way
 from graftwork.virtual_tokens import PromptLayout, PromptSlot
 
 Template = str | Mapping[str, str]
@@ -81,12 +82,12 @@ class PromptTemplate:
         self.text = prompt
         self.names = frozenset(part.name for part in self.prompt if isinstance(part, Field))
         self.layout = layout
-        self._markers: dict[str | None, list[tuple[int, ...]]] = {}
+        self._markers: dict[tuple[str | None, Way], list[tuple[int, ...]]] = {}
 
     def prompt_pieces(self, row: Prompt, place: Place) -> list[Piece]:
         """The prompt of one row: text and virtual tokens in the template's order."""
         self._refuse_lost_instruction(row, place)
-        markers = iter(self.markers(row.task))
+        markers = iter(self.markers(row.task, row.way))
         pieces: list[Piece] = []
         for part in self.prompt:
             if isinstance(part, Marker):
@@ -108,11 +109,13 @@ class PromptTemplate:
         known = self.names if isinstance(row, Prompt) else frozenset()
         return {name for name, value in fields.items() if name not in known and value not in (None, "", [], {})}
 
-    def markers(self, task: str | None) -> list[tuple[int, ...]]:
-        """Virtual ids of every marker in turn, for rows of ``task``."""
-        if task not in self._markers:
-            self._markers[task] = _bind([p for p in self.prompt if isinstance(p, Marker)], self.layout, task, self.text)
-        return self._markers[task]
+    def markers(self, task: str | None, way: Way = None) -> list[tuple[int, ...]]:
+        """Virtual ids of every marker in turn, for rows of ``task`` that go this ``way``."""
+        if (task, way) not in self._markers:
+            every = _bind([p for p in self.prompt if isinstance(p, Marker)], self.layout, task, self.text)
+            acting = {i for slot in self.layout.on(way).slots for i in slot.ids}
+            self._markers[task, way] = [tuple(i for i in ids if i in acting) for ids in every]
+        return self._markers[task, way]
 
     def _value(self, name: str, row: Prompt, place: Place) -> str:
         if name not in row.fields:

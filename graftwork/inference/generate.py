@@ -57,6 +57,7 @@ def answer(model: Model, examples: Examples, **options: Unpack[Options]) -> list
         prompts=[tokens for tokens, _, _ in asked],
         inputs=[question for _, question, _ in asked],
         outputs=[right for _, _, right in asked],
+        ways=[row.way for _, row in examples.rows],
     )
     return model.answer_batch(questions, **options)
 

@@ -35,7 +35,7 @@ class Targets:
         """Hand only positions with a target to the output layer: [s, b, h] -> [n, 1, h]; the rest has no loss."""
         if self._rows is None:
             return None
-        only_positions(self._rows, len(hidden))
+        only_positions(self._rows, hidden.shape[1], hidden.shape[0])
         return hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])[self._rows].unsqueeze(1)
 
 

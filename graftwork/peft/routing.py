@@ -18,19 +18,22 @@ _ROUTES: ContextVar[Routes | None] = ContextVar("graftwork_routes", default=None
 
 @contextmanager
 def routed(routes: Routes | None) -> Iterator[None]:
-    """Send the rows of what runs inside the block by ``routes``; None: every adapter acts on all of them."""
-    token = _ROUTES.set(routes)
+    """Send the rows of what runs inside the block by ``routes``; None: by those outside of it, where there are some.
+
+    Without any, every adapter acts on all rows.
+    """
+    token = _ROUTES.set(_ROUTES.get() if routes is None else routes)
     try:
         yield
     finally:
         _ROUTES.reset(token)
 
 
-def only_positions(positions: Tensor, length: int) -> None:
-    """Go on with some positions of the rows (flat indices [n], rows of ``length``), as hidden states [n, 1, h]."""
+def only_positions(positions: Tensor, rows: int, length: int) -> None:
+    """Go on with some positions (flat indices [n]) of ``rows`` of ``length`` tokens, as hidden states [n, 1, h]."""
     routes = _ROUTES.get()
     if routes is not None:
-        _ROUTES.set(routes.at(positions, length))
+        _ROUTES.set(routes.at(positions, rows, length))
 
 
 def acts_on(adapter: str, x: Tensor) -> Tensor | None:

@@ -19,7 +19,9 @@ class Answer(TypedDict):
 
 
 def answer(model: CausalModel, asked: Questions, **options: Unpack[Options]) -> list[Answer]:
-    """Return the answer to every question; options as in ``generate``."""
+    """Return the answer to every question, of the adapters that it is put to; options as in ``generate``."""
+    if any(way is not None for way in asked.ways):
+        options["adapter"] = [sorted(model.adapters if way is None else way) for way in asked.ways]
     tokens = generate(model, asked.prompts, **options)
     texts = model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     known: Sequence[str | None] = asked.outputs or [None] * len(texts)

@@ -1,16 +1,17 @@
 """Token-by-token generation: prompts of different lengths together, finished ones leave."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Protocol, TypedDict
 
 from torch import Tensor
 
-from graftwork.errors import ConfigError
+from graftwork.errors import ConfigError, quoted
 from graftwork.models.generation.kv_cache import KVCache
 from graftwork.models.generation.protocol import CausalModel
 from graftwork.models.generation.sampling import Sampler
 from graftwork.models.generation.scoring import check_tokens, evaluating, last_logits, one_piece
+from graftwork.routes import Named, Routes, Way, way
 
 
 class Decoding(TypedDict, total=False):
@@ -22,6 +23,7 @@ class Decoding(TypedDict, total=False):
     stop_ids: list[int] | None
     use_cache: bool
     batch_size: int
+    adapter: Sequence[Named] | None
 
 
 class Options(Decoding, total=False):
@@ -40,11 +42,13 @@ def generate(
     stop_ids: list[int] | None = None,
     use_cache: bool = True,
     batch_size: int = 16,
+    adapter: Sequence[Named] | None = None,
 ) -> list[list[int]]:
     """Return the tokens that follow each prompt of token ids (virtual ids included), up to and with a stop token.
 
     Temperature 0 is greedy; otherwise ``seed`` makes the draws repeatable. ``stop_ids`` None is the tokenizer's end of
-    sequence, [] never stops. All ranks call it with the same prompts (of their data-parallel group) and get the same
+    sequence, [] never stops. ``adapter`` names for each prompt the adapters that answer it (one, several, or None for the
+    base alone); left out, every adapter answers every prompt. All ranks call it with the same prompts (of their data-parallel group) and get the same
     answers. The cache is exact; pipeline, context and sequence parallelism always go without. Raises ConfigError for
     an unknown token id or a prompt that leaves too little of the model's context.
     """
@@ -52,18 +56,35 @@ def generate(
         if value < 1:
             raise ConfigError(f"{name} is {value}, but it must be at least 1.")
     sampler = Sampler(temperature, top_p, seed)
-    with evaluating(model):
+    ways = _ways(adapter, len(prompts))
+    with evaluating(model), model.routed(_routes(ways)):  # all names are checked before the first token
         check_tokens(model, prompts, max_new_tokens)
         stops = _end_of_sequence(model) if stop_ids is None else set(stop_ids)
         cached = use_cache and one_piece(model)
         answers: dict[int, list[int]] = {}
         for numbers in _groups(prompts, batch_size, max_new_tokens if cached else 0):
-            rows = [_Row(number, prompts[number], max_new_tokens, stops) for number in numbers]
+            rows = [_Row(number, prompts[number], max_new_tokens, stops, ways[number]) for number in numbers]
             longest = max(row.limit for row in rows)
             with KVCache(model, len(rows), longest) if cached else nullcontext(_WholeRows(model)) as reader:
-                _decode(rows, reader, sampler)
+                _decode(model, rows, reader, sampler)
             answers.update((row.number, row.answer) for row in rows)
     return [answers[number] for number in range(len(prompts))]
+
+
+def _ways(adapter: Sequence[Named] | None, prompts: int) -> list[Way]:
+    if adapter is None:
+        return [None] * prompts
+    if isinstance(adapter, str) or len(adapter) != prompts:
+        raise ConfigError(
+            f"adapter must be a list with the adapters of each of the {prompts} prompts (a name, a list of names, or None "
+            f"for the base); got {quoted(adapter)}."
+        )
+    return [way(named) for named in adapter]
+
+
+def _routes(ways: Iterable[Way]) -> Routes | None:
+    given = list(ways)
+    return None if all(one is None for one in given) else Routes.of_rows(given)
 
 
 def _end_of_sequence(model: CausalModel) -> set[int]:
@@ -82,8 +103,8 @@ class _Reader(Protocol):
 class _Row:
     """One prompt and what follows it so far."""
 
-    def __init__(self, number: int, prompt: Sequence[int], room: int, stops: set[int]) -> None:
-        self.number, self.tokens, self.stops = number, list(prompt), stops
+    def __init__(self, number: int, prompt: Sequence[int], room: int, stops: set[int], way: Way) -> None:
+        self.number, self.tokens, self.stops, self.way = number, list(prompt), stops, way
         self.start, self.limit = len(prompt), len(prompt) + room
 
     @property
@@ -124,13 +145,14 @@ def _groups(prompts: Sequence[Sequence[int]], size: int, gap: int) -> Iterator[l
         yield group
 
 
-def _decode(rows: list[_Row], reader: _Reader, sampler: Sampler) -> None:
+def _decode(model: CausalModel, rows: list[_Row], reader: _Reader, sampler: Sampler) -> None:
     """Advance all rows one position at a time: a row still inside its prompt reads on, the others get a new token."""
     # The shortest prompt is read at once. From then on every row is ``width`` tokens long in the reader's eyes, so no
     # padding ever enters the cache; a longer prompt catches up while the others' answers grow.
     width = min(row.start for row in rows)
     while rows:
-        logits = reader.read([row.tokens[:width] for row in rows])
+        with model.routed(_routes(row.way for row in rows)):
+            logits = reader.read([row.tokens[:width] for row in rows])
         asking = [i for i, row in enumerate(rows) if len(row.tokens) == width]
         if asking:
             chosen = sampler.choose(logits[asking], [rows[i].number for i in asking])

@@ -1,6 +1,7 @@
 """What generation and scoring ask of a causal model; they know no model class."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from graftwork.batch import Batch
 from graftwork.data.tokenizer import Tokenizer
 from graftwork.models.loss import LossFunction
+from graftwork.peft import PEFT
+from graftwork.routes import Routes
 from graftwork.virtual_tokens import PromptLayout
 
 
@@ -56,6 +59,15 @@ class CausalModel(Protocol):
     @property
     def prompt_layout(self) -> PromptLayout:
         """Virtual tokens of the attached prompt adapters."""
+        ...
+
+    @property
+    def adapters(self) -> Mapping[str, PEFT]:
+        """Attached transforms by name."""
+        ...
+
+    def routed(self, routes: Routes | None) -> AbstractContextManager[None]:
+        """Send rows to adapters by ``routes`` inside the block; None: as outside of it."""
         ...
 
     def configure_model(self) -> None:

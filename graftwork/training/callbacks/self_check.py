@@ -48,6 +48,7 @@ class SelfCheck(Callback):
         self._base: dict[str, tuple[int, int]] = {}
         self._trained: dict[str, tuple[int, int]] = {}
         self._first_step: int | None = None
+        self._sent: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember base and adapters as training finds them."""
@@ -56,8 +57,10 @@ class SelfCheck(Callback):
         self._trained = checksums(trainable(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Keep the batch at hand: a loss that is not finite must name its rows."""
+        """Keep the batch at hand, whose rows a loss that is not finite names; note which adapters have rows in it."""
         self._batch = batch
+        names = trainee(pl_module).adapters
+        self._sent |= {n for n in names if batch.routes is None or bool(batch.routes.acts(n).any())}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check loss and gradients while the weights are still good."""
@@ -93,7 +96,8 @@ class SelfCheck(Callback):
             if gradient is not None and bool(gradient.any()):
                 alive[owner] = 1.0
         held, living = largest([holds[n] for n in names]), largest([alive[n] for n in names])
-        dead = [n for n, h, a in zip(names, held, living) if h and not a]
+        sent = largest([float(n == BASE or n in self._sent) for n in names])
+        dead = [n for n, h, a, rows in zip(names, held, living, sent) if rows and h and not a]
         if dead:
             raise TrainingError(f"no gradient reaches {_some(dead)}: it would stay at its initial values.")
         self._check_lent(pl_module)
@@ -118,7 +122,10 @@ class SelfCheck(Callback):
         if stack is not None:
             # An expert that no token chose rightly stays where it was.
             still |= {o for o in set(owners.values()) & set(adapters) if _any_unmoved(stack.adapters(o))}
-        return f"training has not moved {_some(sorted(still))}; is the learning rate 0?" if still else None
+        if not still:
+            return None
+        why = "is the learning rate 0?" if still & (self._sent | {BASE}) else "no row was sent to it"
+        return f"training has not moved {_some(sorted(still))}; {why}"
 
     def _rows(self, trainer: Trainer) -> str:
         """Name the rows of the microbatches that are not finite, on whichever rank they were."""
