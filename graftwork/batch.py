@@ -32,7 +32,7 @@ class Batch:
     the right, and how much of each row is no padding; ``tokens`` are then the decoder's. None in a causal batch.
     cu_seqlens: int32, only in a *packed* batch, whose rows hold several samples each: the boundaries of the samples in
     every row [b, k] (repeated at the end where a row has fewer), or [k] once the rows lie ``in_one_line``.
-    routes: which adapters act where, on rows [b, 1] or, in a packed batch, on tokens [b, s]; None: all of them everywhere.
+    routes: which adapters act where, on rows [b, 1] or, in a packed batch, on tokens [b, s]; None: all everywhere.
     rows: int64 [b, k], numbers of the dataset rows in each row, -1 for none. micro_batch_size: rows that go through the
     model together; None: all of them.
     """

@@ -114,8 +114,13 @@ class QuestionBuilder:
 
     def __call__(self, chosen: list[int]) -> Questions:
         found = self.table[chosen]
-        ways = [None if names is None else frozenset(names) for names in found["adapters"]]
-        return Questions(*(list(found[column]) for column in ("tokens", "input", "output", "row")), ways=ways)
+        return Questions(
+            prompts=list(found["tokens"]),
+            inputs=list(found["input"]),
+            outputs=list(found["output"]),
+            rows=list(found["row"]),
+            ways=[None if names is None else frozenset(names) for names in found["adapters"]],
+        )
 
 
 class _Built(Dataset[Built]):

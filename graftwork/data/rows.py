@@ -151,7 +151,7 @@ def asked_rows(path: str, encoder: RowEncoder, root: Path) -> "Dataset":
 
 
 def check_adapters(named: list[str], attached: list[str] | None, path: str) -> None:
-    """Raise DataError when rows of ``path`` are sent to an adapter that the model (None: there is none) does not have."""
+    """Raise DataError when rows of ``path`` are sent to an adapter that a model (None: no model) does not have."""
     for name in named if attached is not None else ():
         if name not in (attached or ()):
             valid = suggest(name, attached or ()) if attached else "the model has no adapters."

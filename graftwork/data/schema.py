@@ -60,7 +60,7 @@ class _Row(BaseModel):
 
     @property
     def way(self) -> Way:
-        """The adapters that act on this row: those that it names, none where it names nobody, all where it says nothing."""
+        """The adapters that act on this row: those it names, none where it names nobody, all where it says nothing."""
         return way(self.adapter) if "adapter" in self.model_fields_set else None
 
 

@@ -47,9 +47,9 @@ def generate(
     """Return the tokens that follow each prompt of token ids (virtual ids included), up to and with a stop token.
 
     Temperature 0 is greedy; otherwise ``seed`` makes the draws repeatable. ``stop_ids`` None is the tokenizer's end of
-    sequence, [] never stops. ``adapter`` names for each prompt the adapters that answer it (one, several, or None for the
-    base alone); left out, every adapter answers every prompt. All ranks call it with the same prompts (of their data-parallel group) and get the same
-    answers. The cache is exact; pipeline, context and sequence parallelism always go without. Raises ConfigError for
+    sequence, [] never stops. ``adapter`` names for each prompt the adapters that answer it (one, several, or None for
+    the base alone); left out, every adapter answers every prompt. All ranks call it with the same prompts (of their
+    data-parallel group) and get the same answers. The cache is exact; pipeline, context and sequence parallelism always go without. Raises ConfigError for
     an unknown token id or a prompt that leaves too little of the model's context.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
@@ -76,8 +76,8 @@ def _ways(adapter: Sequence[Named] | None, prompts: int) -> list[Way]:
         return [None] * prompts
     if isinstance(adapter, str) or len(adapter) != prompts:
         raise ConfigError(
-            f"adapter must be a list with the adapters of each of the {prompts} prompts (a name, a list of names, or None "
-            f"for the base); got {quoted(adapter)}."
+            f"adapter must be a list with the adapters of each of the {prompts} prompts (a name, a list of names, or "
+            f"None for the base); got {quoted(adapter)}."
         )
     return [way(named) for named in adapter]
 
