@@ -49,8 +49,8 @@ def generate(
     Temperature 0 is greedy; otherwise ``seed`` makes the draws repeatable. ``stop_ids`` None is the tokenizer's end of
     sequence, [] never stops. ``adapter`` names for each prompt the adapters that answer it (one, several, or None for
     the base alone); left out, every adapter answers every prompt. All ranks call it with the same prompts (of their
-    data-parallel group) and get the same answers. The cache is exact; pipeline, context and sequence parallelism always go without. Raises ConfigError for
-    an unknown token id or a prompt that leaves too little of the model's context.
+    data-parallel group) and get the same answers. The cache is exact; pipeline, context and sequence parallelism always
+    go without. Raises ConfigError for an unknown token id or a prompt that leaves too little of the model's context.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
