@@ -56,11 +56,18 @@ SUBJECTS: dict[str, str] = {
     "all": "all four",
 }
 assert set(SUBJECTS) - {"base", "full"} <= set(STACKS)
+LENT: dict[str, str] = {
+    "lent+tied": "[Selective, tied parallel CanonicalAdapter, IA3]",
+    "lent+parallel": "[Selective, parallel CanonicalAdapter, IA3]",
+    "lent experts": "[Selective of experts and router, tied parallel CanonicalAdapter, IA3]",
+}
+"""Stacks that need tensors which not every model has; ``models.LENDING`` builds them."""
+TITLES = {**SUBJECTS, **LENT}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """``base``: a family of tests.helpers.tiny_hf, or "mixture" (of experts); ``subject``: a key of SUBJECTS.
+    """``base``: a family of tests.helpers.tiny_hf, or "mixture" (of experts); ``subject``: a key of TITLES.
 
     ``routed``: rows (of a pack, samples) go to different adapters of the subject.
     """
@@ -84,12 +91,14 @@ def cells_of(layout: str) -> list[Cell]:
     main = "mixture" if experts else "llama"
     if layout in PRODUCTS:
         return [Cell(main, subject) for subject in ("full", "all")]
-    return [*(Cell(main, subject) for subject in SUBJECTS), *([] if experts else _special(layout))]
+    special = [Cell(main, "lent experts")] if experts else _special(layout)
+    return [*(Cell(main, subject) for subject in SUBJECTS), *special]
 
 
 def _special(layout: str) -> list[Cell]:
     # gpt2: learned positions (the embedding scatters the sequence later), tied embeddings, biases
-    learned = [Cell("gpt2", subject) for subject in ("full", "ptuning", "all")]
+    lent = "lent+parallel" if "pp2" in layout else "lent+tied"  # layers on two stages cannot be tied
+    learned = [Cell("gpt2", subject) for subject in ("full", "ptuning", "all", lent)]
     # qwen3: norms of queries and keys, which see only a rank's heads
     normed = [Cell("qwen3", subject) for subject in ("full", "ia3")]
     packed = [] if layout == "cp2" else [Cell("llama", subject, packed=True) for subject in ("full", "all")]

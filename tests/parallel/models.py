@@ -1,18 +1,18 @@
 """The models of the matrix, not yet built: weights from a checkpoint, or random ones."""
 
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from graftwork import parallel
 from graftwork.models import GPT
 from graftwork.models.shapes import Shape
 from graftwork.models.weights import read_config, shape_from_hf
-from graftwork.parallel.record import record_of
-from graftwork.parallel.sharding import Sharding
+from graftwork.parallel.record import Record, record_of
+from graftwork.peft import IA3, PEFT, CanonicalAdapter, Selective
 from tests.contracts.methods import STACKS
 from tests.helpers.tiny_gpt import global_name
 from tests.helpers.tiny_hf import make_tiny
@@ -30,6 +30,19 @@ MIXTURE = Shape(
     moe_router_topk=2,
     moe_ffn_hidden_size=24,
 )
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def _beside(tied: bool) -> list[PEFT]:
+    return [CanonicalAdapter(dim=6, parallel=True, tie_layers=tied), IA3()]
+
+
+LENDING: dict[str, Callable[[], list[PEFT]]] = {
+    "lent+tied": lambda: [Selective(patterns=["bias", "norm", "embedding", "linear_fc2.weight"]), *_beside(True)],
+    "lent+parallel": lambda: [Selective(patterns=["bias", "norm", "embedding", "linear_fc2.weight"]), *_beside(False)],
+    "lent experts": lambda: [Selective(patterns=["norm", "router", "experts"]), *_beside(True)],
+}
+"""Stacks that train tensors of the base beside their own."""
 CHECKPOINTS = ("llama", "gpt2", "qwen3")
 
 
@@ -60,8 +73,9 @@ def model_of(cell: Cell, root: Path) -> GPT:
         directory = root / cell.base
         shape = shape_from_hf(read_config(directory))
         model = GPT(shape, checkpoint=str(directory), dtype="fp32", recompute=cell.recompute)
-    if cell.subject in STACKS:
-        model.add_adapter(STACKS[cell.subject]())
+    built = {**STACKS, **LENDING}.get(cell.subject)
+    if built is not None:
+        model.add_adapter(built())
     return model
 
 
@@ -69,8 +83,8 @@ def shake(model: GPT) -> None:
     """Move every adapter value by noise drawn from its global name, so that no zero hides a gradient."""
     for chunk in model.chunks:
         for name, parameter in chunk.named_parameters():
-            if ".adapters." in name:
-                parameter.data.add_(_drawn(global_name(chunk, name), record_of(parameter).sharding, 0.02))
+            if record_of(parameter).owner is not None:
+                parameter.data.add_(_drawn(key_of(chunk, name, parameter), record_of(parameter), 0.02))
 
 
 def prompt_of(model: Any) -> list[int]:
@@ -78,7 +92,12 @@ def prompt_of(model: Any) -> list[int]:
     return [i for slot in model.prompt_layout.slots for i in slot.ids]
 
 
-def _drawn(key: str, sharding: Sharding, std: float) -> Tensor:
+def key_of(chunk: nn.Module, name: str, parameter: Tensor) -> str:
+    """Return a parameter's global name; the last stage's copy of a tied embedding goes by the embedding's."""
+    return EMBEDDING if getattr(parameter, "shared", False) else global_name(chunk, name)
+
+
+def _drawn(key: str, record: Record, std: float) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    full = torch.randn(sharding.shape, generator=generator) * std
-    return sharding.take(full, parallel.tp_rank(), parallel.tp_size())
+    full = torch.randn(record.sharding.shape, generator=generator) * std
+    return record.sharding.take(full, *record.place)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tests.parallel.layouts import LAYOUTS, PRODUCTS, SUBJECTS, Cell, cells_of
+from tests.parallel.layouts import LAYOUTS, PRODUCTS, SUBJECTS, TITLES, Cell, cells_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "parallelism.md"
@@ -48,16 +48,21 @@ def _methods() -> dict[str, dict[str, Cell]]:
     rows: dict[str, dict[str, Cell]] = {title: {} for title in SUBJECTS.values()}
     for layout in _main():
         for cell in cells_of(layout):
-            if cell == Cell("mixture" if layout == "ep2" else "llama", cell.subject):
+            if _plain(layout, cell):
                 rows[SUBJECTS[cell.subject]][layout] = cell
     return rows
+
+
+def _plain(layout: str, cell: Cell) -> bool:
+    """Tell whether a cell trains a method of the first table on the layout's usual model."""
+    return cell.subject in SUBJECTS and cell == Cell("mixture" if layout == "ep2" else "llama", cell.subject)
 
 
 def _specials() -> dict[str, dict[str, Cell]]:
     rows: dict[str, dict[str, Cell]] = {}
     for layout in _main():
         for cell in cells_of(layout):
-            if cell.base not in ("llama", "mixture") or cell.packed or cell.recompute:
+            if not _plain(layout, cell):
                 rows.setdefault(_describe(cell), {})[layout] = cell
     return rows
 
@@ -88,9 +93,9 @@ def _main() -> list[str]:
 
 
 def _describe(cell: Cell) -> str:
-    extra = ["packed"] if cell.packed else []
+    extra = [word for word in ("packed", "routed") if getattr(cell, word)]
     extra += [f"recompute={cell.recompute}"] if cell.recompute else []
-    return f"{', '.join([MODELS[cell.base], *extra])}: {SUBJECTS[cell.subject]}"
+    return f"{', '.join([MODELS[cell.base], *extra])}: {TITLES[cell.subject]}"
 
 
 def _worst(figures: dict[str, float]) -> str:

@@ -19,6 +19,7 @@ MISTAKES = [
     ("drop_the_sequence_sum", "tp2_sp", Cell("llama", "lora"), "gradients"),
     ("drop_the_sequence_sum", "tp2_sp", Cell("llama", "canonical"), "gradients"),
     ("drop_the_sequence_sum", "tp2_sp", Cell("llama", "ptuning"), "gradients"),
+    ("drop_the_sequence_sum", "tp2_sp", Cell("gpt2", "lent+tied"), "gradients"),
     ("drop_the_sequence_sum", "tp2", Cell("qwen3", "full"), "gradients"),
     ("sum_what_is_whole", "tp2", Cell("llama", "lora"), "gradients"),
     ("sum_what_is_whole", "tp2_sp", Cell("gpt2", "ptuning"), "gradients"),
@@ -26,6 +27,7 @@ MISTAKES = [
     ("mean_per_replica", "dp2", Cell("llama", "lora"), "losses"),
     ("average_over_replicas", "dp2", Cell("llama", "ia3"), "gradients"),
     ("forget_tied_copy", "pp2", Cell("gpt2", "full"), "gradients"),
+    ("forget_tied_copy", "pp2", Cell("gpt2", "lent+parallel"), "gradients"),
     ("forget_the_route", "pp2", Cell("llama", "all", recompute="full", routed=True), "gradients"),
 ]
 BY_PROCESSES = sorted({(breakage, layout) for breakage, layout, _, _ in MISTAKES})

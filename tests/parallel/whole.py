@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from graftwork import parallel
 from graftwork.parallel.record import record_of
-from tests.helpers.tiny_gpt import cut, global_name
-
-EMBEDDING = "embedding.word_embeddings.weight"
+from tests.helpers.tiny_gpt import cut
+from tests.parallel.models import key_of
 
 
 def whole(model: Any, gradients: bool = False) -> dict[str, Tensor]:
@@ -21,13 +20,8 @@ def whole(model: Any, gradients: bool = False) -> dict[str, Tensor]:
             if parameter.requires_grad:
                 value = parameter.grad if gradients else parameter.detach()
                 assert value is not None, f"{name} has no gradient"
-                found[_key(chunk, name, parameter)] = _joined(chunk, name, parameter, value, model.shape.vocab_size)
+                found[key_of(chunk, name, parameter)] = _joined(chunk, name, parameter, value, model.shape.vocab_size)
     return found
-
-
-def _key(chunk: nn.Module, name: str, parameter: Tensor) -> str:
-    """The last stage's copy of a tied embedding goes by the embedding's name."""
-    return EMBEDDING if getattr(parameter, "shared", False) else global_name(chunk, name)
 
 
 def _joined(chunk: nn.Module, name: str, parameter: Tensor, local: Tensor, vocabulary: int) -> Tensor:
