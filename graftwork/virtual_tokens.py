@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from graftwork.errors import MatchError, suggest
+from graftwork.routes import Way
 
 VIRTUAL_BASE = 2**30
 """First virtual id; a constant, so tokenised data do not depend on the (padded) vocabulary size."""
@@ -72,3 +73,16 @@ class PromptLayout:
     def appended(self, slots: Iterable[PromptSlot]) -> "PromptLayout":
         """Return a layout with ``slots`` added."""
         return PromptLayout((*self.slots, *slots))
+
+    def on(self, way: Way) -> "PromptLayout":
+        """Return a layout of the prompts that act on rows of this way."""
+        return self if way is None else PromptLayout(tuple(s for s in self.slots if s.name in way), self.off)
+
+    def without(self, name: str, task: str | None = None) -> "PromptLayout":
+        """Return a layout without prompt ``name``, or without one ``task`` of it."""
+        return PromptLayout(tuple(s for s in self.slots if s.name != name or task not in (None, s.task)))
+
+    def joined(self, name: str, slots: Iterable[PromptSlot]) -> "PromptLayout":
+        """Return a layout with further ``slots`` of prompt ``name`` behind those that it has, so that order is kept."""
+        last = max(place for place, slot in enumerate(self.slots) if slot.name == name)
+        return PromptLayout((*self.slots[: last + 1], *slots, *self.slots[last + 1 :]))

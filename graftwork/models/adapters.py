@@ -11,6 +11,7 @@ from graftwork.peft import PEFT
 from graftwork.peft.artifact import directory as artifact
 from graftwork.peft.artifact.entries import prompt_formats, transforms
 from graftwork.peft.artifact.tensors import Contents, filled
+from graftwork.peft.asking import differ
 from graftwork.peft.outline import Outline
 from graftwork.peft.stack import Stack
 
@@ -46,9 +47,23 @@ def load(stack: Stack, asked: Load, identity: Callable[[str | None], artifact.Ba
         with stack.all_or_nothing():
             for transform in chosen:
                 if transform.name not in stack.transforms:
-                    stack.add(transform, asked.trainable)
+                    stack.add(transform, asked.trainable, loaded=True)
             with filled(stack, contents):
                 stack.prompt_formats |= prompt_formats(held.config, names)
+            _keep_tasks(stack, chosen)
+
+
+def _keep_tasks(stack: Stack, loaded: Sequence[PEFT]) -> None:
+    """Where prompts got the values of some of their tasks, freeze all that was loaded: only their new tasks train."""
+    new = {
+        t.name: [task for task in stack.transforms[t.name].tasks or () if task not in (t.tasks or ())] for t in loaded
+    }
+    if not any(new.values()):
+        return
+    for name, tasks in new.items():
+        stack.freeze(name)
+        if tasks:
+            stack.train_tasks(name, tasks)
 
 
 def refuse_taken_names(transforms: Iterable[PEFT], taken: Iterable[str]) -> None:
@@ -67,7 +82,7 @@ def warn_of_other_prompts(stack: Stack, theirs: Mapping[str, object]) -> None:
     """Warn when rows are put to the model in another way (``theirs``) than its adapters were trained with."""
     for name, trained in stack.prompt_formats.items():
         for key in sorted(theirs.keys() & trained.keys()):
-            if theirs[key] != trained[key]:
+            if differ(theirs[key], trained[key]):
                 log.warning("%s is %r, but adapter %r was trained with %r.", key, theirs[key], name, trained[key])
 
 
@@ -78,7 +93,7 @@ def _checked(
     chosen = _named(transforms(held.config, asked.path), asked.names, str(held))
     for loaded in chosen:
         attached = stack.transforms.get(loaded.name)
-        if attached is not None and repr(attached) != repr(loaded):
+        if attached is not None and not attached.holds(loaded):
             raise ArtifactError(
                 f"The model already has another adapter named {loaded.name!r}: {_brief(attached)}, while {held} "
                 f"holds {_brief(loaded)}; delete or rename one of them."

@@ -4,8 +4,8 @@ A model *has* its parts: a stack of adapters, requests that wait for it to be bu
 methods hand on to them. Whatever only one family does belongs to that family's class.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from graftwork.models.generation.answers import Answer, answer, refuse_spread_ex
 from graftwork.models.generation.decoding import Decoding, Options, generate
 from graftwork.models.loss import LossFunction
 from graftwork.models.microbatch import Targets
-from graftwork.models.pending import Add, Freeze, Load, Pending, Request
+from graftwork.models.pending import Add, Change, Freeze, Load, Pending, Request
 from graftwork.models.precision import common_dtype
 from graftwork.models.recompute import recompute_fields
 from graftwork.models.shapes import Shape
@@ -38,6 +38,7 @@ from graftwork.models.weights.hub import resolve
 from graftwork.optim import AdamW
 from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT, report
+from graftwork.peft import tasks as tasks_of
 from graftwork.peft.artifact import directory as artifact
 from graftwork.peft.sites import Host
 from graftwork.peft.stack import Stack
@@ -203,7 +204,7 @@ class Model(pl.LightningModule):
         if self._stack is None:
             if not self.chunks:
                 raise ConfigError("The model is not built yet: call model.configure_model() or pass it to a trainer.")
-            self._stack = Stack(self.host())
+            self._stack = Stack(replace(self.host(), tokenize=self._tokenize))
         return self._stack
 
     @property
@@ -296,6 +297,27 @@ class Model(pl.LightningModule):
         return report.as_text(self.stack, total_parameters)
 
     def freeze(self) -> "Model":
+    def add_tasks(self, name: str, tasks: Mapping[str, int], init_text: Optional[Mapping[str, str]] = None) -> None:
+        """Give prompt adapter ``name`` further tasks, such as ``{"mood": 10}`` with ten virtual tokens.
+
+        From then on they train and nothing else of the model does, so that earlier tasks keep tensors and logits, bit
+        for bit. ``init_text``: their texts, where each task of prompt tuning starts from its own. Raises MatchError or
+        ConfigError, and changes nothing, for tasks that are there already or cannot be.
+        """
+        self._change(lambda stack: tasks_of.add_tasks(stack, name, tasks, init_text))
+
+    def remove_task(self, name: str, task: str) -> None:
+        """Take a task off prompt adapter ``name``; all others keep every bit."""
+        self._change(lambda stack: tasks_of.remove_task(stack, name, task))
+
+    def rename_task(self, name: str, old: str, new: str) -> None:
+        """Call a task of prompt adapter ``name`` by another name, in rows and in artifacts."""
+        self._change(lambda stack: tasks_of.rename_task(stack, name, old, new))
+
+    def train_tasks(self, name: str, tasks: Sequence[str]) -> None:
+        """Make exactly these tasks of prompt adapter ``name`` trainable; other adapters stay as they are."""
+        self._change(lambda stack: tasks_of.train_tasks(stack, name, tasks))
+
         """Stop all training: no parameter requires a gradient and the model is in eval mode."""
         if self.chunks:
             super().freeze()
@@ -357,7 +379,7 @@ class Model(pl.LightningModule):
         refuse_unfit(self.trainer, self._stack, self.shape.max_position_embeddings)
         prompt = prompt_format_of(self.trainer)
         if prompt and self._stack is not None:
-            self._stack.remember_prompt_format(prompt)
+            agreed(partial(self._stack.remember_prompt_format, prompt))
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Zero gradients, unless the strategy has just made them: Lightning asks for this after the backward pass."""
@@ -386,6 +408,18 @@ class Model(pl.LightningModule):
         if self.checkpoint_dir is not None:
             check_checkpoint(self.shape, self.checkpoint_dir)
 
+            case Change():
+                request.do(self.stack)
+
+    def _change(self, do: Callable[[Stack], None]) -> None:
+        """Change the adapters, now or once the model is built."""
+        if self.chunks:
+            do(self.stack)
+        else:
+            self._pending.put(Change(do))
+
+    def _tokenize(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
     def _transformer_fields(self) -> dict[str, object]:
         dtype = common_dtype(self.dtype_name, self.checkpoint_dir)
         return {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from graftwork.errors import GraftworkError
 from graftwork.peft import PEFT
+from graftwork.peft.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,14 @@ class Freeze:
     """Stop all training."""
 
 
-Request = Add | Load | Freeze
+@dataclass(frozen=True)
+class Change:
+    """Do something to the adapters that are attached by then."""
+
+    do: Callable[[Stack], None]
+
+
+Request = Add | Load | Freeze | Change
 
 
 class Pending:

@@ -12,7 +12,19 @@ from graftwork.peft.methods.canonical_lora import CanonicalLoRA
 from graftwork.peft.methods.dora import DoRA
 from graftwork.peft.methods.ia3 import IA3
 from graftwork.peft.methods.lora import LoRA
-from graftwork.peft.methods.prompt import PTuning
+from graftwork.peft.methods.prompt_tuning import PromptTuning
+from graftwork.peft.methods.ptuning import PTuning
 from graftwork.peft.methods.selective import Selective
 
-__all__ = ["IA3", "METHODS", "PEFT", "CanonicalAdapter", "CanonicalLoRA", "DoRA", "LoRA", "PTuning", "Selective"]
+__all__ = [
+    "IA3",
+    "METHODS",
+    "PEFT",
+    "CanonicalAdapter",
+    "CanonicalLoRA",
+    "DoRA",
+    "LoRA",
+    "PTuning",
+    "PromptTuning",
+    "Selective",
+]

@@ -41,6 +41,8 @@ class PEFT(pl.Callback):
     """
 
     default_lr: ClassVar[float] = 1e-4
+    tasks: Optional[dict[str, int]] = None
+    """Number of virtual tokens of each task; None where rows of all tasks are treated alike."""
 
     def __init__(self, name: str, layers: LayerChoice = None) -> None:
         if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():

@@ -93,8 +93,8 @@ class Host:
 
     ``chunks`` are this rank's megatron-core modules (several under virtual pipelining), ``config`` their
     TransformerConfig, ``vocab_size`` the real (un-padded) vocabulary, ``seed`` fixes every adapter's initial values.
-    ``depths`` is the number of layers of each part; None: one decoder of ``config.num_layers``. ``tokenize`` returns the
-    ids of a text, without BOS and EOS; None where no initial value is asked for.
+    ``depths`` is the number of layers of each part; None: one decoder of ``config.num_layers``. ``tokenize`` returns
+    the ids of a text, without BOS and EOS; None where there is no tokenizer.
     """
 
     chunks: Sequence[nn.Module]

@@ -12,6 +12,7 @@ from graftwork.errors import ConfigError, MatchError, suggest
 from graftwork.parallel.collective import agreed
 from graftwork.parallel.record import record_of
 from graftwork.peft.adapter import Adapter, Birth
+from graftwork.peft.asking import PromptFormat, learned
 from graftwork.peft.merge import Candidate, fold, install, original_weights, originals, unmerge
 from graftwork.peft.method import PEFT
 from graftwork.peft.outline import Outline
@@ -21,9 +22,6 @@ from graftwork.peft.trained import DerivedTensor, LentTensor, TrainedTensor, che
 from graftwork.peft.wrapper import graft, parameter_device, ungraft
 from graftwork.routes import Routes, Way
 from graftwork.virtual_tokens import PromptLayout
-
-PromptFormat = Mapping[str, Any]
-"""How rows are put to a model: templates, BOS and EOS, by the names of the data module's options."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,7 @@ class Stack:
         self.grafted: dict[str, list[Grafted]] = {}
         self.lent: dict[str, list[LentTensor]] = {}
         self.prompt_formats: dict[str, PromptFormat] = {}
+        self.frozen_tasks: dict[str, frozenset[str]] = {}
         self.layout = PromptLayout()
         self._merged: set[str] = set()
         self._training: set[str] = set()
@@ -80,20 +79,22 @@ class Stack:
         """Whether an adapter of the model is merged into the base."""
         return bool(self._merged)
 
-    def add(self, transform: PEFT, trainable: bool = True) -> None:
+    def add(self, transform: PEFT, trainable: bool = True, loaded: bool = False) -> None:
         """Attach one transform: find its sites, freeze the base, graft its adapters (``trainable`` or frozen).
 
+        ``loaded``: its values are replaced at once, so that no tokenizer is needed for those that follow from a text.
         Raises MatchError when the name is taken, a target matches nothing or a tensor is trained by another; on any
         rank's error no rank is changed.
         """
-        self._check_on()
+        self.check_on()
         if transform.name in self.transforms:
             raise MatchError(
                 f"The model already has an adapter named {transform.name!r}; give this {type(transform).__name__} "
                 "another name or delete the other one first."
             )
         layout = self.layout.appended(transform.prompt_slots(self.layout.size))
-        plan = agreed(lambda: _planned(transform, replace(self._host, prompts=layout)))
+        host = replace(self._host, prompts=layout, tokenize=_unasked if loaded else self._host.tokenize)
+        plan = agreed(lambda: _planned(transform, host))
         self.layout = layout
         self._carry_out(plan, transform, trainable)
 
@@ -105,10 +106,10 @@ class Stack:
         found, layout = [], self.layout
         for transform in transforms:
             name = transform.name
-            if name in self.transforms:
+            if repr(self.transforms.get(name)) == repr(transform):
                 plan = _Plan(self.grafted[name], [lent.tensor for lent in self.lent[name]])
             else:
-                layout = layout.appended(transform.prompt_slots(layout.size))
+                layout = layout.without(name).appended(transform.prompt_slots(layout.size))
                 plan = _sketched(transform, replace(self._host, prompts=layout))
             found.append(plan.outline(name))
         return found
@@ -120,13 +121,14 @@ class Stack:
     def remove(self, name: str) -> None:
         """Take adapter ``name`` off the model; the base and other adapters keep every bit.
 
-        Removing the last adapter, if it trains, unfreezes the base as far as the first one froze it.
+        Removing the last adapter, if it trains, unfreezes the base as far as the first one froze it. Collective.
         """
         self.known([name])
-        self._check_on()
+        self.check_on()
         if self.merged:
             raise MatchError(f"{self.transforms[name]} cannot be deleted while adapters are merged; unmerge first.")
-        trained = any(tensor.parameter.requires_grad for tensor in self.tensors(name))
+        # A pipeline stage may hold none of it, and must thaw its part of the base all the same.
+        trained = self._host.everywhere(t.key for t in self.tensors(name) if t.parameter.requires_grad)
         self._detach(name)
         if not self.transforms:
             for parameter, flag in self._base_flags if trained else []:
@@ -165,7 +167,7 @@ class Stack:
 
     @contextmanager
     def routed(self, routes: Routes | None) -> Iterator[None]:
-        """Let each adapter act only where ``routes`` send a row to it, inside the block; None: everywhere.
+        """Let each adapter act only where ``routes`` send a row to it, inside the block; None: as outside of it.
 
         Raises MatchError for a name that is not attached, or an adapter that cannot tell rows apart.
         """
@@ -189,7 +191,7 @@ class Stack:
         Raises MatchError for a method that cannot be merged, or a weight that would not be finite, on every rank and
         before anything is changed.
         """
-        self._check_on()
+        self.check_on()
         chosen = self.known(names)
         candidates = [Candidate(str(self.transforms[n]), g.site, g.adapter) for n in chosen for g in self.grafted[n]]
         install(agreed(lambda: fold(candidates, self._host.chunks)))
@@ -197,9 +199,14 @@ class Stack:
 
     def unmerge(self) -> None:
         """Give every merged weight back bit for bit."""
-        self._check_on()
+        self.check_on()
         unmerge(self._host.chunks)
         self._merged = set()
+
+    def check_on(self) -> None:
+        """Raise MatchError inside of a ``disabled`` block, where nothing may be changed."""
+        if self._off:
+            raise MatchError("Adapters are switched off here; leave the adapters_disabled() block first.")
 
     def adapters(self, name: str | None = None) -> Iterator[Adapter]:
         """Yield the adapter modules on this rank, of one name or of all."""
@@ -234,6 +241,27 @@ class Stack:
         for name in self.transforms:
             self._set_trainable(name, name in chosen)
 
+    def freeze(self, name: str) -> None:
+        """Stop the training of adapter ``name``."""
+        self._set_trainable(name, False)
+
+    def train_tasks(self, name: str, tasks: Collection[str]) -> None:
+        """Make exactly these tasks of adapter ``name`` trainable and freeze its others."""
+        for tensor in self.tensors(name):
+            _, task, _ = tensor.name.split(".")
+            tensor.parameter.requires_grad_(task in tasks)
+        (self._training.add if tasks else self._training.discard)(name)
+        self.frozen_tasks[name] = frozenset(self.transforms[name].tasks or ()) - set(tasks)
+
+    def training_tasks(self) -> dict[str, list[str]]:
+        """Return, by adapter, the tasks that train; adapters without tasks are left out."""
+        trained = {name: transform.tasks for name, transform in self.transforms.items() if name in self._training}
+        return {
+            name: [task for task in tasks if task not in self.frozen_tasks.get(name, ())]
+            for name, tasks in trained.items()
+            if tasks is not None
+        }
+
     def known(self, names: Sequence[str] | None) -> list[str]:
         """Return ``names`` without repetitions, all names for None; raises MatchError for one that is not attached."""
         for name in names or ():
@@ -259,8 +287,15 @@ class Stack:
         return found
 
     def remember_prompt_format(self, prompt: Mapping[str, object]) -> None:
-        """Note, for every adapter that trains, how the training rows are put to the model."""
-        self.prompt_formats |= {name: dict(prompt) for name in self._training}
+        """Note, for every adapter that trains, how the training rows are put to the model.
+
+        Raises ConfigError where tasks that do not train would have to be asked in another way than they were trained.
+        """
+        trained, found = self.training_tasks(), {}
+        for name in self._training:
+            before, frozen = self.prompt_formats.get(name), sorted(self.frozen_tasks.get(name, ()))
+            found[name] = learned(before, prompt, frozen, trained.get(name, ()), str(self.transforms[name]))
+        self.prompt_formats |= found
 
     def _carry_out(self, plan: _Plan, transform: PEFT, trainable: bool) -> None:
         if not self.transforms:
@@ -283,12 +318,14 @@ class Stack:
             lent.give_back()
         del self.transforms[name]
         self.prompt_formats.pop(name, None)
+        self.frozen_tasks.pop(name, None)
         self._training.discard(name)
-        self.layout = PromptLayout(tuple(s for s in self.layout.slots if s.name != name))
+        self.layout = self.layout.without(name)
 
     def _set_trainable(self, name: str, trainable: bool) -> None:
         for tensor in self.tensors(name):
             tensor.parameter.requires_grad_(trainable)
+        self.frozen_tasks.pop(name, None)
         (self._training.add if trainable else self._training.discard)(name)  # also where a rank holds none of it
 
     def _why_everywhere(self, name: str) -> str | None:
@@ -304,13 +341,14 @@ class Stack:
     def _lent(self) -> list[LentTensor]:
         return [lent for tensors in self.lent.values() for lent in tensors]
 
-    def _check_on(self) -> None:
-        if self._off:
-            raise MatchError("Adapters are switched off here; leave the adapters_disabled() block first.")
-
 
 def _sketched(transform: PEFT, host: Host) -> _Plan:
-    return agreed(lambda: _planned(transform, host, torch.device("meta")))
+    return agreed(lambda: _planned(transform, replace(host, tokenize=_unasked), torch.device("meta")))
+
+
+def _unasked(text: str) -> list[int]:
+    """Stand for a tokenizer where the values that follow from a text are not wanted."""
+    return [0]
 
 
 def _planned(transform: PEFT, host: Host, device: torch.device | None = None) -> _Plan:

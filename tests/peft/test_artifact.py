@@ -124,7 +124,7 @@ def test_what_the_files_hold(tmp_path: Path) -> None:
     }
     assert all(t.dtype == torch.float32 for t in tensors.values())
     (prompt,) = model.stack.adapters("ptuning")
-    assert torch.equal(tensors[f"ptuning.{words}.table"], prompt.table())
+    assert torch.equal(tensors[f"ptuning.{words}.table"], prompt.rows())
     config = json.loads((tmp_path / "adapter" / FILES[1]).read_text())
     assert config["format"] == "graftwork" and config["peft_type"] == "GRAFTWORK" and config["schema"] == 1
     assert [a["method"] for a in config["adapters"]] == ["LoRA", "IA3", "CanonicalAdapter", "PTuning"]

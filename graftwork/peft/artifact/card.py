@@ -48,5 +48,6 @@ def model_card(config: ArtifactConfig, tensors: Mapping[str, Tensor]) -> str:
 def _asked(adapters: Sequence[Entry]) -> str:
     """Return the sentence that tells how the adapters were trained to be asked, or nothing where it is unknown."""
     prompts = [a.prompt.prompt_template for a in adapters if a.prompt is not None]
-    templates = dict.fromkeys(template for template in prompts if template is not None)
+    texts = [list(given.values()) if isinstance(given, dict) else [given] for given in prompts if given is not None]
+    templates = dict.fromkeys(template for given in texts for template in given)
     return f"Trained on the prompt {', '.join(map(repr, templates))}. " if templates else ""

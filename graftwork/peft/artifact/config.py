@@ -14,6 +14,9 @@ Values = Annotated[list[Value], Field(max_length=4096)]
 Option = Value | Values | Annotated[dict[Name, Value | Values], Field(max_length=4096)]
 
 
+ByTask = Annotated[dict[Name, str], Field(max_length=4096)]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -24,8 +27,8 @@ class Prompt(_Part):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Value] = Field(init=False)
 
-    prompt_template: str | None = None
-    answer_template: str | None = None
+    prompt_template: str | ByTask | None = None
+    answer_template: str | ByTask | None = None
     add_bos: bool | None = None
     add_eos: bool | None = None
 

@@ -8,9 +8,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from graftwork.errors import ArtifactError, ConfigError, quoted, suggest
 from graftwork.peft.artifact.config import ArtifactConfig, Entry
+from graftwork.peft.asking import PromptFormat
 from graftwork.peft.method import PEFT
 from graftwork.peft.methods import METHODS
-from graftwork.peft.stack import PromptFormat, Stack
+from graftwork.peft.stack import Stack
 
 _STRICT = ConfigDict(strict=True)
 

@@ -88,9 +88,10 @@ class Contents:
 def filled(stack: Stack, contents: Contents) -> Iterator[None]:
     """Copy tensors into the attached adapters; when the block raises, each has its value of before again.
 
+    Tensors that the file, once it was checked, does not hold are those of further tasks: they keep their values.
     Raises ArtifactError on every rank and before any value is changed. Each rank reads only its slices.
     """
-    wanted = [tensor for name in contents.names for tensor in stack.tensors(name)]
+    wanted = [t for name in contents.names for t in stack.tensors(name) if t.key in contents.stored]
 
     def read() -> list[Tensor]:
         _check_open(stack, contents.names)

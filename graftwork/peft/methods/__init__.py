@@ -9,7 +9,8 @@ from graftwork.peft.methods.canonical_lora import CanonicalLoRA
 from graftwork.peft.methods.dora import DoRA
 from graftwork.peft.methods.ia3 import IA3
 from graftwork.peft.methods.lora import LoRA
-from graftwork.peft.methods.prompt import PTuning
+from graftwork.peft.methods.prompt_tuning import PromptTuning
+from graftwork.peft.methods.ptuning import PTuning
 from graftwork.peft.methods.selective import Selective
 from graftwork.registry import Registry
 
@@ -20,6 +21,7 @@ METHODS.enter("LoRA", LoRA)
 METHODS.enter("CanonicalAdapter", CanonicalAdapter)
 METHODS.enter("IA3", IA3)
 METHODS.enter("PTuning", PTuning)
+METHODS.enter("PromptTuning", PromptTuning)
 METHODS.enter("Selective", Selective)
 METHODS.enter("DoRA", DoRA)
 METHODS.enter("CanonicalLoRA", CanonicalLoRA)
