@@ -104,7 +104,7 @@ def test_virtual_tokens_may_stand_anywhere() -> None:
     (p0, p1), (q0, q1) = model.prompt_layout.ids("p"), model.prompt_layout.ids("q")
     ids = torch.tensor([[3, q1, 5, p0, p1, 7], [q0, q1, 4, 4, p1, 9]])
     embedding = model.module.embedding.word_embeddings
-    tables = {n: next(model.stack.adapters(n)).table() for n in ("p", "q")}
+    tables = {n: next(model.stack.adapters(n)).rows() for n in ("p", "q")}
     rows = {p0: ("p", 0), p1: ("p", 1), q0: ("q", 0), q1: ("q", 1)}
 
     def row(token: int) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_lora_on_the_embedding_and_prompts_in_either_order() -> None:
         model.add_adapter(stack[::-1] if order else stack)
         shake(model, 0.1)
         embedding = model.module.embedding.word_embeddings
-        low_rank, table = next(model.stack.adapters("lora")), next(model.stack.adapters("p")).table()
+        low_rank, table = next(model.stack.adapters("lora")), next(model.stack.adapters("p")).rows()
         ids = torch.tensor([[*model.prompt_layout.ids("p"), 0, 7]])
         words = embedding.weight[[0, 7]] + 8 * low_rank.lora_A[[0, 7]] @ low_rank.lora_B.T
         assert torch.allclose(embedding(ids)[0], torch.cat([table, words]), atol=1e-6)
