@@ -217,10 +217,6 @@ def merge(rank: int, world: int, layout: Layout, root: Path) -> tuple[Tensor, Te
     return live, merged, all(torch.equal(p, b) for p, b in zip(model.parameters(), base))
 
 
-@pytest.mark.fault(
-    "merging at tensor-parallel size 2 gives a wrong weight",
-    "each rank merges its own cut; the whole equals one process",
-)
 @pytest.mark.processes
 @pytest.mark.parametrize("layout", ["tp2_sp", "pp2"])
 def test_merging_in_a_layout(layout: str, root: Path, references: Any) -> None:
@@ -229,6 +225,48 @@ def test_merging_in_a_layout(layout: str, root: Path, references: Any) -> None:
         wanted = references["llama"]["lora+ia3"]
         assert (merged - wanted).abs().max() <= 1e-5 * wanted.abs().max()
         assert (live - wanted).abs().max() <= 1e-5 * wanted.abs().max() and restored
+
+
+def merge_each(rank: int, world: int, names: list[str], root: Path) -> dict[str, tuple[Tensor, bool]]:
+    """Merge and unmerge stacks at tensor-parallel size 2: logits, and whether every bit came back."""
+    layout = LAYOUTS["tp2_sp"][1]
+    enter(layout)
+    model, found = bare("llama", root, layout), {}
+    for name in names:
+        model.load_adapters(root / "merging" / name)
+        before = [p.detach().clone() for p in model.parameters()]
+        model.merge_adapters()
+        merged = logits(model)
+        model.unmerge_adapters()
+        found[name] = merged, all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+        for adapter in list(model.adapters):
+            model.delete_adapter(adapter)
+    return found
+
+
+@pytest.mark.fault(
+    "merging at tensor-parallel size 2 gives a wrong weight",
+    "each rank merges its own cut; the whole equals one process, for each method that merges",
+)
+@pytest.mark.processes
+def test_every_method_merges_its_cut_of_a_weight(root: Path) -> None:
+    model, wanted = bare("llama", root), {}
+    for name, stack in STACKS.items():
+        model.add_adapter(stack())
+        adapters = list(model.stack.adapters())
+        if adapters and all(adapter.mergeable for adapter in adapters):
+            shake(model, 0.05)
+            model.save_adapters(root / "merging" / name)
+            wanted[name] = logits(model)
+        for adapter in list(model.adapters):
+            model.delete_adapter(adapter)
+    parallel.destroy()
+    assert wanted.keys() >= {"lora", "ia3", "lora+ia3"}
+    for found in run_ranks(merge_each, 2, list(wanted), root):
+        assert found.keys() == wanted.keys()
+        for name, (merged, restored) in found.items():
+            assert (merged - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max(), name
+            assert restored, name
 
 
 def experts(rank: int, world: int, layout: Layout, root: Path) -> list[str]:
@@ -268,3 +306,20 @@ def test_the_comparison_notices_a_part_that_is_missing(root: Path, references: A
     with pytest.raises(ArtifactError):
         model.load_adapters(path)
     parallel.destroy()
+
+
+def thawed(rank: int, world: int, root: Path, trainable: bool) -> list[bool]:
+    """Take off an adapter of the first layer alone; return whether this rank's base parameters train again."""
+    model = bare("llama", root, Layout(pipeline_model_parallel_size=2))
+    model.add_adapter(LoRA(dim=2, layers=[0]), trainable=trainable)
+    held = any(True for _ in model.stack.tensors("lora"))
+    model.delete_adapter("lora")
+    return [held, any(p.requires_grad for p in model.parameters()), all(p.requires_grad for p in model.parameters())]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_stage_without_the_adapter_thaws_with_the_others(trainable: bool, root: Path) -> None:
+    first, second = run_ranks(thawed, 2, root, trainable)
+    assert (first[0], second[0]) == (True, False), "the adapter stands in the first stage alone"
+    assert first[1:] == second[1:] == [trainable, trainable]
