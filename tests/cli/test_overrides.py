@@ -6,12 +6,13 @@ import catalogue
 import fiddle as fdl
 import nemo_run as run
 import pytest
+from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
 from graftwork.cli.context import GraftContext
 from graftwork.cli.factories import register
 from graftwork.executors import EXECUTORS, local
-from graftwork.peft import METHODS, CanonicalAdapter, LoRA, PTuning
-from graftwork.recipes import RECIPES, smollm2_135m
+from graftwork.peft import METHODS, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, PTuning
+from graftwork.recipes import RECIPES, show, smollm2_135m
 from graftwork.training import finetune
 
 
@@ -55,6 +56,24 @@ def test_a_field_of_a_method_by_index() -> None:
     assert parse("peft[0].layers=[0,1]").peft == [run.Config(LoRA, layers=[0, 1])]
     assert parse("peft[0].target_modules=['linear_qkv']").peft[0].target_modules == ["linear_qkv"]
     assert parse("peft[0].rank_pattern={'*.linear_fc1': 4}").peft[0].rank_pattern == {"*.linear_fc1": 4}
+
+
+def test_layers_of_the_whole_model_or_of_its_parts() -> None:
+    assert parse("peft[0].layers={'encoder':[0,1],'decoder':[2]}").peft[0].layers == {"encoder": [0, 1], "decoder": [2]}
+    task = parse("peft=[dora(layers={'decoder':[1]}),canonical_lora(target_modules=['linear_q'],layers=[0])]")
+    assert task.peft == [
+        run.Config(DoRA, layers={"decoder": [1]}),
+        run.Config(CanonicalLoRA, target_modules=["linear_q"], layers=[0]),
+    ]
+    assert "peft[0].layers = {'decoder': [1]}" in show(task)
+    serializer = ZlibJSONSerializer()
+    assert serializer.deserialize(serializer.serialize(task)) == task
+    assert [t.layers for t in fdl.build(task).keywords["peft"]] == [{"decoder": [1]}, [0]]
+
+
+@pytest.mark.parametrize("value", ["3", "{'decoder':3}", "all"])
+def test_layers_that_are_none_are_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "a value of type Union[list[int], dict[str, list[int]]" in refuse(capsys, f"peft[0].layers={value}")
 
 
 def test_a_stack_and_then_its_field() -> None:
@@ -123,7 +142,7 @@ WRONG = {
     "unknown field": (["trainer.max_stepz=60"], "trainer has no field 'max_stepz'; did you mean 'max_steps'"),
     "unknown top field": (["trainr.max_steps=60"], "the recipe has no field 'trainr'; did you mean 'trainer'?"),
     "unknown method": (["peft=[lora,ptunig]"], "no peft is called 'ptunig'; did you mean 'ptuning'?"),
-    "unknown bare method": (["peft=lorra"], "no peft is called 'lorra'; did you mean 'lora'?"),
+    "unknown bare method": (["peft=lorra"], "no peft is called 'lorra'; did you mean 'lora' or 'dora'?"),
     "unknown argument": (["peft=[lora(dmi=4)]"], "lora has no argument 'dmi'; did you mean 'dim'"),
     "wrong type": (["trainer.max_steps=many"], "trainer.max_steps=many is not valid: a value of type int is expected."),
     "wrong index": (["peft[1].dim=4"], "peft holds 1 item(s)"),
