@@ -10,7 +10,7 @@ from graftwork.peft import METHODS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import methods  # noqa: E402
+import methods
 
 
 def result(exact_match: float) -> dict[str, Any]:
