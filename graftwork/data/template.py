@@ -212,10 +212,10 @@ def _check_answer(answer: str) -> None:
 
 
 def check_task(layout: PromptLayout, task: str | None, place: Place) -> None:
-    """Raise DataError when the prompts are kept per task and the row does not name one that every prompt has."""
-    for name, tasks in layout.tasks.items():
-        if task not in tasks:
-            raise DataError(f"{place}: {_said(task)}, but prompt {name!r} is chosen by task; {_near(task, tasks)}")
+    """Raise DataError when prompts are kept per task and the row does not name one of their tasks."""
+    tasks = {known: None for names in layout.tasks.values() for known in names}
+    if tasks and task not in tasks:
+        raise DataError(f"{place}: {_said(task)}, but its prompt is chosen by task; {_near(task, tasks)}")
 
 
 def _said(task: str | None) -> str:

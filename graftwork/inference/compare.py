@@ -14,8 +14,16 @@ WIDTH = 80
 
 
 def compare(before: Metrics, after: Metrics, names: tuple[str, str] = ("base", "adapted"), width: int = WIDTH) -> str:
-    """Return a table of two evaluations of the same rows, as made by ``evaluate_model``."""
-    table = _table(f"{after['rows']} held-out rows", ["", *names, "change"], right=[1, 2, 3])
+    """Return a table of two evaluations of the same rows, as made by ``evaluate_model``, and one for each task."""
+    titled = [(f"{after['rows']} held-out rows", before, after)]
+    for task, figures in after.get("tasks", {}).items():
+        if task in before.get("tasks", {}):
+            titled.append((f"task {task!r}: {figures['rows']} rows", before["tasks"][task], figures))
+    return _text([_compared(title, old, new, names) for title, old, new in titled], width)
+
+
+def _compared(title: str, before: Metrics, after: Metrics, names: tuple[str, str]) -> Table:
+    table = _table(title, ["", *names, "change"], right=[1, 2, 3])
     table.add_row("loss per answer token", *_numbers(before["loss"], after["loss"]))
     table.add_row("exact match", *_percents(before["exact_match"], after["exact_match"]))
     if "accuracy" in before and "accuracy" in after:
@@ -24,7 +32,7 @@ def compare(before: Metrics, after: Metrics, names: tuple[str, str] = ("base", "
         for label, figures in after["labels"].items():
             old = _recall(before["labels"].get(label))
             table.add_row(f"  {label!r} ({figures['rows']} rows)", *_percents(old, figures["recall"]))
-    return _text([table], width)
+    return table
 
 
 def confusion(metrics: Metrics, width: int = WIDTH) -> str:

@@ -1,6 +1,8 @@
 """evaluate: loss, exact match and closed-set accuracy of a model on rows with known answers."""
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Unpack
 
@@ -66,19 +68,59 @@ def evaluate_model(
     ``answer_template``, else those the adapters were trained with) or Examples. Always: ``rows``, ``dropped``,
     ``answer_tokens``, ``loss`` per answer token over the whole set, ``exact_match`` of greedy answers, end token
     included. Where answers are a closed set: ``accuracy``, ``labels`` and ``confusion`` from the log-likelihood of each
-    label.
+    label. Where rows name a task, ``tasks`` holds the figures of each, found as if its rows were alone; a row's label
+    is then one of its own task's.
     """
     examples = _examples(data, split, limit, templates)
     model.configure_model()
-    chosen = examples.closed_set() if labels is None else _distinct(labels)
+    given = None if labels is None else _distinct(labels)
+    found = {task: _figures(model, examples.of_task(task), given, batch_tokens) for task in examples.tasks}
+    metrics = _joined(list(found.values()))
+    named = {task: _joined([figures]) for task, figures in found.items() if task is not None}
+    if named:
+        metrics["tasks"] = named
+    return metrics
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """Scores of the rows of one task that were not dropped: of the right answer, and of each label where there are."""
+
+    right: list[Score]
+    dropped: int
+    labels: list[str] | None
+    expected: list[int]
+    likelihoods: list[list[float]]
+
+
+def _figures(model: Model, examples: Examples, labels: list[str] | None, batch_tokens: int) -> _Figures:
+    chosen = examples.closed_set() if labels is None else labels
     expected = [0] * len(examples.rows) if chosen is None else examples.expected(chosen)
     found = _scores(model, examples, chosen, batch_tokens)
-    metrics = answer_metrics([row[expected[i]] for i, row in found.items()])
-    metrics["dropped"] = len(examples.rows) - len(found)
-    if chosen is None:
+    return _Figures(
+        right=[row[expected[i]] for i, row in found.items()],
+        dropped=len(examples.rows) - len(found),
+        labels=chosen,
+        expected=[expected[i] for i in found],
+        likelihoods=[[value.likelihood for value in row] for row in found.values()],
+    )
+
+
+def _joined(found: list[_Figures]) -> Metrics:
+    """Return the figures over all rows; labels, which may be those of several tasks, where every task has some."""
+    metrics = answer_metrics([score for part in found for score in part.right])
+    metrics["dropped"] = sum(part.dropped for part in found)
+    sets = [part.labels for part in found if part.labels is not None]
+    if len(sets) < len(found):
         return metrics
-    likelihoods = [[value.likelihood for value in row] for row in found.values()]
-    return metrics | label_metrics(chosen, [expected[i] for i in found], likelihoods)
+    labels = list(dict.fromkeys(label for one in sets for label in one))
+    expected, likelihoods = [], []
+    for part, own in zip(found, sets, strict=True):
+        expected += [labels.index(own[number]) for number in part.expected]
+        for row in part.likelihoods:
+            values = dict(zip(own, row, strict=True))
+            likelihoods.append([values.get(label, -math.inf) for label in labels])
+    return metrics | label_metrics(labels, expected, likelihoods)
 
 
 def _scores(model: Model, examples: Examples, labels: list[str] | None, batch_tokens: int) -> dict[int, list[Score]]:

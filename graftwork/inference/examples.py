@@ -69,6 +69,15 @@ class Examples:
 
         return cls(_parsed(data.raw_rows(chosen), limit, True), encoder)
 
+    def of_task(self, task: str | None) -> "Examples":
+        """The rows of one task (None: those that name none)."""
+        return Examples([(place, row) for place, row in self.rows if row.task == task], self.encoder)
+
+    @property
+    def tasks(self) -> list[str | None]:
+        """The tasks that the rows name, in the order in which they come; None stands for rows that name none."""
+        return list(dict.fromkeys(row.task for _, row in self.rows)) or [None]
+
     def references(self, model: Model) -> list[list[Sequence | None]]:
         """Per row, its prompt with the right answer; None where the encoder drops a row as too long."""
         return [[sequence] for sequence, _ in self.encoder(model).learn(self.rows)]

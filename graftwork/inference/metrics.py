@@ -1,7 +1,7 @@
 """Figures from scores: loss per answer token, exact match, closed-set accuracy with its confusions."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 from graftwork.inference.scoring import Score
@@ -26,8 +26,12 @@ class Metrics(TypedDict, total=False):
     accuracy: float
     labels: dict[str, LabelFigures]
     confusion: dict[str, dict[str, int]]
+    tasks: dict[str, "Metrics"]
     baseline: "Metrics"
 
+
+Paired = Mapping[str, "float | Paired"]
+"""Of one figure what it was before and is after; of all tasks, by their names, the figures of each."""
 
 Compared = Literal["loss", "exact_match", "accuracy"]
 COMPARED: tuple[Compared, ...] = ("loss", "exact_match", "accuracy")
@@ -66,9 +70,18 @@ def label_metrics(labels: list[str], expected: list[int], likelihoods: list[list
     }
 
 
-def paired(before: Metrics, after: Metrics) -> dict[str, dict[str, float]]:
-    """Return ``{metric: {"before": ..., "after": ...}}`` of the figures both have, as a run's summary keeps them."""
-    return {n: {"before": before[n], "after": after[n]} for n in COMPARED if n in before and n in after}
+def paired(before: Metrics, after: Metrics) -> dict[str, Paired]:
+    """Return ``{metric: {"before": ..., "after": ...}}`` of the figures both have, as a run's summary keeps them.
+
+    Where rows name tasks, those of each task stand under ``tasks``.
+    """
+    found: dict[str, Paired] = {
+        n: {"before": before[n], "after": after[n]} for n in COMPARED if n in before and n in after
+    }
+    old, new = before.get("tasks", {}), after.get("tasks", {})
+    if shared := [task for task in new if task in old]:
+        found["tasks"] = {task: paired(old[task], new[task]) for task in shared}
+    return found
 
 
 def _ratio(part: int, whole: int) -> float | None:

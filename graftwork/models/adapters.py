@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 
-from graftwork.errors import ArtifactError, MatchError, quoted, suggest
+from graftwork.errors import ArtifactError, ConfigError, MatchError, quoted, suggest
 from graftwork.models.pending import Load
 from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT
@@ -64,6 +64,22 @@ def _keep_tasks(stack: Stack, loaded: Sequence[PEFT]) -> None:
         stack.freeze(name)
         if tasks:
             stack.train_tasks(name, tasks)
+
+
+def refuse_long_prompts(lengths: Mapping[str, int], context: int) -> None:
+    """Raise ConfigError for a prompt (whose, how many virtual tokens) that leaves no room for a row in the context."""
+    for who, length in lengths.items():
+        if length >= context:
+            raise ConfigError(
+                f"{who} has {length:,} virtual tokens, but the model's context holds {context:,} tokens, the row's own "
+                f"included; give it at most {context - 1:,}."
+            )
+
+
+def prompt_lengths(transforms: Iterable[PEFT]) -> dict[str, int]:
+    """Return the number of virtual tokens of every prompt, and of every task of one."""
+    slots = [(transform, slot) for transform in transforms for slot in transform.prompt_slots(0)]
+    return {f"{who}{'' if s.task is None else f', task {s.task!r},'}": s.length for who, s in slots}
 
 
 def refuse_taken_names(transforms: Iterable[PEFT], taken: Iterable[str]) -> None:

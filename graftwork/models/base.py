@@ -22,7 +22,14 @@ from graftwork import parallel
 from graftwork.batch import Batch, Ids, Questions
 from graftwork.data.tokenizer import Tokenizer, checkpoint_tokenizer
 from graftwork.errors import ArtifactError, ConfigError, TrainingError
-from graftwork.models.adapters import attach, load, refuse_taken_names, warn_of_other_prompts
+from graftwork.models.adapters import (
+    attach,
+    load,
+    prompt_lengths,
+    refuse_long_prompts,
+    refuse_taken_names,
+    warn_of_other_prompts,
+)
 from graftwork.models.fitting import ValidationLoss, prompt_format_of, refuse_unfit, schedules_steps, trained_only
 from graftwork.models.generation.answers import Answer, answer, refuse_spread_experts
 from graftwork.models.generation.decoding import Decoding, Options, generate
@@ -42,6 +49,7 @@ from graftwork.peft import tasks as tasks_of
 from graftwork.peft.artifact import directory as artifact
 from graftwork.peft.sites import Host
 from graftwork.peft.stack import Stack
+from graftwork.routes import Routes
 from graftwork.virtual_tokens import PromptLayout
 
 
@@ -225,6 +233,7 @@ class Model(pl.LightningModule):
         """
         listed = [transforms] if isinstance(transforms, PEFT) else list(transforms)
         new = [transform for transform in listed if self.adapters.get(transform.name) is not transform]
+        refuse_long_prompts(prompt_lengths(new), self.shape.max_position_embeddings)
         if self.chunks:
             attach(self.stack, new, trainable)
         else:
@@ -275,6 +284,10 @@ class Model(pl.LightningModule):
         with self.stack.disabled():
             yield
 
+    def routed(self, routes: Routes | None) -> AbstractContextManager[None]:
+        """Send rows to adapters by ``routes`` inside the block; raises MatchError where that cannot be."""
+        return self.stack.routed(routes)
+
     def merge_adapters(self, names: Sequence[str] | None = None) -> None:
         """Fold adapters (default all) into the base weights; raises MatchError for one that cannot be merged."""
         self.stack.merge(names)
@@ -292,11 +305,6 @@ class Model(pl.LightningModule):
         """Make exactly the named adapters trainable; the other adapters are kept and frozen."""
         self.stack.train_only(names)
 
-    def adapter_report(self, total_parameters: int) -> str:
-        """Return a table of adapter sites with parameter counts."""
-        return report.as_text(self.stack, total_parameters)
-
-    def freeze(self) -> "Model":
     def add_tasks(self, name: str, tasks: Mapping[str, int], init_text: Optional[Mapping[str, str]] = None) -> None:
         """Give prompt adapter ``name`` further tasks, such as ``{"mood": 10}`` with ten virtual tokens.
 
@@ -304,6 +312,8 @@ class Model(pl.LightningModule):
         for bit. ``init_text``: their texts, where each task of prompt tuning starts from its own. Raises MatchError or
         ConfigError, and changes nothing, for tasks that are there already or cannot be.
         """
+        lengths = {f"{name!r}, task {task!r},": length for task, length in tasks.items()}
+        refuse_long_prompts(lengths, self.shape.max_position_embeddings)
         self._change(lambda stack: tasks_of.add_tasks(stack, name, tasks, init_text))
 
     def remove_task(self, name: str, task: str) -> None:
@@ -318,6 +328,11 @@ class Model(pl.LightningModule):
         """Make exactly these tasks of prompt adapter ``name`` trainable; other adapters stay as they are."""
         self._change(lambda stack: tasks_of.train_tasks(stack, name, tasks))
 
+    def adapter_report(self, total_parameters: int) -> str:
+        """Return a table of adapter sites with parameter counts."""
+        return report.as_text(self.stack, total_parameters)
+
+    def freeze(self) -> "Model":
         """Stop all training: no parameter requires a gradient and the model is in eval mode."""
         if self.chunks:
             super().freeze()
@@ -403,11 +418,6 @@ class Model(pl.LightningModule):
                 load(self.stack, request, self.base_identity)
             case Freeze():
                 self.freeze()
-
-    def _check_checkpoint(self) -> None:
-        if self.checkpoint_dir is not None:
-            check_checkpoint(self.shape, self.checkpoint_dir)
-
             case Change():
                 request.do(self.stack)
 
@@ -420,6 +430,11 @@ class Model(pl.LightningModule):
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _check_checkpoint(self) -> None:
+        if self.checkpoint_dir is not None:
+            check_checkpoint(self.shape, self.checkpoint_dir)
+
     def _transformer_fields(self) -> dict[str, object]:
         dtype = common_dtype(self.dtype_name, self.checkpoint_dir)
         return {
