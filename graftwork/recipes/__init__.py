@@ -1,4 +1,4 @@
-"""Recipes: one module per base model, each with ``model()``, ``trainer()`` and ``finetune_recipe()``; show and diff.
+"""Recipes: a module or object per base model, with ``model()``, ``trainer()``, ``finetune_recipe()``; show and diff.
 
 What several recipes share is in ``parts``; where a recipe runs, in ``graftwork.executors``.
 """
@@ -21,11 +21,28 @@ from graftwork.recipes import (
     smollm2_135m,
 )
 from graftwork.recipes.show import diff, show
+from graftwork.recipes.t5 import (
+    mt5_base,
+    mt5_large,
+    mt5_small,
+    mt5_xl,
+    mt5_xxl,
+    t5_3b,
+    t5_11b,
+    t5_base,
+    t5_large,
+    t5_small,
+    t5v11_base,
+    t5v11_large,
+    t5v11_small,
+    t5v11_xl,
+    t5v11_xxl,
+)
 from graftwork.registry import Registry
 
 
 class Recipe(Protocol):
-    """What the module of a base model offers."""
+    """What the module of a base model offers, or one of the objects of a module for several."""
 
     def model(self) -> run.Config:
         """Return the base model."""
@@ -47,7 +64,7 @@ class Recipe(Protocol):
 
 
 RECIPES: Registry[Recipe] = Registry("recipe")
-"""Every recipe module by the name that ``--factory`` takes."""
+"""Every recipe by the name that ``--factory`` takes."""
 
 RECIPES.enter("smollm2_135m", smollm2_135m)
 RECIPES.enter("gpt2_124m", gpt2_124m)
@@ -59,5 +76,20 @@ RECIPES.enter("llama3_8b", llama3_8b)
 RECIPES.enter("llama3_70b", llama3_70b)
 RECIPES.enter("nemotron3_8b", nemotron3_8b)
 RECIPES.enter("nemotron4_340b", nemotron4_340b)
+RECIPES.enter("t5_small", t5_small)
+RECIPES.enter("t5_base", t5_base)
+RECIPES.enter("t5_large", t5_large)
+RECIPES.enter("t5_3b", t5_3b)
+RECIPES.enter("t5_11b", t5_11b)
+RECIPES.enter("t5v11_small", t5v11_small)
+RECIPES.enter("t5v11_base", t5v11_base)
+RECIPES.enter("t5v11_large", t5v11_large)
+RECIPES.enter("t5v11_xl", t5v11_xl)
+RECIPES.enter("t5v11_xxl", t5v11_xxl)
+RECIPES.enter("mt5_small", mt5_small)
+RECIPES.enter("mt5_base", mt5_base)
+RECIPES.enter("mt5_large", mt5_large)
+RECIPES.enter("mt5_xl", mt5_xl)
+RECIPES.enter("mt5_xxl", mt5_xxl)
 
 __all__ = ["RECIPES", "Recipe", *RECIPES, "diff", "show"]

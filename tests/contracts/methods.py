@@ -124,8 +124,11 @@ def prompted(model: GPT, ids: Tensor) -> Tensor:
 
 
 def batch(model: GPT, seed: int = 3) -> Batch:
-    """Return a training batch whose answers are the last six positions, prompts in front."""
+    """Return a training batch whose answers are the last six positions, prompts in front (T5: a decoder's)."""
     ids = prompted(model, tokens(seed=seed))
+    if model.seq2seq:
+        answers = tokens(length=6, seed=seed + 1)
+        return replace(model.lay_out(ids.tolist(), answers.tolist(), ids.device), micro_batch_size=2)
     labels = ids.roll(-1, 1).masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 6, IGNORED)
     labels[:, -1] = 5
     return replace(Batch.of(ids, labels), micro_batch_size=2)

@@ -6,7 +6,7 @@ import fiddle as fdl
 import pytest
 import torch
 
-from graftwork.models import GPT
+from graftwork.models import Model
 from graftwork.models.precision import resolve_dtype
 from graftwork.models.shapes import Shape
 from graftwork.optim import AdamW
@@ -17,7 +17,7 @@ from tests.contracts.methods import adapter_parameters, base_values, batch, same
 VOCABULARY, STEPS = 61, 3
 
 
-def tiny_model(name: str, dtype: str | None) -> GPT:
+def tiny_model(name: str, dtype: str | None) -> Model:
     """Return a recipe's model in a tiny shape: family, norms, activation, positions, ties and query groups are its own.
 
     ``dtype`` None keeps the recipe's.
@@ -29,7 +29,7 @@ def tiny_model(name: str, dtype: str | None) -> GPT:
         setattr(config.shape, field, value)
     config.checkpoint = None
     config.dtype = dtype or config.dtype
-    model: GPT = fdl.build(config)
+    model: Model = fdl.build(config)
     return model
 
 
@@ -37,7 +37,9 @@ def _tiny_heads(full: Shape) -> dict[str, int]:
     per_group = full.num_attention_heads // full.groups
     groups = 4 if per_group == 1 else 2
     hidden = groups * per_group * 8
+    own = {} if full.channels * full.num_attention_heads == full.hidden_size else {"kv_channels": 16}
     return {
+        **own,
         "num_attention_heads": groups * per_group,
         "num_query_groups": groups,
         "hidden_size": hidden,
@@ -61,7 +63,7 @@ def kinds() -> list[Any]:
 every_kind = pytest.mark.parametrize("name, dtype", kinds())
 
 
-def train(model: GPT) -> list[float]:
+def train(model: Model) -> list[float]:
     """Return the losses of three steps on one batch."""
     optimizer, schedule = AdamW(lr=3e-3, schedule="constant").build(model, STEPS)
     losses = []
