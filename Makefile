@@ -73,9 +73,15 @@ docs: $(STAMP) ## build the documentation site into site/
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	@$(BIN)/mkdocs build --strict -q && echo "site/index.html"
 
+AUDIT := $(VENV)-audit
+
 audit: ## known weaknesses of the tested versions, asked for over the network
-	@$(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/python -m pip install -q pip-audit
-	@$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+	@$(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip install -q pip-audit > $(AUDIT)/log 2>&1 \
+	  || { echo "nothing was audited: pip-audit cannot be installed from here (log: $(AUDIT)/log)"; exit 1; }
+	@if $(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt > $(AUDIT)/log 2>&1; \
+	then echo "no known weaknesses in constraints.txt"; \
+	elif grep -q '^Found .* known vulnerabilit' $(AUDIT)/log; then cat $(AUDIT)/log; exit 1; \
+	else echo "nothing was audited: the database of known weaknesses cannot be asked from here (log: $(AUDIT)/log)"; exit 1; fi
 
 golden: $(STAMP) ## rewrite tests/golden and derived tables of the docs after an intended change (review the diff)
 	@$(BIN)/python -m tests.helpers.golden
