@@ -17,7 +17,7 @@ from graftwork.batch import IGNORED, Batch
 from graftwork.models import GPT
 from graftwork.models.shapes import Shape
 from graftwork.parallel.record import record_of
-from graftwork.peft import IA3, METHODS, PEFT, CanonicalAdapter, LoRA, PTuning, Selective
+from graftwork.peft import IA3, METHODS, PEFT, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, PTuning, Selective
 
 TINY: dict[str, Any] = {"dim": 4, "virtual_tokens": 3, "embedding_dim": 12, "bottleneck_dim": 10, "init_std": 0.3}
 """Values of hyper-parameters for the tiny models, wherever a method has them."""
@@ -43,6 +43,7 @@ STACKS: dict[str, Callable[[], list[PEFT]]] = {
     "lora+canonical": partial(stack, LoRA, CanonicalAdapter),
     "ptuning+canonical": partial(stack, PTuning, CanonicalAdapter),
     "all": partial(stack, LoRA, IA3, CanonicalAdapter, PTuning),
+    "lora's relatives": partial(stack, DoRA, CanonicalLoRA, LoRA),
     "lora+selective": partial(stack, LoRA, Selective),
 }
 

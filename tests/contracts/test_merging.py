@@ -7,7 +7,7 @@ from graftwork.errors import ArtifactError, MatchError
 from graftwork.peft import IA3, LoRA
 from tests.contracts.methods import STACKS, base_values, every_family, make, prompted, same, shake, tokens
 
-MERGEABLE = ["lora", "ia3", "lora+ia3", "ia3+lora"]
+MERGEABLE = ["lora", "ia3", "lora+ia3", "ia3+lora", "dora", "canonical_lora", "lora's relatives"]
 every_mergeable = pytest.mark.parametrize("stack", MERGEABLE)
 
 

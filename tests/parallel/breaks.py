@@ -12,7 +12,11 @@ from graftwork import parallel
 from graftwork.models import GPT
 from graftwork.parallel.record import Record, record_of
 from graftwork.parallel.sharding import Sharding
+from graftwork.peft import cuts
+from graftwork.peft.adapter import Adapter
 from graftwork.peft.artifact import tensors
+from graftwork.peft.methods import dora, lora
+from graftwork.peft.wrapper import original_weight
 from graftwork.training import schedule
 from graftwork.training.optimizer import gradients
 
@@ -113,6 +117,31 @@ def forget_the_route() -> None:
     tensor_parallel.checkpoint = next(c.cell_contents for c in keeping.__closure__ if callable(c.cell_contents))
 
 
+@pytest.mark.fault(
+    "DoRA's norms of a row-parallel linear are those of one rank's columns",
+    "squares are summed over the ranks; a layout must give one process's logits",
+)
+def norm_of_own_columns() -> None:
+    """Divide magnitudes by the norms of the columns that this rank holds; only births know whole rows."""
+
+    def scale(self: dora.DoRALinear) -> Tensor:
+        A, B = self.factors
+        alone = cuts.Replicated(self.cut.inputs, self.cut.outputs, cuts.Region())
+        return self.magnitude / alone.norm(original_weight(self.base), (B * self.low_rank.scale, A))
+
+    dora.DoRALinear.scale = scale  # type: ignore[method-assign]
+
+
+@pytest.mark.fault(
+    "experts on different ranks train different copies of the LoRA that they share",
+    "it belongs to no expert, so that its gradient is summed over all ranks that hold a copy",
+)
+def copies_per_expert_rank() -> None:
+    """Take factors that all experts share for some expert's own."""
+    exact = Adapter._record
+    lora.SharedFactors._record = lambda self, *args: replace(exact(self, *args), expert=True)  # type: ignore[method-assign]
+
+
 BREAKS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
@@ -124,5 +153,7 @@ BREAKS: dict[str, Callable[[], None]] = {
         average_over_replicas,
         forget_tied_copy,
         forget_the_route,
+        norm_of_own_columns,
+        copies_per_expert_rank,
     )
 }

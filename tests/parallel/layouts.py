@@ -54,12 +54,14 @@ SUBJECTS: dict[str, str] = {
     "lora+ia3": "[LoRA, IA3]",
     "ptuning+canonical": "[PTuning, CanonicalAdapter]",
     "all": "all four",
+    "lora's relatives": "[DoRA, CanonicalLoRA, LoRA]",
 }
 assert set(SUBJECTS) - {"base", "full"} <= set(STACKS)
 LENT: dict[str, str] = {
     "lent+tied": "[Selective, tied parallel CanonicalAdapter, IA3]",
     "lent+parallel": "[Selective, parallel CanonicalAdapter, IA3]",
     "lent experts": "[Selective of experts and router, tied parallel CanonicalAdapter, IA3]",
+    "shared experts": "[DoRA, CanonicalLoRA and LoRA, each one for all experts of a layer]",
 }
 """Stacks that need tensors which not every model has; ``models.LENDING`` builds them."""
 TITLES = {**SUBJECTS, **LENT}
@@ -91,7 +93,7 @@ def cells_of(layout: str) -> list[Cell]:
     main = "mixture" if experts else "llama"
     if layout in PRODUCTS:
         return [Cell(main, subject) for subject in ("full", "all")]
-    special = [Cell(main, "lent experts")] if experts else _special(layout)
+    special = [Cell(main, "lent experts"), Cell(main, "shared experts")] if experts else _special(layout)
     return [*(Cell(main, subject) for subject in SUBJECTS), *special]
 
 
@@ -99,6 +101,8 @@ def _special(layout: str) -> list[Cell]:
     # gpt2: learned positions (the embedding scatters the sequence later), tied embeddings, biases
     lent = "lent+parallel" if "pp2" in layout else "lent+tied"  # layers on two stages cannot be tied
     learned = [Cell("gpt2", subject) for subject in ("full", "ptuning", "all", lent)]
+    if "tp2" in layout:  # biases that a magnitude leaves alone
+        learned.append(Cell("gpt2", "lora's relatives"))
     # qwen3: norms of queries and keys, which see only a rank's heads
     normed = [Cell("qwen3", subject) for subject in ("full", "ia3")]
     packed = [] if layout == "cp2" else [Cell("llama", subject, packed=True) for subject in ("full", "all")]

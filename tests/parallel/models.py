@@ -12,7 +12,7 @@ from graftwork.models import GPT
 from graftwork.models.shapes import Shape
 from graftwork.models.weights import read_config, shape_from_hf
 from graftwork.parallel.record import Record, record_of
-from graftwork.peft import IA3, PEFT, CanonicalAdapter, Selective
+from graftwork.peft import IA3, PEFT, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, Selective
 from tests.contracts.methods import STACKS
 from tests.helpers.tiny_gpt import global_name
 from tests.helpers.tiny_hf import make_tiny
@@ -41,8 +41,13 @@ LENDING: dict[str, Callable[[], list[PEFT]]] = {
     "lent+tied": lambda: [Selective(patterns=["bias", "norm", "embedding", "linear_fc2.weight"]), *_beside(True)],
     "lent+parallel": lambda: [Selective(patterns=["bias", "norm", "embedding", "linear_fc2.weight"]), *_beside(False)],
     "lent experts": lambda: [Selective(patterns=["norm", "router", "experts"]), *_beside(True)],
+    "shared experts": lambda: [
+        DoRA(dim=4, target_modules=["linear_proj", "linear_fc1"]),
+        CanonicalLoRA(dim=4, share_experts=True),
+        LoRA(dim=4, share_experts=True),
+    ],
 }
-"""Stacks that train tensors of the base beside their own."""
+"""Stacks for the models that have what they need: tensors of the base that train too, or experts that share."""
 CHECKPOINTS = ("llama", "gpt2", "qwen3")
 
 

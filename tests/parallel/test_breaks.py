@@ -28,6 +28,9 @@ MISTAKES = [
     ("average_over_replicas", "dp2", Cell("llama", "ia3"), "gradients"),
     ("forget_tied_copy", "pp2", Cell("gpt2", "full"), "gradients"),
     ("forget_tied_copy", "pp2", Cell("gpt2", "lent+parallel"), "gradients"),
+    ("norm_of_own_columns", "tp2", Cell("llama", "dora"), "logits"),
+    ("drop_the_sequence_sum", "tp2_sp", Cell("llama", "lora's relatives"), "gradients"),
+    ("copies_per_expert_rank", "ep2", Cell("mixture", "shared experts"), "gradients"),
     ("forget_the_route", "pp2", Cell("llama", "all", recompute="full", routed=True), "gradients"),
 ]
 BY_PROCESSES = sorted({(breakage, layout) for breakage, layout, _, _ in MISTAKES})
