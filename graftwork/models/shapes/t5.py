@@ -27,7 +27,9 @@ def _named(name: str, told: str, sizes: tuple[int, int, int, int, int], **same: 
     """Return the shape function ``name``."""
     layers, hidden, ffn, heads, channels = sizes
     numbers = {"num_layers": layers, "hidden_size": hidden, "ffn_hidden_size": ffn, "num_attention_heads": heads}
-    values = {**numbers, "kv_channels": channels, "hidden_dropout": 0.1, "attention_dropout": 0.1, **same}
+    # As in every shape, a head width that follows from other sizes goes on following them.
+    width = {} if channels * heads == hidden else {"kv_channels": channels}
+    values = {**numbers, **width, "hidden_dropout": 0.1, "attention_dropout": 0.1, **same}
 
     def function(**overrides: object) -> Shape:
         return made(T5Shape, values, overrides)
