@@ -106,6 +106,19 @@ class Batch:
         routes = None if self.routes is None else self.routes.in_one_line(length)
         return replace(self, tokens=tokens, labels=labels, position_ids=positions, cu_seqlens=bounds, routes=routes)
 
+    def learning(self, which: Sequence[bool]) -> "Batch":
+        """Keep only those targets, in [b, s] order, that are marked in ``which``."""
+        there = self.labels != IGNORED
+        marked = torch.zeros_like(there)
+        marked[there] = torch.tensor(which, dtype=torch.bool, device=there.device)
+        return replace(self, labels=self.labels.masked_fill(~marked, IGNORED))
+
+    def in_multiples_of(self, multiple: int) -> "Batch":
+        """Return unpacked rows padded on the right so that ``multiple`` divides their length, and that of sources."""
+        source = 0 if self.source is None else self.source.shape[1]
+        length, source_length = (size + -size % multiple for size in (self.tokens.shape[1], source))
+        return self.padded_to(length, source_length)
+
     def padded_to(self, length: int, source_length: int = 0) -> "Batch":
         """Return unpacked rows padded on the right to ``length`` tokens, their sources to ``source_length``."""
         behind = (0, length - self.tokens.shape[1])

@@ -46,6 +46,11 @@ class Sequence:
             return len(self)
         return next((i for i in range(end, 0, -1) if not self.loss[i - 1]), 0)
 
+    @property
+    def learned_start(self) -> int:
+        """Where the first run of learned tokens begins (the length where nothing is learned)."""
+        return next((i for i, learned in enumerate(self.loss) if learned), len(self))
+
     def cut(self, length: int) -> int:
         """Take loose tokens before the last answer away, the leftmost first; return how many went.
 

@@ -65,7 +65,7 @@ class Examples:
         chosen = split or ("test" if data.files["test"] else "validation")
 
         def encoder(model: Model) -> RowEncoder:
-            return data.encoder_for(model.tokenizer, model.prompt_layout)
+            return data.encoder_for(model.tokenizer, model.prompt_layout, model.seq2seq)
 
         return cls(_parsed(data.raw_rows(chosen), limit, True), encoder)
 
@@ -115,7 +115,8 @@ def _encoder(prompt_template: Template | None, answer_template: Template | None)
         if unknown := trained.keys() - set(PROMPT_FORMAT):
             raise ConfigError(f"the adapter was trained with {min(unknown)!r}, unknown here; update graftwork.")
         limit = model.shape.max_position_embeddings  # rows may fill the model's context
-        return RowEncoder(model.tokenizer, model.prompt_layout, seq_length=limit, **trained, **given)
+        layout, seq2seq = model.prompt_layout, model.seq2seq
+        return RowEncoder(model.tokenizer, layout, seq_length=limit, seq2seq=seq2seq, **trained, **given)
 
     return encoder
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from graftwork.data.sequence import Sequence
 from graftwork.inference.scoring import Score, over_data_ranks
-from graftwork.models.generation.kv_cache import KVCache
 from graftwork.models.generation.protocol import CausalModel
+from graftwork.models.generation.reading import heads, reader
 from graftwork.models.generation.scoring import check_tokens, evaluating
 
 MOST_ROWS = 64
@@ -26,11 +26,6 @@ class Question:
 
     prompt: list[int]
     answers: list[list[int]]
-
-    @property
-    def longest(self) -> int:
-        """Number of tokens of the prompt with its longest answer."""
-        return len(self.prompt) + max(map(len, self.answers))
 
 
 def questions(rows: list[list[Sequence]]) -> list[Question] | None:
@@ -74,10 +69,15 @@ class _Answer:
 
 @dataclass(frozen=True)
 class _Path:
-    """One row of the cache: a prompt on the way to its answers, or a prompt and one of them."""
+    """One row of the cache: a prompt (a decoder's start) on the way to its answers, or a prompt and one of them."""
 
     prompt: list[int]
     answers: list[_Answer]
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the prompt with its longest answer."""
+        return len(self.prompt) + max(len(answer.tokens) for answer in self.answers)
 
     def upto(self, position: int) -> list[int]:
         """Return the first ``position`` tokens."""
@@ -118,9 +118,10 @@ def _score_batch(model: CausalModel, asked: list[Question]) -> list[list[Score]]
     # A cache row is first a prompt with all its answers. Once the prompt is read, its logits are those before every
     # answer's first token; then the row is copied, one copy for each answer that has more tokens. Since a row stands
     # only for tokens it has read, neither padding nor a mask is ever needed.
-    paths = [_Path(question.prompt, answers) for question, answers in zip(asked, found, strict=True)]
-    position = min(len(question.prompt) for question in asked)
-    with KVCache(model, len(paths), max(question.longest for question in asked)) as cache:
+    prompts = [question.prompt for question in asked]
+    paths = [_Path(head, answers) for head, answers in zip(heads(model, prompts), found, strict=True)]
+    position = min(len(path.prompt) for path in paths)
+    with reader(model, prompts, max(path.longest for path in paths), cached=True) as cache:
         while paths:
             logits = cache.read([path.upto(position) for path in paths])
             _count(logits, [(place, *pair) for place, path in enumerate(paths) for pair in path.next(position)])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graftwork import parallel
-from graftwork.batch import IGNORED, right_padded
+from graftwork.batch import IGNORED
 from graftwork.data.sequence import Sequence
 from graftwork.models.generation.protocol import CausalModel
 from graftwork.models.generation.scoring import check_tokens, device_of, evaluating, target_logits
@@ -71,22 +71,17 @@ def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
 
 
 def _score_batch(model: CausalModel, sequences: list[Sequence]) -> list[Score]:
-    device = device_of(model)
-    tokens = right_padded([s.tokens[:-1] for s in sequences], 0, device)
-    labels = right_padded([_labels(s) for s in sequences], IGNORED, device)
-    logits = target_logits(model, tokens, labels)
-    targets = labels[labels != IGNORED]
+    # A conversation is learned in several places: what follows the first of them is laid out as an answer.
+    cuts = [(s, max(1, s.learned_start)) for s in sequences]
+    prompts, answers = [s.tokens[:at] for s, at in cuts], [s.tokens[at:] for s, at in cuts]
+    batch = model.lay_out(prompts, answers, device_of(model))
+    batch = batch.learning([learned for s, at in cuts for learned in s.loss[at:]])
+    logits, targets = target_logits(model, batch), batch.labels[batch.labels != IGNORED]
     losses = F.cross_entropy(logits, targets, reduction="none").double().cpu()
     right = (logits.argmax(-1) == targets).cpu()
     counts = [sum(s.loss[1:]) for s in sequences]
     parts = zip(sequences, losses.split(counts), right.split(counts), strict=True)
     return [_score(sequence, loss, hit) for sequence, loss, hit in parts]
-
-
-def _labels(sequence: Sequence) -> list[int]:
-    return [
-        token if learned else IGNORED for token, learned in zip(sequence.tokens[1:], sequence.loss[1:], strict=True)
-    ]
 
 
 def _score(sequence: Sequence, losses: Tensor, right: Tensor) -> Score:

@@ -1,16 +1,13 @@
 """Token-by-token generation: prompts of different lengths together, finished ones leave."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from typing import Protocol, TypedDict
-
-from torch import Tensor
+from typing import TypedDict
 
 from graftwork.errors import ConfigError, quoted
-from graftwork.models.generation.kv_cache import KVCache
 from graftwork.models.generation.protocol import CausalModel
+from graftwork.models.generation.reading import Reader, heads, reader
 from graftwork.models.generation.sampling import Sampler
-from graftwork.models.generation.scoring import check_tokens, evaluating, last_logits, one_piece
+from graftwork.models.generation.scoring import check_tokens, evaluating, one_piece
 from graftwork.routes import Named, Routes, Way, way
 
 
@@ -62,11 +59,12 @@ def generate(
         stops = _end_of_sequence(model) if stop_ids is None else set(stop_ids)
         cached = use_cache and one_piece(model)
         answers: dict[int, list[int]] = {}
-        for numbers in _groups(prompts, batch_size, max_new_tokens if cached else 0):
-            rows = [_Row(number, prompts[number], max_new_tokens, stops, ways[number]) for number in numbers]
-            longest = max(row.limit for row in rows)
-            with KVCache(model, len(rows), longest) if cached else nullcontext(_WholeRows(model)) as reader:
-                _decode(model, rows, reader, sampler)
+        for numbers in _groups(prompts, batch_size, None if model.seq2seq else max_new_tokens if cached else 0):
+            asked = [prompts[number] for number in numbers]
+            begun = zip(numbers, heads(model, asked), strict=True)
+            rows = [_Row(number, head, max_new_tokens, stops, ways[number]) for number, head in begun]
+            with reader(model, asked, max(row.limit for row in rows), cached) as rest:
+                _decode(model, rows, rest, sampler)
             answers.update((row.number, row.answer) for row in rows)
     return [answers[number] for number in range(len(prompts))]
 
@@ -92,20 +90,12 @@ def _end_of_sequence(model: CausalModel) -> set[int]:
     return set() if end is None else {end}
 
 
-class _Reader(Protocol):
-    """What tells the next token of rows that advance together: from a cache, or by reading every row again."""
-
-    def read(self, rows: list[list[int]]) -> Tensor: ...
-
-    def keep(self, rows: list[int]) -> None: ...
-
-
 class _Row:
-    """One prompt and what follows it so far."""
+    """What stands before one prompt's answer, and the answer so far."""
 
-    def __init__(self, number: int, prompt: Sequence[int], room: int, stops: set[int], way: Way) -> None:
-        self.number, self.tokens, self.stops, self.way = number, list(prompt), stops, way
-        self.start, self.limit = len(prompt), len(prompt) + room
+    def __init__(self, number: int, head: list[int], room: int, stops: set[int], way: Way) -> None:
+        self.number, self.tokens, self.stops, self.way = number, list(head), stops, way
+        self.start, self.limit = len(head), len(head) + room
 
     @property
     def answer(self) -> list[int]:
@@ -116,28 +106,16 @@ class _Row:
         return len(self.tokens) == self.limit or (len(self.tokens) > self.start and self.tokens[-1] in self.stops)
 
 
-class _WholeRows:
-    """Reads every row from its beginning each time: slow, and right in any parallel layout."""
-
-    def __init__(self, model: CausalModel) -> None:
-        self.model = model
-
-    def read(self, rows: list[list[int]]) -> Tensor:
-        return last_logits(self.model, rows)
-
-    def keep(self, rows: list[int]) -> None:
-        """Nothing is held."""
-
-
-def _groups(prompts: Sequence[Sequence[int]], size: int, gap: int) -> Iterator[list[int]]:
+def _groups(prompts: Sequence[Sequence[int]], size: int, gap: int | None) -> Iterator[list[int]]:
     """Yield prompt numbers, shortest first, at most ``size`` together and no two neighbours further apart than ``gap``.
 
     What is longer than a group's shortest prompt is read token by token beside the others' answers; over a gap longer
-    than an answer, starting anew takes fewer steps.
+    than an answer, starting anew takes fewer steps. None: an encoder reads prompts whole, however long.
     """
     group: list[int] = []
     for number in sorted(range(len(prompts)), key=lambda n: len(prompts[n])):
-        if group and (len(group) == size or len(prompts[number]) - len(prompts[group[-1]]) > gap):
+        apart = gap is not None and bool(group) and len(prompts[number]) - len(prompts[group[-1]]) > gap
+        if len(group) == size or apart:
             yield group
             group = []
         group.append(number)
@@ -145,7 +123,7 @@ def _groups(prompts: Sequence[Sequence[int]], size: int, gap: int) -> Iterator[l
         yield group
 
 
-def _decode(model: CausalModel, rows: list[_Row], reader: _Reader, sampler: Sampler) -> None:
+def _decode(model: CausalModel, rows: list[_Row], reader: Reader, sampler: Sampler) -> None:
     """Advance all rows one position at a time: a row still inside its prompt reads on, the others get a new token."""
     # The shortest prompt is read at once. From then on every row is ``width`` tokens long in the reader's eyes, so no
     # padding ever enters the cache; a longer prompt catches up while the others' answers grow.

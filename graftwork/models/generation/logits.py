@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
@@ -58,16 +57,16 @@ def masked_logits(model: CausalModel, input_ids: Tensor, attention_mask: Tensor 
     Positions count from each row's first token; logits at padding are zero.
     """
     rows = RightPadded.of(input_ids, attention_mask)
-    return rows.restore(all_logits(model, rows.tokens))
+    return rows.restore(all_logits(model, Batch.of(rows.tokens)))
 
 
-def all_logits(model: CausalModel, tokens: Tensor) -> Tensor:
-    """Return logits [b, s, vocab_size] of right-padded ids [b, s] on every rank.
+def all_logits(model: CausalModel, batch: Batch) -> Tensor:
+    """Return logits [b, s, vocab_size] of right-padded rows [b, s] on every rank.
 
     Differentiable without pipeline and context parallelism.
     """
-    length = tokens.shape[1]
-    batch = slice_batch(Batch.of(F.pad(tokens, (0, -length % _multiple(model)))))
+    length = batch.tokens.shape[1]
+    batch = slice_batch(batch.in_multiples_of(_multiple(model)))
     local = _through_pipeline(model, batch) if parallel.pp_size() > 1 else model.run_chunk(model.chunks[0], batch)
     return _gather_context(gather_vocabulary(local))[:, :length, : model.shape.vocab_size]
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from graftwork.batch import Batch
+from graftwork.batch import Batch, Ids
 from graftwork.data.tokenizer import Tokenizer
 from graftwork.models.loss import LossFunction
 from graftwork.peft import PEFT
@@ -39,6 +40,11 @@ class CausalModel(Protocol):
     @property
     def shape(self) -> Sizes:
         """Its sizes."""
+        ...
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether an encoder reads the prompt and a decoder gives the answer."""
         ...
 
     @property
@@ -80,6 +86,10 @@ class CausalModel(Protocol):
 
     def eval(self) -> object:
         """Switch dropout off."""
+        ...
+
+    def lay_out(self, prompts: Ids, answers: Ids, device: torch.device) -> Batch:
+        """Return how prompts, each with the tokens that follow it, reach the model, with targets on those tokens."""
         ...
 
     def run_chunk(self, chunk: nn.Module, batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from graftwork import parallel
-from graftwork.batch import IGNORED, Batch, right_padded
+from graftwork.batch import Batch, Ids
 from graftwork.errors import ConfigError
 from graftwork.models.generation.logits import all_logits, gather_vocabulary
 from graftwork.models.generation.protocol import CausalModel
@@ -42,27 +42,26 @@ def device_of(model: CausalModel) -> torch.device:
     return next(model.chunks[0].parameters()).device
 
 
-def target_logits(model: CausalModel, tokens: Tensor, labels: Tensor) -> Tensor:
+def target_logits(model: CausalModel, batch: Batch) -> Tensor:
     """Return fp32 logits [n, vocab_size], equal on every model-parallel rank, of the n positions with a target.
 
-    ``tokens`` and ``labels`` are right-padded [b, s]; ``labels`` is IGNORED where no logits are wanted. In one piece
-    only those positions reach the output layer.
+    In one piece only those positions reach the output layer.
     """
     if not one_piece(model):
-        whole = all_logits(model, tokens)
-        return whole.reshape(-1, whole.shape[-1])[answer_rows(labels)].float()
+        whole = all_logits(model, batch)
+        return whole.reshape(-1, whole.shape[-1])[answer_rows(batch.labels)].float()
     # The training step lets only positions with a target reach the output layer: over a large vocabulary the logits of
     # all the others would cost more than the layers.
-    output, _ = model.forward_step(iter([Batch.of(tokens, labels)]), model.chunks[0])
+    output, _ = model.forward_step(iter([batch]), model.chunks[0])
     whole = gather_vocabulary(output.reshape(-1, output.shape[-1]))
     return whole[:, : model.shape.vocab_size].float()
 
 
-def last_logits(model: CausalModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Return fp32 logits [b, vocab_size] of the token that follows each row of ids."""
-    device = device_of(model)
-    labels = right_padded([[IGNORED] * (len(row) - 1) + [0] for row in rows], IGNORED, device)
-    return target_logits(model, right_padded(rows, 0, device), labels)
+def last_logits(model: CausalModel, prompts: Ids, answers: Ids) -> Tensor:
+    """Return fp32 logits [b, vocab_size] of the token that follows each prompt and the part of its answer given."""
+    batch = model.lay_out(prompts, [[*answer, 0] for answer in answers], device_of(model))
+    last = [place == len(answer) for answer in answers for place in range(len(answer) + 1)]
+    return target_logits(model, batch.learning(last))
 
 
 def check_tokens(model: CausalModel, rows: Sequence[Sequence[int]], room: int = 0) -> None:
