@@ -7,18 +7,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from graftwork.inference.metrics import LabelFigures, Metrics
+from graftwork.inference.metrics import KINDS, LabelFigures, Metrics
 from graftwork.models.generation.answers import Answer
 
 WIDTH = 80
 
 
 def compare(before: Metrics, after: Metrics, names: tuple[str, str] = ("base", "adapted"), width: int = WIDTH) -> str:
-    """Return a table of two evaluations of the same rows, as made by ``evaluate_model``, and one for each task."""
+    """Return a table of two evaluations of the same rows, as ``evaluate_model`` makes them, and one for each kind."""
     titled = [(f"{after['rows']} held-out rows", before, after)]
-    for task, figures in after.get("tasks", {}).items():
-        if task in before.get("tasks", {}):
-            titled.append((f"task {task!r}: {figures['rows']} rows", before["tasks"][task], figures))
+    for kind in KINDS:
+        for name, figures in after.get(kind, {}).items():
+            if name in before.get(kind, {}):
+                titled.append((f"{kind[:-1]} {name!r}: {figures['rows']} rows", before[kind][name], figures))
     return _text([_compared(title, old, new, names) for title, old, new in titled], width)
 
 

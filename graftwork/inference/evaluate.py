@@ -2,19 +2,21 @@
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Unpack
 
 from graftwork.data import SFTDataModule
 from graftwork.errors import ConfigError, DataError
-from graftwork.inference.examples import Examples, Templates
+from graftwork.inference.examples import Examples, Kind, Templates
 from graftwork.inference.labels import questions, score_answers
 from graftwork.inference.metrics import Metrics, answer_metrics, label_metrics
 from graftwork.inference.output import write_text
 from graftwork.inference.scoring import Score, score
 from graftwork.models import Model, load
 from graftwork.models.generation.scoring import one_piece
+from graftwork.routes import Routes
 
 SHARED_FROM = 4
 """From so many labels on, reading each prompt once pays; with two, fewer but larger batches take the same time."""
@@ -69,22 +71,30 @@ def evaluate_model(
     ``answer_tokens``, ``loss`` per answer token over the whole set, ``exact_match`` of greedy answers, end token
     included. Where answers are a closed set: ``accuracy``, ``labels`` and ``confusion`` from the log-likelihood of each
     label. Where rows name a task, ``tasks`` holds the figures of each, found as if its rows were alone; a row's label
-    is then one of its own task's.
+    is then one of its own task's. Where rows name adapters, those act alone, and ``adapters`` holds the figures of each
+    (``a+b`` of two, ``base`` of none, ``all`` of rows that name nobody).
     """
     examples = _examples(data, split, limit, templates)
     model.configure_model()
     given = None if labels is None else _distinct(labels)
-    found = {task: _figures(model, examples.of_task(task), given, batch_tokens) for task in examples.tasks}
+    found = {kind: _figures(model, examples, kind, given, batch_tokens) for kind in examples.kinds}
     metrics = _joined(list(found.values()))
-    named = {task: _joined([figures]) for task, figures in found.items() if task is not None}
-    if named:
-        metrics["tasks"] = named
+    if tasks := _each(found, lambda kind: kind.task):
+        metrics["tasks"] = tasks
+    if any(kind.way is not None for kind in found):
+        metrics["adapters"] = _each(found, lambda kind: kind.who)
     return metrics
+
+
+def _each(found: Mapping[Kind, "_Figures"], named: Callable[[Kind], str | None]) -> dict[str, Metrics]:
+    """Return the figures of the rows of each name."""
+    names = list(dict.fromkeys(name for kind in found if (name := named(kind)) is not None))
+    return {name: _joined([figures for kind, figures in found.items() if named(kind) == name]) for name in names}
 
 
 @dataclass(frozen=True)
 class _Figures:
-    """Scores of the rows of one task that were not dropped: of the right answer, and of each label where there are."""
+    """Scores of the rows of one kind that were not dropped: of the right answer, and of each label where there are."""
 
     right: list[Score]
     dropped: int
@@ -93,10 +103,12 @@ class _Figures:
     likelihoods: list[list[float]]
 
 
-def _figures(model: Model, examples: Examples, labels: list[str] | None, batch_tokens: int) -> _Figures:
+def _figures(model: Model, every: Examples, kind: Kind, labels: list[str] | None, batch_tokens: int) -> _Figures:
+    examples = every.of_kind(kind)
     chosen = examples.closed_set() if labels is None else labels
     expected = [0] * len(examples.rows) if chosen is None else examples.expected(chosen)
-    found = _scores(model, examples, chosen, batch_tokens)
+    with model.routed(None if kind.way is None else Routes.of_rows([kind.way])):
+        found = _scores(model, examples, chosen, batch_tokens)
     return _Figures(
         right=[row[expected[i]] for i, row in found.items()],
         dropped=len(examples.rows) - len(found),

@@ -12,11 +12,26 @@ from graftwork.data.sequence import Sequence
 from graftwork.data.template import Template, check_templates
 from graftwork.errors import ConfigError, DataError
 from graftwork.models import Model
+from graftwork.routes import Way
 
 MOST_LABELS = 20
 """More distinct answers than this are not taken for a closed set."""
 
 Placed = tuple[Place, Prompt | Chat]
+Asked = tuple[list[int], str, str | None]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What rows have in common that are judged together: their task, and the adapters that act on them."""
+
+    task: str | None = None
+    way: Way = None
+
+    @property
+    def who(self) -> str:
+        """The adapters in words."""
+        return "all" if self.way is None else "+".join(sorted(self.way)) or "base"
 
 
 class Templates(TypedDict, total=False):
@@ -28,14 +43,19 @@ class Templates(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Examples:
-    """Checked rows and the encoder they need; ``encoder`` is asked for the model's state, so adapters may change.
+    """Checked rows and what makes the encoder they need, for a model as it is when it is asked: adapters may change.
 
-    A template that is not given is the one that the model's adapters were trained with; without any it is ``{input}``
-    and `` {output}``.
+    ``way``: the adapters that act on all of these rows, where they have one in common. A template that is not given is
+    the one that the model's adapters were trained with; without any it is ``{input}`` and `` {output}``.
     """
 
     rows: list[Placed]
-    encoder: Callable[[Model], RowEncoder]
+    make: Callable[[Model, Way], RowEncoder]
+    way: Way = None
+
+    def encoder(self, model: Model) -> RowEncoder:
+        """Return what turns the rows into tokens of ``model``."""
+        return self.make(model, self.way)
 
     @classmethod
     def from_file(
@@ -64,19 +84,28 @@ class Examples:
         """Take the rows of a data module's ``split``: by default ``test``, or ``validation`` where there is no test."""
         chosen = split or ("test" if data.files["test"] else "validation")
 
-        def encoder(model: Model) -> RowEncoder:
+        def encoder(model: Model, way: Way) -> RowEncoder:
             return data.encoder_for(model.tokenizer, model.prompt_layout, model.seq2seq)
 
         return cls(_parsed(data.raw_rows(chosen), limit, True), encoder)
 
-    def of_task(self, task: str | None) -> "Examples":
-        """The rows of one task (None: those that name none)."""
-        return Examples([(place, row) for place, row in self.rows if row.task == task], self.encoder)
+    def of_kind(self, kind: Kind) -> "Examples":
+        """The rows of one kind."""
+        rows = [(place, row) for place, row in self.rows if Kind(row.task, row.way) == kind]
+        return Examples(rows, self.make, kind.way)
 
     @property
-    def tasks(self) -> list[str | None]:
-        """The tasks that the rows name, in the order in which they come; None stands for rows that name none."""
-        return list(dict.fromkeys(row.task for _, row in self.rows)) or [None]
+    def kinds(self) -> list[Kind]:
+        """The kinds of rows, in the order in which they come."""
+        return list(dict.fromkeys(Kind(row.task, row.way) for _, row in self.rows)) or [Kind()]
+
+    def asked(self, model: Model) -> list[Asked]:
+        """Per row, its prompt's ids, its question in words and its right answer where that is known."""
+        found = {id(row): one for part in map(self.of_kind, self.kinds) for row, one in part._asked(model)}
+        return [found[id(row)] for _, row in self.rows]
+
+    def _asked(self, model: Model) -> Iterable[tuple[Prompt | Chat, Asked]]:
+        return zip((row for _, row in self.rows), self.encoder(model).ask(self.rows), strict=True)
 
     def references(self, model: Model) -> list[list[Sequence | None]]:
         """Per row, its prompt with the right answer; None where the encoder drops a row as too long."""
@@ -104,14 +133,14 @@ class Examples:
         return sorted(outputs) if few and not any(isinstance(row, Chat) for _, row in self.rows) else None
 
 
-def _encoder(prompt_template: Template | None, answer_template: Template | None) -> Callable[[Model], RowEncoder]:
+def _encoder(prompt_template: Template | None, answer_template: Template | None) -> Callable[[Model, Way], RowEncoder]:
     """Return what makes the encoder of a model, from the templates given and else from its adapters' own."""
     options = {"prompt_template": prompt_template, "answer_template": answer_template}
     given: dict[str, Any] = {name: text for name, text in options.items() if text is not None}
     check_templates(given.get("prompt_template", "{input}"), given.get("answer_template", " {output}"))
 
-    def encoder(model: Model) -> RowEncoder:
-        trained = model.prompt_format(given)
+    def encoder(model: Model, way: Way) -> RowEncoder:
+        trained = model.prompt_format(given, way)
         if unknown := trained.keys() - set(PROMPT_FORMAT):
             raise ConfigError(f"the adapter was trained with {min(unknown)!r}, unknown here; update graftwork.")
         limit = model.shape.max_position_embeddings  # rows may fill the model's context

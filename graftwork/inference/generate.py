@@ -1,5 +1,6 @@
 """generate: a model's answers to prompts from the command line or from a file."""
 
+from dataclasses import replace
 from typing import Optional, Unpack
 
 from graftwork.batch import Questions
@@ -52,7 +53,7 @@ def generate(
 def answer(model: Model, examples: Examples, **options: Unpack[Options]) -> list[Answer]:
     """Return ``input``, ``output`` and, where it is known, ``expected`` of every row; options as in model.generate."""
     model.configure_model()
-    asked = examples.encoder(model).ask(examples.rows)
+    asked = examples.asked(model)
     questions = Questions(
         prompts=[tokens for tokens, _, _ in asked],
         inputs=[question for _, question, _ in asked],
@@ -67,4 +68,4 @@ def sample_answers(
 ) -> list[Answer]:
     """Answer the first ``count`` rows of a data module (test, else validation) greedily, as the model is now."""
     examples = data if isinstance(data, Examples) else Examples.from_data(data, limit=count)
-    return answer(model, Examples(examples.rows[:count], examples.encoder), max_new_tokens=max_new_tokens)
+    return answer(model, replace(examples, rows=examples.rows[:count]), max_new_tokens=max_new_tokens)

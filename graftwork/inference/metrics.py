@@ -27,11 +27,15 @@ class Metrics(TypedDict, total=False):
     labels: dict[str, LabelFigures]
     confusion: dict[str, dict[str, int]]
     tasks: dict[str, "Metrics"]
+    adapters: dict[str, "Metrics"]
     baseline: "Metrics"
 
 
 Paired = Mapping[str, "float | Paired"]
-"""Of one figure what it was before and is after; of all tasks, by their names, the figures of each."""
+"""Of one figure what it was before and is after; of all tasks and adapters, by their names, the figures of each."""
+
+KINDS: tuple[Literal["tasks", "adapters"], ...] = ("tasks", "adapters")
+"""Under what the figures of kinds of rows stand."""
 
 Compared = Literal["loss", "exact_match", "accuracy"]
 COMPARED: tuple[Compared, ...] = ("loss", "exact_match", "accuracy")
@@ -73,14 +77,15 @@ def label_metrics(labels: list[str], expected: list[int], likelihoods: list[list
 def paired(before: Metrics, after: Metrics) -> dict[str, Paired]:
     """Return ``{metric: {"before": ..., "after": ...}}`` of the figures both have, as a run's summary keeps them.
 
-    Where rows name tasks, those of each task stand under ``tasks``.
+    Where rows name tasks or adapters, those of each stand under ``tasks`` and ``adapters``.
     """
     found: dict[str, Paired] = {
         n: {"before": before[n], "after": after[n]} for n in COMPARED if n in before and n in after
     }
-    old, new = before.get("tasks", {}), after.get("tasks", {})
-    if shared := [task for task in new if task in old]:
-        found["tasks"] = {task: paired(old[task], new[task]) for task in shared}
+    for kind in KINDS:
+        old, new = before.get(kind, {}), after.get(kind, {})
+        if shared := [name for name in new if name in old]:
+            found[kind] = {name: paired(old[name], new[name]) for name in shared}
     return found
 
 

@@ -49,7 +49,7 @@ from graftwork.peft import tasks as tasks_of
 from graftwork.peft.artifact import directory as artifact
 from graftwork.peft.sites import Host
 from graftwork.peft.stack import Stack
-from graftwork.routes import Routes
+from graftwork.routes import Routes, Way
 from graftwork.virtual_tokens import PromptLayout
 
 
@@ -271,12 +271,12 @@ class Model(pl.LightningModule):
             raise ArtifactError("The model has no adapters to save; add one with model.add_adapter(...).")
         return artifact.save(self.stack, path, self.base_identity(), names, step, recipe)
 
-    def prompt_format(self, given: Collection[str] = ()) -> dict[str, Any]:
+    def prompt_format(self, given: Collection[str] = (), way: Way = None) -> dict[str, Any]:
         """Return how the adapters were trained to be asked: templates, BOS and EOS, without the keys ``given``.
 
-        Known after a training on a data module and after loading. Raises ConfigError when adapters differ in it.
+        ``way``: only of those that it names. Known after a training on a data module and after loading. Raises ConfigError when adapters differ in it.
         """
-        return self._stack.prompt_format(given) if self._stack else {}
+        return self._stack.prompt_format(given, way) if self._stack else {}
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:

@@ -269,15 +269,15 @@ class Stack:
                 raise MatchError(f"The model has no adapter {name!r}; {suggest(name, self.transforms)}")
         return list(self.transforms if names is None else dict.fromkeys(names))
 
-    def prompt_format(self, given: Collection[str] = ()) -> dict[str, Any]:
-        """Return how the attached adapters were trained to be asked (templates, BOS, EOS), without the keys ``given``.
+    def prompt_format(self, given: Collection[str] = (), way: Way = None) -> dict[str, Any]:
+        """Return how the adapters that act on rows of this ``way`` were trained to be asked (templates, BOS, EOS).
 
-        Raises ConfigError when two of them were trained with different values.
+        The keys ``given`` are left out. Raises ConfigError when two of them were trained with different values.
         """
         found: dict[str, object] = {}
         source: dict[str, str] = {}
         for name, known in self.prompt_formats.items():
-            for key in known.keys() - set(given):
+            for key in known.keys() - set(given) if way is None or name in way else ():
                 if found.setdefault(key, known[key]) != known[key]:
                     raise ConfigError(
                         f"adapters {source[key]!r} and {name!r} were trained with different values of {key}: "
