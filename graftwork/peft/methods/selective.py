@@ -3,7 +3,7 @@
 from typing import Optional
 
 from graftwork.errors import ConfigError, quoted
-from graftwork.peft.method import PEFT
+from graftwork.peft.method import PEFT, LayerChoice
 from graftwork.peft.sites import BaseTensor, Host, Site, matches
 
 DEFAULT_PATTERNS = ["bias"]
@@ -19,8 +19,10 @@ class Selective(PEFT):
         name: Unique name of this adapter in its model.
         patterns: ``bias`` (every bias, those of norms too; the default), ``norm`` (all of every norm), a tensor
             (``linear_qkv.bias``), a module, which means every tensor inside of it (``final_layernorm``,
-            ``layers.3.mlp``, ``linear_qkv.layer_norm``), or a ``*`` pattern over the full name of either. Every pattern must match.
-        layers: Global indices of the layers to train; default all, and what lies outside of the layers.
+            ``layers.3.mlp``, ``linear_qkv.layer_norm``), or a ``*`` pattern over the full name of either. Every pattern
+            must match.
+        layers: Global indices of the layers to train, or those of each part, e.g. ``{"decoder": [0, 1]}``; default all,
+            and what lies outside of the layers.
     """
 
     default_lr = 1e-3
@@ -29,7 +31,7 @@ class Selective(PEFT):
         self,
         name: str = "selective",
         patterns: Optional[list[str]] = None,
-        layers: Optional[list[int]] = None,
+        layers: LayerChoice = None,
     ) -> None:
         super().__init__(name, layers)
         self.patterns = patterns
