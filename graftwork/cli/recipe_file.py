@@ -24,7 +24,7 @@ from graftwork.errors import ConfigError, quoted, suggest
 from graftwork.executors import EXECUTORS
 from graftwork.inference import evaluate, generate
 from graftwork.jsonfile import MAX_DEPTH, parse_json, read_bytes
-from graftwork.models import GPT, shapes
+from graftwork.models import MODELS, shapes
 from graftwork.optim import AdamW
 from graftwork.peft import METHODS
 from graftwork.recipes import RECIPES
@@ -94,7 +94,7 @@ def targets() -> frozenset[str]:
     """Return what ``_target_`` may name: the parts of a recipe, callbacks, two loggers, the verbs."""
     named: list[Callable[..., object]] = [
         SFTDataModule,
-        GPT,
+        *MODELS.values(),
         AdamW,
         MegatronStrategy,
         pl.Trainer,

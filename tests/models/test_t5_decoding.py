@@ -1,15 +1,19 @@
 """Generation with an encoder: token by token what transformers generates, cached or not, alone or beside others."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from graftwork import models
+from graftwork import models, parallel
 from graftwork.core.t5 import DecoderCache, RelativeT5
 from graftwork.errors import ConfigError
 from graftwork.models.generation.scoring import evaluating, last_logits
 from graftwork.peft import LoRA, PTuning
 from graftwork.virtual_tokens import VIRTUAL_BASE
 from tests.contracts.methods import shake
+from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import layout_of
 from tests.helpers.tiny_t5 import KINDS, VOCABULARY, make_t5, oracle, tiny
 
 START, NEW = 0, 12
@@ -113,3 +117,34 @@ def test_breaks_are_noticed(model, monkeypatch):
         broken.setattr(DecoderCache, "read", lambda self, ids: read(self, ids).roll(1, 0))
         assert differs()
     assert not differs()
+
+
+def test_prompts_go_to_adapters_of_their_own(model):
+    """The encoder follows the route too: each row is as if its adapter were asked alone, also when others have left."""
+    fresh = tiny("t5v11")
+    fresh.add_adapter([LoRA(name="a", dim=4), LoRA(name="b", dim=4)])
+    shake(fresh)
+    asked, ways = prompts(9, 2, 14, 6), ["a", "b", None, "a"]
+    end = fresh.generate(asked[:1], NEW, stop_ids=[], adapter=["a"])[0][1]
+    alone = [fresh.generate([row], NEW, stop_ids=[end], adapter=[way])[0] for row, way in zip(asked, ways)]
+    assert len({len(answer) for answer in alone}) > 1
+    for cached in (True, False):
+        assert fresh.generate(asked, NEW, stop_ids=[end], adapter=ways, use_cache=cached) == alone
+    assert fresh.generate(asked, NEW, stop_ids=[end], adapter=["b", "a", "a", None]) != alone
+
+
+def answers_in_layout(rank, world, directory, scattered):
+    parallel.initialize(replace(layout_of(**({"tensor": world} if world > 1 else {})), sequence_parallel=scattered))
+    model = models.load(directory, dtype="fp32")
+    model.configure_model()
+    found = model.generate(prompts(9, 2, 15, 6), 5, stop_ids=[])
+    parallel.destroy()
+    return found
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("scattered", [False, True], ids=["tp2", "tp2-sp"])
+def test_layouts_give_one_processs_answers(tmp_path, scattered):
+    directory = str(make_t5("t5v11", tmp_path))
+    ranks = run_ranks(answers_in_layout, 2, directory, scattered)
+    assert ranks[0] == ranks[1] == answers_in_layout(0, 1, directory, False)
