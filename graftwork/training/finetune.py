@@ -23,9 +23,18 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.optim import AdamW
 from graftwork.peft import PEFT
-from graftwork.training.callbacks import AdapterCheckpoint, Progress, Report, SelfCheck, Throughput, TrainingState
+from graftwork.training.callbacks import (
+    AdapterCheckpoint,
+    Progress,
+    Report,
+    Room,
+    SelfCheck,
+    Throughput,
+    TrainingState,
+)
+from graftwork.training.loggers import own_loggers, quiet_writers, refuse_lost_logs
 from graftwork.training.run import RunFacts, WritesRunDown
-from graftwork.training.run_directory import discard, latest, locked, states
+from graftwork.training.run_directory import clear, discard, latest, locked, states
 from graftwork.training.strategy import MegatronStrategy
 from graftwork.training.summary import Summary
 from graftwork.training.trainee import callbacks_of, trainee
@@ -58,12 +67,15 @@ def finetune(
     facts = RunFacts(seed, recipe_text)
     report = equip(trainer, stack, facts)
     root = Path(trainer.default_root_dir).resolve()
-    with locked(root) if trainer.is_global_zero else nullcontext(), _quiet():
+    with locked(root) if trainer.is_global_zero else nullcontext(), _quiet(), quiet_writers():
+        if trainer.is_global_zero:
+            clear(root)
         resume_from = _resume_from(root, resume, trainer)
         if isinstance(trainer.strategy, MegatronStrategy):
             trainer.strategy.begin(facts, resume_from, allow_changes or ())
         with _fields_named(trainer):
             trainer.fit(model, datamodule=data, ckpt_path=resume_from)
+        refuse_lost_logs(trainer)
     return report.summary
 
 
@@ -128,23 +140,18 @@ def equip(trainer: Trainer, stack: Sequence[PEFT], facts: RunFacts) -> Report:
     callbacks: list[Callback] = [c for c in given if not _is_default(c)]
     bar = any(type(c) in (TQDMProgressBar, RichProgressBar) for c in given)
     states_too = [TrainingState] if isinstance(trainer.strategy, MegatronStrategy) else []
-    for made in (Throughput, SelfCheck, AdapterCheckpoint, Report, *([Progress] if bar else []), *states_too):
+    for made in (Room, Throughput, SelfCheck, AdapterCheckpoint, Report, *([Progress] if bar else []), *states_too):
         if not any(isinstance(c, made) for c in callbacks):
             callbacks.append(made())
-    callbacks.sort(key=lambda c: isinstance(c, TrainingState))  # last: it saves what the others have become
+    # The room is asked for before anything else; a state is saved last: it holds what the others have become.
+    callbacks.sort(key=lambda c: isinstance(c, TrainingState) - isinstance(c, Room))
     given[:] = [*(t for t in stack if t not in callbacks), *callbacks]
     for callback in callbacks:
         if isinstance(callback, WritesRunDown):
             callback.begin(facts)
     if all(_is_default_logger(logger) for logger in trainer.loggers):
-        _set_loggers(trainer)
+        trainer.loggers = own_loggers(Path(trainer.default_root_dir).resolve())
     return next(c for c in callbacks if isinstance(c, Report))
-
-
-def _set_loggers(trainer: Trainer) -> None:
-    root = Path(trainer.default_root_dir).resolve()
-    csv = CSVLogger(root, name="logs")
-    trainer.loggers = [csv, TensorBoardLogger(root, name="logs", version=csv.version)]
 
 
 def _is_default(callback: Callback) -> bool:

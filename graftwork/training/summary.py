@@ -4,7 +4,7 @@ import hashlib
 import math
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import SupportsFloat, TypedDict
 
@@ -79,15 +79,18 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     return whole(p for p in parameters if p.requires_grad), whole(parameters)
 
 
-def whole(parameters: Iterable[nn.Parameter]) -> int:
-    """Return the number of elements of the full tensors, summed over pipeline stages and expert ranks."""
+def whole(parameters: Iterable[nn.Parameter], weight: Callable[[nn.Parameter], int] = lambda _: 1) -> int:
+    """Return the number of elements of the full tensors, summed over pipeline stages and expert ranks.
+
+    ``weight`` says how much an element of a parameter counts.
+    """
     dense = expert = 0
     for parameter in parameters:
         record = record_of(parameter)
         if record.expert:
-            expert += parameter.numel()
+            expert += parameter.numel() * weight(parameter)
         elif not record.copy:
-            dense += math.prod(record.sharding.shape)
+            dense += math.prod(record.sharding.shape) * weight(parameter)
     if not parallel.is_initialized():
         return dense + expert
     return _sum(dense, parallel.pp_group()) + _sum(expert, parallel.model_parallel_group(expert=True))

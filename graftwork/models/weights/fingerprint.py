@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from pydantic import BaseModel
 
-from graftwork.atomic import atomic_write_text
+from graftwork.atomic import atomic_write_text, clear_leftovers
 from graftwork.cache import cache_directory, file_stamp, locked
 from graftwork.errors import CheckpointError
 from graftwork.jsonfile import parse_json, validated
@@ -48,6 +48,7 @@ def _noted(files: TensorFiles) -> str:
     stamp = file_stamp(*held)
     note = cache_directory() / "fingerprints" / stamp
     with locked(note):
+        clear_leftovers(note.parent, note.name)
         known = note.read_text(errors="replace") if note.is_file() else ""
         if re.fullmatch(f"{WHOLE}[0-9a-f]{{64}}", known):
             return known

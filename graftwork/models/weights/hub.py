@@ -8,7 +8,7 @@ from pathlib import Path
 from graftwork.cache import cache_directory, file_stamp, locked, sha256
 from graftwork.errors import CheckpointError, quoted, suggest
 from graftwork.models.weights.gguf import convert
-from graftwork.models.weights.seal import is_as_written, seal
+from graftwork.models.weights.seal import clear, is_as_written, seal
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def _convert_once(name: str, locate: Callable[[], Path], expected_sha256: str | 
     if is_as_written(target):
         return target
     with locked(target):
+        clear(target)
         if not is_as_written(target):
             source = locate()
             if expected_sha256 is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from graftwork.atomic import atomic_write_text
+from graftwork.atomic import atomic_write_text, clear_leftovers
 from graftwork.cache import file_stamp, sha256
 from graftwork.errors import CheckpointError
 from graftwork.jsonfile import read_schema
@@ -41,6 +41,12 @@ def is_as_written(directory: Path) -> bool:
     with suppress(CheckpointError):  # copied or touched: the same files with new times; a cache may be read-only
         seal(directory)
     return True
+
+
+def clear(directory: Path) -> None:
+    """Delete what killed processes left half-written of ``directory`` and its seal; only who holds its lock may."""
+    for path in (directory, _place(directory)):
+        clear_leftovers(path.parent, path.name)
 
 
 def _files(directory: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from graftwork.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from graftwork.training.callbacks.metrics import BeforeAfter
 from graftwork.training.callbacks.progress import Progress
 from graftwork.training.callbacks.report import Report
+from graftwork.training.callbacks.room import Room
 from graftwork.training.callbacks.self_check import SelfCheck
 from graftwork.training.callbacks.throughput import Throughput
 from graftwork.training.callbacks.training_state import RESUMABLE_EXIT_CODE, Interrupted, TrainingState
@@ -18,6 +19,7 @@ __all__ = [
     "Interrupted",
     "Progress",
     "Report",
+    "Room",
     "SelfCheck",
     "Throughput",
     "TrainingState",

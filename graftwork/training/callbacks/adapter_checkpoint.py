@@ -38,6 +38,7 @@ class AdapterCheckpoint(WritesRunDown, Checkpoint):
         self.best: float | None = None
         self.best_step: int | None = None
         self.path: Path | None = None
+        self._ended = False
 
     @property
     def state_key(self) -> str:
@@ -84,6 +85,12 @@ class AdapterCheckpoint(WritesRunDown, Checkpoint):
             self.path = root / "adapter"
             if self.best_step != trainer.global_step:
                 self._save(trainer, model, "adapter-last")
+        self._ended = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the result of a run that was stopped after its last step: started again, it trains nothing more."""
+        if not self._ended and trainer.global_step:
+            self.on_train_end(trainer, pl_module)
 
     def _save(self, trainer: Trainer, model: Trainee, name: str) -> Path:
         path = self._root(trainer) / name

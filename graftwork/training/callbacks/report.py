@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from graftwork.atomic import atomic_write_bytes, atomic_write_text
 from graftwork.errors import CheckpointError
 from graftwork.jsonfile import validated
+from graftwork.parallel.collective import agreed
 from graftwork.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from graftwork.training.callbacks.metrics import BeforeAfter
 from graftwork.training.callbacks.throughput import Throughput
@@ -88,13 +89,15 @@ class Report(WritesRunDown, Callback):
             self.validation.append((trainer.global_step, float(loss)))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write both files; by now every other callback has done its part."""
-        self._summary = self._summarise(trainer)
-        if trainer.is_global_zero:
-            root = Path(self.directory or trainer.default_root_dir).resolve()
-            atomic_write_text(root / "summary.json", json.dumps(self._summary, indent=2) + "\n")
-            names = " + ".join(type(t).__name__ for t in trainee(pl_module).adapters.values()) or "full fine-tuning"
-            atomic_write_bytes(root / "loss.png", loss_curve(self.train, self.validation, f"{root.name}: {names}"))
+        """Write both files; by now every other callback has done its part. No rank goes on when one cannot."""
+        made = self._summary = self._summarise(trainer)
+        agreed(lambda: self._write(trainer, pl_module, made) if trainer.is_global_zero else None)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, made: Summary) -> None:
+        root = Path(self.directory or trainer.default_root_dir).resolve()
+        atomic_write_text(root / "summary.json", json.dumps(made, indent=2) + "\n")
+        names = " + ".join(type(t).__name__ for t in trainee(pl_module).adapters.values()) or "full fine-tuning"
+        atomic_write_bytes(root / "loss.png", loss_curve(self.train, self.validation, f"{root.name}: {names}"))
 
     def _summarise(self, trainer: Trainer) -> Summary:
         callbacks = callbacks_of(trainer)

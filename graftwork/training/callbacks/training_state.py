@@ -80,7 +80,8 @@ class TrainingState(Checkpoint):
             self._settle(trainer)
 
     def _settle(self, trainer: Trainer) -> None:
-        if self._asked or self._wanted:
+        # The last step's state follows the checks and the result: whoever resumes from it does not check again.
+        if self._asked or (self._wanted and trainer.global_step != trainer.max_steps):
             self.save(trainer)
         if self._asked:
             raise Interrupted(
