@@ -17,7 +17,18 @@ from graftwork.batch import IGNORED, Batch
 from graftwork.models import GPT
 from graftwork.models.shapes import Shape
 from graftwork.parallel.record import record_of
-from graftwork.peft import IA3, METHODS, PEFT, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, PTuning, Selective
+from graftwork.peft import (
+    IA3,
+    METHODS,
+    PEFT,
+    CanonicalAdapter,
+    CanonicalLoRA,
+    DoRA,
+    LoRA,
+    PromptTuning,
+    PTuning,
+    Selective,
+)
 
 TINY: dict[str, Any] = {"dim": 4, "virtual_tokens": 3, "embedding_dim": 12, "bottleneck_dim": 10, "init_std": 0.3}
 """Values of hyper-parameters for the tiny models, wherever a method has them."""
@@ -29,6 +40,12 @@ def tiny(method: type[PEFT]) -> PEFT:
     """Return a transform of this method for the tiny models."""
     known = inspect.signature(method).parameters
     return method(**{n: v for n, v in {**TINY, **OTHER.get(method, {})}.items() if n in known})
+
+
+def by_task() -> list[PEFT]:
+    """Return two prompts, each with rows of its own for two tasks."""
+    options = {"embedding_dim": 12, "bottleneck_dim": 5, "encoder": "lstm"}
+    return [PTuning(**options, tasks={"a": 2, "b": 2}), PromptTuning(tasks={"a": 2, "b": 1})]
 
 
 def stack(*methods: type[PEFT]) -> list[PEFT]:
@@ -44,6 +61,7 @@ STACKS: dict[str, Callable[[], list[PEFT]]] = {
     "ptuning+canonical": partial(stack, PTuning, CanonicalAdapter),
     "all": partial(stack, LoRA, IA3, CanonicalAdapter, PTuning),
     "lora's relatives": partial(stack, DoRA, CanonicalLoRA, LoRA),
+    "tasks": by_task,
     "lora+selective": partial(stack, LoRA, Selective),
 }
 

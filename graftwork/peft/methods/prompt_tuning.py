@@ -36,9 +36,18 @@ class TrainedPrompt(PromptTable):
         )
         self.derive_matrix("table", shape, lambda: self.base_rows(base, ids))
 
+    def derive(self) -> None:
+        """Compute the initial values that depend on the base; remember the table as it is born."""
+        super().derive()
+        self._born = self.table.detach().clone()
+
     def rows(self) -> Tensor:
         """Return the table."""
         return self.table
+
+    def moved(self) -> bool:
+        """Tell whether the table is another than it was at birth."""
+        return not torch.equal(self.table.detach(), self._born.to(self.table.device))
 
 
 class PromptTuning(PromptMethod):

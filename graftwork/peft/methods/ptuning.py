@@ -75,8 +75,8 @@ class LSTMPrompt(EncodedPrompt):
         weights: list[Tensor] = [self.get_parameter(name) for name in self.names]
         state = self.slots.new_zeros(2 * LAYERS, 1, weights[1].shape[1])
         sequence = self.slots.unsqueeze(0)
-        # cuDNN wants the weights of all layers in one piece of memory; oneDNN rounds otherwise where nothing trains.
-        with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+        # cuDNN wants the weights of all layers in one piece of memory, and warns where they are not.
+        with torch.backends.cudnn.flags(enabled=False):
             read, *_ = torch.lstm(sequence, (state, state), weights, True, LAYERS, 0.0, False, True, True)
         return F.linear(F.relu(F.linear(read[0], self.linear_in, self.bias_in)), self.linear_out, self.bias_out)
 
