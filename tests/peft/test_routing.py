@@ -12,7 +12,7 @@ from torch import Tensor
 from graftwork.batch import IGNORED, Batch
 from graftwork.errors import MatchError
 from graftwork.models import GPT
-from graftwork.peft import IA3, PEFT, CanonicalAdapter, LoRA, PTuning
+from graftwork.peft import IA3, PEFT, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, PTuning, Selective
 from graftwork.routes import Routes, Way, way
 from tests.contracts.methods import adapter_parameters, make, shake, tokens
 
@@ -23,8 +23,10 @@ ROWS: list[Way] = [
     None,
     way("second"),
     way(["lora", "second", "rows"]),
+    way(["magnitudes", "rows"]),
+    way(["apart", "magnitudes"]),
 ]
-"""The base alone, one adapter, two, all of them, the second LoRA at the same site, three."""
+"""The base alone, one adapter, two, all of them, the second LoRA at the same site, three, other pairs."""
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
@@ -39,6 +41,8 @@ def adapters() -> list[PEFT]:
         CanonicalAdapter("bottleneck", dim=6),
         LoRA("second", dim=2, target_modules=["linear_qkv", "linear_fc2", "output_layer"]),
         LoRA("rows", dim=2, target_modules=["word_embeddings"]),
+        DoRA("magnitudes", dim=3),
+        CanonicalLoRA("apart", dim=3),
     ]
 
 
@@ -101,7 +105,7 @@ def test_rows_of_one_pack_go_different_ways() -> None:
         tokens=apart.tokens.reshape(2, -1),
         labels=apart.labels.reshape(2, -1),
         position_ids=apart.position_ids.reshape(2, -1),
-        cu_seqlens=torch.tensor([[0, length, 2 * length, 3 * length]] * 2, dtype=torch.int32),
+        cu_seqlens=(torch.arange(len(ROWS) // 2 + 1) * length).repeat(2, 1).to(torch.int32),
         routes=replace(apart.routes, chosen=apart.routes.chosen.expand(-1, length).reshape(2, -1)),
     )
     assert close(summed(model, line), summed(model, apart))
@@ -186,3 +190,10 @@ def test_adapters_inside_experts_act_on_all_rows_or_none() -> None:
     with pytest.raises(MatchError, match="inside of experts tokens have lost their rows"):
         model.run_chunk(model.chunks[0], batch_of([way("ia3")]))
     model.run_chunk(model.chunks[0], batch_of([way("lora"), way(["lora", "ia3"])]))
+
+
+def test_trained_tensors_of_the_base_act_on_all_rows_or_none() -> None:
+    model = make()
+    model.add_adapter([LoRA("lora", dim=4), Selective("norms", patterns=["norm"])])
+    with pytest.raises(MatchError, match="'norms' cannot act on some rows only: it trains tensors of the base"):
+        model.run_chunk(model.chunks[0], batch_of([way("lora")]))
