@@ -40,7 +40,9 @@ def model_of(kind: str, recompute: str | None = None, lora: bool = False) -> T5:
                 generator = torch.Generator().manual_seed(sum(map(ord, name)))
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     if lora:
-        model.add_adapter(LoRA(dim=4, alpha=4, target_modules=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]))
+        model.add_adapter(
+            LoRA(dim=4, alpha=4, target_modules=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
+        )
         with torch.no_grad():
             for tensor in model.stack.tensors("lora"):
                 sharding = record_of(tensor.parameter).sharding
