@@ -30,6 +30,8 @@ class RelativeT5(T5Model):
 
     output_scale: float = 1.0
     """What the decoder's output is multiplied by before the output layer."""
+    remembering: tuple[RememberingSelfAttention | RememberingCrossAttention, ...]
+    """The decoder's attention modules, known from birth: an adapter around one takes it out of the module tree."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(position_embedding_type="relative", **options)
@@ -38,6 +40,8 @@ class RelativeT5(T5Model):
         device = self.embedding.word_embeddings.weight.device
         self.encoder_relative_pos_emb.to(device)
         self.decoder_relative_pos_emb.to(device)
+        kinds = RememberingSelfAttention | RememberingCrossAttention
+        self.remembering = tuple(m for m in self.decoder.modules() if isinstance(m, kinds))
 
     def run(self, source: Tensor, source_lengths: Tensor, tokens: Tensor) -> Tensor:
         """Return logits [b, sd, v/tp] of decoder ids [b, sd] after right-padded source ids [b, se]."""
@@ -122,21 +126,16 @@ class DecoderCache:
     def __init__(self, chunk: RelativeT5, source: Tensor, source_lengths: Tensor, room: int) -> None:
         self.chunk, self.room, self.length = chunk, room, 0
         self._source, self._lengths = source, source_lengths
-        self._attentions = [
-            module
-            for module in chunk.decoder.modules()
-            if isinstance(module, RememberingSelfAttention | RememberingCrossAttention)
-        ]
 
     def __enter__(self) -> "DecoderCache":
         self._context, self._padding = self.chunk.encode(self._source, self._lengths)
-        for attention in self._attentions:
+        for attention in self.chunk.remembering:
             grows = isinstance(attention, RememberingSelfAttention)
             attention.memory = GrowingMemory(self.room) if grows else FixedMemory()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for attention in self._attentions:
+        for attention in self.chunk.remembering:
             attention.memory = None
 
     def read(self, tokens: Tensor) -> Tensor:
@@ -150,7 +149,7 @@ class DecoderCache:
         chosen = torch.tensor(rows, dtype=torch.int64, device=self._context.device)
         self._context = self._context.index_select(1, chosen)
         self._padding = self._padding.index_select(0, chosen)
-        for attention in self._attentions:
+        for attention in self.chunk.remembering:
             assert attention.memory is not None
             attention.memory.keep(chosen)
 

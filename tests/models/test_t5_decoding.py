@@ -9,9 +9,10 @@ from graftwork import models, parallel
 from graftwork.core.t5 import DecoderCache, RelativeT5
 from graftwork.errors import ConfigError
 from graftwork.models.generation.scoring import evaluating, last_logits
-from graftwork.peft import LoRA, PTuning
+from graftwork.peft import METHODS, LoRA, PTuning
 from graftwork.virtual_tokens import VIRTUAL_BASE
 from tests.contracts.methods import shake
+from tests.contracts.methods import tiny as small
 from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import layout_of
 from tests.helpers.tiny_t5 import KINDS, VOCABULARY, make_t5, oracle, tiny
@@ -68,6 +69,29 @@ def test_with_adapters_the_cache_is_exact(model):
     assert cached == fresh.generate(asked, NEW, stop_ids=[], use_cache=False)
     with fresh.adapters_disabled():
         assert cached != fresh.generate([row[3:] for row in asked], NEW, stop_ids=[])
+
+
+ADAPTED = {**{name: [name] for name in METHODS}, "everything": list(METHODS)}
+
+
+@pytest.mark.parametrize("stack", ADAPTED)
+def test_the_cache_is_exact_under_every_method(stack, monkeypatch):
+    """What an adapter is put around leaves the module tree; a cache that looks for it there reads too little."""
+    fresh = tiny("t5v11")
+    fresh.add_adapter([small(METHODS[name]) for name in ADAPTED[stack]])
+    shake(fresh)
+    front = [i for slot in fresh.prompt_layout.slots for i in slot.ids]
+    asked = [front + row for row in prompts(5, 11, 8)]
+    cached = fresh.generate(asked, NEW, stop_ids=[])
+    assert cached == fresh.generate(asked, NEW, stop_ids=[], use_cache=False)
+    chunk = fresh.chunks[0]
+    seen = {m for m in chunk.decoder.modules() if m in chunk.remembering}
+    hidden = "CanonicalAdapter" in ADAPTED[stack]
+    assert (len(chunk.remembering), len(seen)) == (6, 0 if hidden else 6)
+    if hidden:  # deliberate break
+        monkeypatch.setattr(chunk, "remembering", ())
+        with pytest.raises(RuntimeError, match="shape"):
+            fresh.generate(asked, NEW, stop_ids=[])
 
 
 def test_samples_are_repeatable_and_do_not_depend_on_the_batch(model):
