@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graftwork.errors import ParallelismError
-from graftwork.routes import Routes, Way
+from graftwork.routes import Routes
+from graftwork.ways import Way
 
 IGNORED = -100
 """Label of a position without a target (torch's and transformers' ``ignore_index``)."""

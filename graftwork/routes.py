@@ -1,21 +1,12 @@
 """Routes: which adapters act on which rows of a batch, or on which tokens of a packed one."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-Way = frozenset[str] | None
-"""Names of the adapters that act on a row: none of them when it is empty, every attached one for None."""
-
-Named = str | Sequence[str] | None
-"""How a user names them: one adapter, several, or None (as well as an empty name) for the base alone."""
-
-
-def way(named: Named) -> frozenset[str]:
-    """Return the adapters that ``named`` means."""
-    return frozenset(name for name in ([named] if isinstance(named, str) else named or ()) if name)
+from graftwork.ways import Way
 
 
 @dataclass(frozen=True)

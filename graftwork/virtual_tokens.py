@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from graftwork.errors import MatchError, suggest
-from graftwork.routes import Way
+from graftwork.ways import Way
 
 VIRTUAL_BASE = 2**30
 """First virtual id; a constant, so tokenised data do not depend on the (padded) vocabulary size."""

@@ -19,8 +19,8 @@ from graftwork.data.schema import parse_row
 from graftwork.data.sequence import Sequence
 from graftwork.data.tokenizer import fingerprint
 from graftwork.errors import DataError, quoted, suggest
-from graftwork.routes import Way
 from graftwork.virtual_tokens import VIRTUAL_BASE
+from graftwork.ways import Way
 
 if TYPE_CHECKING:
     from datasets import Dataset

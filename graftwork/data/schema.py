@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NamedTuple, Optional
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from graftwork.errors import DataError, quoted
-from graftwork.routes import Way, way
+from graftwork.ways import Way, way
 
 _COMPARED = 100
 """Most fields, and characters of each, that are compared with the right names."""

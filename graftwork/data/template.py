@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from graftwork.data.schema import Chat, Place, Prompt, is_text
 from graftwork.errors import ConfigError, DataError, quoted, suggest
-from graftwork.routes import Way
 from graftwork.virtual_tokens import PromptLayout, PromptSlot
+from graftwork.ways import Way
 
 Template = str | Mapping[str, str]
 """The template of all rows, or that of each task by its name."""

@@ -12,7 +12,7 @@ from graftwork.data.sequence import Sequence
 from graftwork.data.template import Template, check_templates
 from graftwork.errors import ConfigError, DataError
 from graftwork.models import Model
-from graftwork.routes import Way
+from graftwork.ways import Way
 
 MOST_LABELS = 20
 """More distinct answers than this are not taken for a closed set."""

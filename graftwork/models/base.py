@@ -49,8 +49,9 @@ from graftwork.peft import tasks as tasks_of
 from graftwork.peft.artifact import directory as artifact
 from graftwork.peft.sites import Host
 from graftwork.peft.stack import Stack
-from graftwork.routes import Routes, Way
+from graftwork.routes import Routes
 from graftwork.virtual_tokens import PromptLayout
+from graftwork.ways import Way
 
 
 class Model(pl.LightningModule):
@@ -274,7 +275,8 @@ class Model(pl.LightningModule):
     def prompt_format(self, given: Collection[str] = (), way: Way = None) -> dict[str, Any]:
         """Return how the adapters were trained to be asked: templates, BOS and EOS, without the keys ``given``.
 
-        ``way``: only of those that it names. Known after a training on a data module and after loading. Raises ConfigError when adapters differ in it.
+        ``way``: only of those that it names. Known after a training on a data module and after loading. Raises
+        ConfigError when adapters differ in it.
         """
         return self._stack.prompt_format(given, way) if self._stack else {}
 

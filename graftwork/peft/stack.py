@@ -20,8 +20,9 @@ from graftwork.peft.routing import routed
 from graftwork.peft.sites import BaseTensor, Host, Site
 from graftwork.peft.trained import DerivedTensor, LentTensor, TrainedTensor, check_free
 from graftwork.peft.wrapper import graft, parameter_device, ungraft
-from graftwork.routes import Routes, Way
+from graftwork.routes import Routes
 from graftwork.virtual_tokens import PromptLayout
+from graftwork.ways import Way
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from graftwork.batch import Questions
 from graftwork.errors import ConfigError, MatchError
 from graftwork.models import GPT
 from graftwork.peft import IA3, CanonicalAdapter, LoRA
-from graftwork.routes import Named, way
+from graftwork.ways import Named, way
 from tests.contracts.methods import make, shake, tokens
 
 PROMPTS = [ids[: 4 + i].tolist() for i, ids in enumerate(tokens(rows=5, length=9))]

@@ -13,7 +13,8 @@ from graftwork.batch import IGNORED, Batch
 from graftwork.errors import MatchError
 from graftwork.models import GPT
 from graftwork.peft import IA3, PEFT, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, PTuning, Selective
-from graftwork.routes import Routes, Way, way
+from graftwork.routes import Routes
+from graftwork.ways import Way, way
 from tests.contracts.methods import adapter_parameters, make, shake, tokens
 
 ROWS: list[Way] = [

@@ -8,7 +8,8 @@ from graftwork.models.generation.protocol import CausalModel
 from graftwork.models.generation.reading import Reader, heads, reader
 from graftwork.models.generation.sampling import Sampler
 from graftwork.models.generation.scoring import check_tokens, evaluating, one_piece
-from graftwork.routes import Named, Routes, Way, way
+from graftwork.routes import Routes
+from graftwork.ways import Named, Way, way
 
 
 class Decoding(TypedDict, total=False):
