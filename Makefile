@@ -49,7 +49,8 @@ CELLS := not test_layout_equals_one_process or ((llama-all or mixture-all) and n
 
 test-compat: $(STAMP) ## what touches megatron-core, for another interpreter: make test-compat PYTHON=python3.12
 	@$(BIN)/python -m pytest $(PYTEST) $(SPREAD) -m "not slow" -k "$(CELLS)" \
-	  tests/compat tests/models/test_hf_parity.py tests/models/test_gpt.py tests/parallel/test_fidelity.py
+	  tests/compat tests/models/test_hf_parity.py tests/models/test_gpt.py tests/parallel/test_fidelity.py \
+	  tests/parallel/test_tensor_index.py tests/fuzz/test_training_states.py tests/training/test_written_before.py
 
 format: $(STAMP) ## lay the sources out and sort their imports
 	@$(BIN)/ruff check --quiet --select I --fix . && $(BIN)/ruff format --quiet .

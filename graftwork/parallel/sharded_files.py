@@ -4,6 +4,7 @@ megatron-core writes some files on the first rank only and lets only that rank k
 wait for it for ever.
 """
 
+import inspect
 import logging
 import pickle
 import warnings
@@ -16,6 +17,7 @@ from graftwork.compat import writer_queue  # accommodations precede any megatron
 
 # isort: split
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
@@ -96,7 +98,6 @@ def shapes_in(directory: Path) -> dict[str, tuple[int, ...]]:
 
     def read() -> dict[str, tuple[int, ...]]:
         with _quiet(), _as_data(directory):
-            dist_checkpointing.load_common_state_dict(str(directory))  # ``load`` must not fail there on one rank alone
             found = dist_checkpointing.load_tensors_metadata(str(directory))
         return {key: tuple(tensor.global_shape) for key, tensor in found.items()}
 
@@ -162,8 +163,19 @@ def _as_data(directory: Path) -> Iterator[None]:
     _check_common(directory / "common.pt")
     # Newer versions keep indices by path for the life of the process, also when the directory has been written anew.
     getattr(CachedMetadataFileSystemReader, "clear_metadata_cache", lambda: None)()
-    with indices_as_data():
+    with indices_as_data(), _nothing_common():
         yield
+
+
+@contextmanager
+def _nothing_common() -> Iterator[None]:
+    """Keep newer versions of megatron-core from unpickling what is no tensor: there is none of it."""
+    own = serialization.load_common_state_dict
+    setattr(serialization, "load_common_state_dict", lambda *args, **kwargs: {})  # noqa: B010  (it has no option)
+    try:
+        yield
+    finally:
+        setattr(serialization, "load_common_state_dict", own)  # noqa: B010
 
 
 class _Backends(BaseModel):
@@ -171,16 +183,17 @@ class _Backends(BaseModel):
 
     sharded_backend: Literal["torch_dist"]
     sharded_backend_version: Literal[1] = 1
-    common_backend: Literal["torch"]
+    common_backend: Literal["torch"] = "torch"
     common_backend_version: Literal[1] = 1
 
 
 def _check_common(path: Path) -> None:
-    """Raise DamagedError unless the file of what is no tensor, where there is one, says that there is nothing.
+    """Raise DamagedError unless the file of what is no tensor says that there is nothing; newer versions have none.
 
-    megatron-core reads it as torch does by default, which an environment variable turns into running what it asks for.
+    megatron-core 0.16 reads it as torch does by default, which an environment variable turns into running what it says.
     """
-    if path.exists() and read_torch(path, DamagedError) != {}:
+    needed = "common_strategy" in inspect.signature(serialization.load).parameters
+    if (needed or path.exists()) and read_torch(path, DamagedError) != {}:
         raise DamagedError(f"{path.name} holds more than tensors")
 
 

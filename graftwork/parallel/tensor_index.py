@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -35,13 +36,15 @@ _ALLOWED = {
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
     _CHECKPOINT + "metadata": {
-        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
         "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     },
     _CHECKPOINT + "planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     _CHECKPOINT + "filesystem": {"_StorageInfo"},
 }  # fmt: skip
-"""What an index consists of beside torch's dtypes. No objects stored as bytes: torch would unpickle those in turn."""
+"""What an index consists of beside torch's dtypes."""
+_COMMON = "common_state/"
+"""What newer versions of megatron-core put there of all that is no tensor: nothing here, so it is left out."""
 
 
 class DamagedError(CheckpointError):
@@ -65,14 +68,17 @@ class _Unpickler(pickle.Unpickler):
 def read_index(directory: Path) -> Metadata:
     """Return the index of the distributed checkpoint in ``directory``; raises DamagedError.
 
-    Nothing of a foreign file runs: no class beside those of an index is made, and files it names lie in ``directory``.
+    Nothing of a foreign file runs: no class beside those of an index is made, files it names lie in ``directory``, and
+    no objects stored as bytes are passed on, which torch would unpickle in turn.
     """
     found = _Unpickler(io.BytesIO(read_bytes(directory / ".metadata", DamagedError, MAX_BYTES))).load()
     if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, dict):
         raise DamagedError("its index is none")
     if not isinstance(found.storage_data, dict):
         raise DamagedError("its index names no files")
-    for key, tensor in found.state_dict_metadata.items():
+    tensors = {key: entry for key, entry in found.state_dict_metadata.items() if not _is_common(key, entry)}
+    found.state_dict_metadata = tensors
+    for key, tensor in tensors.items():
         _check_tensor(key, tensor, found.storage_data)
     for name in {place.relative_path for place in found.storage_data.values()}:
         named_inside(directory, name, "its index", DamagedError)
@@ -95,6 +101,10 @@ def indices_as_data() -> Iterator[None]:
         yield
     finally:
         setattr(FileSystemReader, "read_metadata", own)  # noqa: B010
+
+
+def _is_common(key: object, entry: object) -> bool:
+    return isinstance(key, str) and key.startswith(_COMMON) and isinstance(entry, BytesStorageMetadata)
 
 
 def _check_tensor(key: object, tensor: object, places: dict[object, object]) -> None:

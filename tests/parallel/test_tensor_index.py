@@ -109,7 +109,7 @@ def nowhere(index: Metadata, key: str) -> None:
 
 
 BREAKS = {
-    as_bytes: "BytesStorageMetadata",
+    as_bytes: "which is no tensor",
     outside: "names the file '../__0_0.distcp'",
     gap: "do not make it up",
     twice: "lie outside|do not make it up",
@@ -152,3 +152,12 @@ def test_a_directory_written_anew_is_read_anew(tensors: Path) -> None:
     assert first
     with pytest.raises(DamagedError, match="do not make it up"):
         sharded_files.load({}, tensors)
+
+
+def test_what_is_stored_as_bytes_beside_the_tensors_is_left_out(tensors: Path) -> None:
+    """Newer versions of megatron-core keep there what is no tensor; torch would unpickle it."""
+    index = own(tensors)
+    wanted = set(index.state_dict_metadata)
+    index.state_dict_metadata["common_state/shard_0_1"] = BytesStorageMetadata()
+    write(tensors, index)
+    assert set(read_index(tensors).state_dict_metadata) == wanted
