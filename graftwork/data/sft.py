@@ -74,8 +74,7 @@ class SFTDataModule(pl.LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = cache_dir
-        self.report: dict[str, Report] = {}
-        """Per split: file, rows, truncated, dropped, tokens, answer_tokens, longest, packing figures."""
+        self.report: dict[str, Report] = {}  # per split: what became of its rows
         self._format = RowFormat(
             prompt_template=prompt_template, answer_template=answer_template, add_bos=add_bos, add_eos=add_eos,
             seq_length=seq_length, answer_length=answer_length, too_long=too_long,
