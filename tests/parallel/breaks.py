@@ -15,7 +15,7 @@ from graftwork.parallel.sharding import Sharding
 from graftwork.peft import cuts
 from graftwork.peft.adapter import Adapter
 from graftwork.peft.artifact import tensors
-from graftwork.peft.methods import dora, lora
+from graftwork.peft.methods import dora, lora, prompt_tuning
 from graftwork.peft.wrapper import original_weight
 from graftwork.training import schedule
 from graftwork.training.optimizer import gradients
@@ -142,6 +142,15 @@ def copies_per_expert_rank() -> None:
     lora.SharedFactors._record = lambda self, *args: replace(exact(self, *args), expert=True)  # type: ignore[method-assign]
 
 
+@pytest.mark.fault(
+    "a task's virtual token gets the row of the slot beside it",
+    "ids name rows in every layout; a layout must give one process's logits",
+)
+def task_slot_off_by_one() -> None:
+    """Give every virtual token of prompt tuning the row of the slot before it."""
+    prompt_tuning.TrainedPrompt.rows = lambda self: self.table.roll(1, 0)  # type: ignore[method-assign]
+
+
 BREAKS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
@@ -155,5 +164,6 @@ BREAKS: dict[str, Callable[[], None]] = {
         forget_the_route,
         norm_of_own_columns,
         copies_per_expert_rank,
+        task_slot_off_by_one,
     )
 }

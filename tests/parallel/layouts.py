@@ -56,6 +56,8 @@ SUBJECTS: dict[str, str] = {
     "all": "all four",
     "lora's relatives": "[DoRA, CanonicalLoRA, LoRA]",
 }
+TASKS: dict[str, str] = {"tasks": "[PTuning with an LSTM, PromptTuning], each with two tasks"}
+"""Prompts by task, whose rows take turns; trained where a prompt meets another layout than in one process."""
 assert set(SUBJECTS) - {"base", "full"} <= set(STACKS)
 LENT: dict[str, str] = {
     "lent+tied": "[Selective, tied parallel CanonicalAdapter, IA3]",
@@ -64,7 +66,7 @@ LENT: dict[str, str] = {
     "shared experts": "[DoRA, CanonicalLoRA and LoRA, each one for all experts of a layer]",
 }
 """Stacks that need tensors which not every model has; ``models.LENDING`` builds them."""
-TITLES = {**SUBJECTS, **LENT}
+TITLES = {**SUBJECTS, **TASKS, **LENT}
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def _special(layout: str) -> list[Cell]:
     normed = [Cell("qwen3", subject) for subject in ("full", "ia3")]
     packed = [] if layout == "cp2" else [Cell("llama", subject, packed=True) for subject in ("full", "all")]
     replayed = [Cell("llama", "all", recompute="full"), Cell("llama", "ptuning", recompute="full")]
-    return [*learned, *normed, *packed, *replayed, *_routed(layout)]
+    tasks = [Cell("llama", "tasks", packed=layout == "pp2")] if layout in ("tp2", "tp2_sp", "pp2", "dp2") else []
+    return [*learned, *normed, *packed, *replayed, *tasks, *_routed(layout)]
 
 
 def _routed(layout: str) -> list[Cell]:

@@ -92,9 +92,11 @@ def shake(model: GPT) -> None:
                 parameter.data.add_(_drawn(key_of(chunk, name, parameter), record_of(parameter), 0.02))
 
 
-def prompt_of(model: Any) -> list[int]:
-    """Return the virtual tokens of every attached prompt."""
-    return [i for slot in model.prompt_layout.slots for i in slot.ids]
+def prompt_of(model: Any, row: int = 0) -> list[int]:
+    """Return the virtual tokens of every attached prompt; tasks take turns, row by row."""
+    layout = model.prompt_layout
+    tasks = list(dict.fromkeys(slot.task for slot in layout.slots if slot.task is not None)) or [None]
+    return [i for slot in layout.slots if slot.task in (None, tasks[row % len(tasks)]) for i in slot.ids]
 
 
 def key_of(chunk: nn.Module, name: str, parameter: Tensor) -> str:

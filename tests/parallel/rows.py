@@ -66,8 +66,9 @@ def global_batch(model: Any, step: int, packed: bool = False) -> Batch:
     ids = torch.randint(model.shape.vocab_size, (ROWS, LENGTH + 1), generator=generator)
     positions = torch.arange(LENGTH).expand(ROWS, -1).clone()
     batch = Batch(ids[:, :-1].clone(), ids[:, 1:].clone(), positions, micro_batch_size=MICRO)
-    for start in samples(packed):
-        _put_prompt(batch, start, prompt_of(model))
+    for place, start in enumerate(samples(packed)):
+        for row in range(ROWS):
+            _put_prompt(batch, row, start, prompt_of(model, row + place))
     for row in range(ROWS):
         batch.labels[row, : int(torch.randint(LENGTH - 1, (), generator=generator))] = IGNORED
     if step == 1:
@@ -83,8 +84,8 @@ def samples(packed: bool) -> list[int]:
     return [0, SECOND] if packed else [0]
 
 
-def _put_prompt(batch: Batch, start: int, prompt: list[int]) -> None:
+def _put_prompt(batch: Batch, row: int, start: int, prompt: list[int]) -> None:
     end = start + len(prompt)
-    batch.tokens[:, start:end] = torch.tensor(prompt, dtype=torch.long)
-    batch.labels[:, max(start - 1, 0) : max(start, end - 1)] = IGNORED  # never predict across samples, or a prompt
-    batch.position_ids[:, start:] = torch.arange(LENGTH - start)
+    batch.tokens[row, start:end] = torch.tensor(prompt, dtype=torch.long)
+    batch.labels[row, max(start - 1, 0) : max(start, end - 1)] = IGNORED  # never predict across samples, or a prompt
+    batch.position_ids[row, start:] = torch.arange(LENGTH - start)

@@ -31,6 +31,7 @@ MISTAKES = [
     ("norm_of_own_columns", "tp2", Cell("llama", "dora"), "logits"),
     ("drop_the_sequence_sum", "tp2_sp", Cell("llama", "lora's relatives"), "gradients"),
     ("copies_per_expert_rank", "ep2", Cell("mixture", "shared experts"), "gradients"),
+    ("task_slot_off_by_one", "tp2", Cell("llama", "tasks"), "logits"),
     ("forget_the_route", "pp2", Cell("llama", "all", recompute="full", routed=True), "gradients"),
 ]
 BY_PROCESSES = sorted({(breakage, layout) for breakage, layout, _, _ in MISTAKES})
