@@ -18,9 +18,9 @@ from graftwork.training.optimizer import Update
 from graftwork.training.state import checkpoint
 from graftwork.training.state.identity import Identity
 from tests.fuzz.mutations import Mutation, damage, draw
+from tests.helpers.lightning_state import lightning_state
 
 FAMILIES = ("json", "bytes", "directory")
-BEFORE = Path(__file__).parents[1] / "written_before" / "adapters" / "checkpoints" / "step-00000003"
 CORPUS = Path(__file__).parent / "corpus" / "states.json"
 LIMIT = 1000
 """Longest message, in characters."""
@@ -49,7 +49,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A state, what it holds, and the state as the version before wrote it: without identity and checksums."""
     root = tmp_path_factory.mktemp("states")
     chunks, optimizer = trained(1)
-    own = {**torch.load(BEFORE / "trainer.pt", weights_only=True), "global_step": 3}
+    own = lightning_state(3)
     identity = Identity(decides={"optim": "AdamW", "optim.lr": 1e-2}, around={"trainer.max_steps": 3}, recipe="a = 1")
     checkpoint.save(root / "state", own, Update(chunks, [optimizer]), Layout(), identity)
     shutil.copytree(root / "state", root / "before")

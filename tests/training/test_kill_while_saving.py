@@ -21,6 +21,7 @@ from graftwork.training.optimizer import Update
 from graftwork.training.optimizer.shards import chunks_of
 from graftwork.training.run_directory import latest, prune, state_path, states
 from graftwork.training.state import checkpoint
+from tests.helpers.lightning_state import lightning_state
 
 KILLS = 20
 
@@ -57,7 +58,7 @@ def save_forever(root: str) -> None:
     while True:
         step += 1
         mark(model, optimizer, step)
-        checkpoint.save(state_path(Path(root), step), {"global_step": step}, update_of(model, optimizer), Layout())
+        checkpoint.save(state_path(Path(root), step), lightning_state(step), update_of(model, optimizer), Layout())
         prune(Path(root), keep=2)
 
 

@@ -23,6 +23,7 @@ from graftwork.training.state import checkpoint
 from tests.contracts.methods import shape
 from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import layout_of
+from tests.helpers.lightning_state import lightning_state
 
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
 TIED = {"family": "llama_tied", "num_layers": 4}
@@ -65,7 +66,7 @@ def made(name: str, seed: int) -> tuple[GPT, torch.optim.Optimizer]:
 
 
 def save(model: GPT, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    checkpoint.save(path, {"global_step": 3}, Update(model.chunks, [optimizer]), Layout())
+    checkpoint.save(path, lightning_state(3), Update(model.chunks, [optimizer]), Layout())
 
 
 def load(model: GPT, optimizer: torch.optim.Optimizer, path: Path) -> None:
