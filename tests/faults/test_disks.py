@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from lightning.pytorch import Callback, Trainer
 
 from graftwork.cli.context import one_line_errors
 from graftwork.errors import CheckpointError, GraftworkError
+from graftwork.models.weights.files import INDEX
+from graftwork.models.weights.hub import resolve
 from graftwork.peft import LoRA
 from graftwork.training import finetune
 from graftwork.training.callbacks import TrainingState, room
@@ -22,6 +26,7 @@ from graftwork.training.run_directory import latest, states
 from graftwork.training.state import checkpoint
 from tests.helpers import tiny_run
 from tests.helpers.moments import Act, watched
+from tests.helpers.tiny_hf import tiny_model
 
 FREED = ("os.remove", "os.rmdir")
 """What a full disk still allows."""
@@ -298,3 +303,55 @@ def test_lost_logs_do_not_lose_the_run(log: str, data: Path, wholes: dict[str, W
         with pytest.raises(CheckpointError, match="results are whole, but lines of .* are lost: No space left"):
             train(tmp_path, data, [LoRA(dim=4)])
     assert results(tmp_path) == wholes["adapter"].files and (tmp_path / "summary.json").exists()
+
+
+# ---- interrupted downloads ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A snapshot of two shards in the hub's cache, without network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "hub" / "models--owner--tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "blobs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    place = folder / "snapshots" / ("a" * 40)
+    tiny_model("llama").save_pretrained(place, max_shard_size="60KB")
+    assert len(list(place.glob("*.safetensors"))) > 1
+    return place
+
+
+@pytest.mark.fault(
+    "an interrupted download of a base is taken for the whole",
+    "a cached snapshot counts when every file of its index is there; where parts lie about the hub is asked again",
+)
+@pytest.mark.parametrize("lost", ["one shard", "index", "config.json"])
+def test_an_interrupted_download_is_not_read(lost: str, snapshot: Path) -> None:
+    assert resolve("owner/tiny") == snapshot
+    shard = sorted(snapshot.glob("*.safetensors"))[-1]
+    {"one shard": shard, "index": snapshot / INDEX}.get(lost, snapshot / lost).unlink()
+    with pytest.raises(CheckpointError, match="no complete checkpoint .* run: hf download owner/tiny"):
+        resolve("owner/tiny")
+
+
+@pytest.mark.parametrize("lost", ["a shard", "chat_template.jinja"])
+def test_an_interrupted_download_goes_on(lost: str, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache lacks a file; the hub, when it is asked, brings it."""
+    shard = sorted(snapshot.glob("*.safetensors"))[-1]
+    if lost != "a shard":  # nothing but the part of it that had arrived tells that it should be there
+        shard = snapshot / lost
+        shard.write_text("{{ messages }}")
+        (snapshot.parent.parent / "blobs" / "abc.incomplete").write_bytes(b"{{ mess")
+    held, asked = shard.read_bytes(), []
+    shard.unlink()
+
+    def download(name: str, local_files_only: bool, **_: Any) -> str:
+        asked.append(local_files_only)
+        if not local_files_only:
+            shard.write_bytes(held)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("owner/tiny") == snapshot and asked == [True, False] and shard.is_file()

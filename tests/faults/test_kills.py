@@ -72,7 +72,9 @@ def merged(root: Path, world_size: int) -> None:
 def conversion(root: Path, world_size: int) -> None:
     """A GGUF file becomes a directory of the cache, whose fingerprint is noted there."""
     os.environ["GRAFTWORK_CACHE"] = str(root / "cache")
-    fingerprint(resolve(str(root.parent / "tiny.gguf")))
+    directory = resolve(str(root.parent / "tiny.gguf"))
+    time.sleep(0.1)  # of files that were written this instant no fingerprint is noted
+    fingerprint(directory)
 
 
 class Life(NamedTuple):

@@ -24,6 +24,8 @@ from graftwork.training.state import checkpoint
 from tests.helpers.lightning_state import lightning_state
 
 KILLS = 20
+PATIENCE = 600
+"""Seconds that a loaded machine may take for what takes one: every wait ends when the process does."""
 
 
 def trained() -> tuple[Any, torch.optim.Optimizer]:
@@ -84,7 +86,7 @@ def test_every_visible_state_is_whole_after_random_kills(tmp_path: Path) -> None
     for _ in range(KILLS):
         process = context.Process(target=save_forever, args=(str(tmp_path),))
         process.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while (now := latest(tmp_path)) is None or int(now.name[5:]) <= before:
             assert process.is_alive() and time.monotonic() < deadline
             time.sleep(0.002)
@@ -119,7 +121,7 @@ def start(data: Path, root: Path, steps: int) -> subprocess.Popen:
 
 
 def wait_for_states(root: Path, process: subprocess.Popen, after: int = -1) -> int:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         found = latest(root)
         if found is not None and int(found.name[5:]) > after:
@@ -140,7 +142,7 @@ def test_kill_loses_only_the_steps_since_the_last_state_and_signals_exit_75(tiny
         process = start(tiny_data, tmp_path, 100_000)
         before = wait_for_states(tmp_path, process, after=killed_at)
         process.send_signal(number)
-        assert process.wait(timeout=60) == 75
+        assert process.wait(timeout=PATIENCE) == 75
         killed_at = int(latest(tmp_path).name[5:])  # type: ignore[union-attr]
         assert killed_at >= before
     assert len(states(tmp_path)) == 2

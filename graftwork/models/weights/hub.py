@@ -7,6 +7,8 @@ from pathlib import Path
 
 from graftwork.cache import cache_directory, file_stamp, locked, sha256
 from graftwork.errors import CheckpointError, quoted, suggest
+from graftwork.jsonfile import read_schema
+from graftwork.models.weights.files import INDEX, SINGLE, Index
 from graftwork.models.weights.gguf import convert
 from graftwork.models.weights.seal import clear, is_as_written, seal
 
@@ -112,6 +114,16 @@ def _convert_once(name: str, locate: Callable[[], Path], expected_sha256: str | 
     return target
 
 
+def _has_tensors(snapshot: Path) -> bool:
+    """Tell whether every tensor file is there: an interrupted download leaves some of the files."""
+    if (snapshot / SINGLE).is_file():
+        return True
+    index = snapshot / INDEX
+    return index.is_file() and all(
+        (snapshot / file).is_file() for file in set(read_schema(index, Index, CheckpointError).weight_map.values())
+    )
+
+
 def _check_sha256(file: Path, expected: str) -> None:
     actual = sha256(file)
     if actual != expected:
@@ -134,8 +146,9 @@ def _from_hub(name: str) -> Path:
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
             problem = error  # not in the cache: download; not to be downloaded: say so below
             continue
-        # An interrupted download leaves a snapshot with only its small files.
-        if (snapshot / "config.json").is_file() and any(snapshot.glob("*.safetensors")):
+        # An interrupted download leaves parts, which the hub is asked for again; a good one may leave old parts too.
+        parts = local_only and any(snapshot.parent.parent.glob("blobs/*.incomplete"))
+        if (snapshot / "config.json").is_file() and _has_tensors(snapshot) and not parts:
             return snapshot
     raise CheckpointError(
         f"{name!r} is no local directory, and no complete checkpoint of that name is in the hub's local cache or can "
