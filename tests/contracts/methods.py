@@ -53,6 +53,11 @@ def stack(*methods: type[PEFT]) -> list[PEFT]:
     return [tiny(method) for method in methods]
 
 
+def everything() -> list[PEFT]:
+    """Return one of every method; DoRA is the innermost, for its magnitude scales what is inside of it."""
+    return stack(DoRA, *(method for method in METHODS.values() if method is not DoRA))
+
+
 STACKS: dict[str, Callable[[], list[PEFT]]] = {
     **{IDS.get(method.short_name(), method.short_name()): partial(stack, method) for method in METHODS.values()},
     "lora+ia3": partial(stack, LoRA, IA3),
@@ -63,6 +68,7 @@ STACKS: dict[str, Callable[[], list[PEFT]]] = {
     "lora's relatives": partial(stack, DoRA, CanonicalLoRA, LoRA),
     "tasks": by_task,
     "lora+selective": partial(stack, LoRA, Selective),
+    "everything": everything,
 }
 
 VOCABULARY = 61

@@ -1,10 +1,12 @@
-"""Every ordered pair of methods in every kind of model: identity, gradients, saved, loaded, switched off, deleted.
+"""Every ordered pair of methods, and one of each, in every kind of model: identity, gradients, saved, loaded,
+switched off, deleted.
 
 One model of each kind serves all pairs: what a pair leaves behind, the next one finds.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from graftwork.errors import MatchError
 from graftwork.models.base import Model
 from graftwork.parallel.record import record_of
 from graftwork.peft import METHODS, PEFT
-from tests.contracts.methods import make, shake, tiny
+from tests.contracts.methods import everything, make, same, shake, tiny
 from tests.helpers import tiny_t5
 
 KINDS: dict[str, Callable[[], Model]] = {
@@ -57,7 +59,7 @@ def adapters(inner: str, outer: str) -> list[PEFT]:
 @pytest.mark.parametrize(("inner", "outer"), PAIRS, ids=map("-".join, PAIRS))
 def test_a_pair(inner: str, outer: str, bases: tuple[Model, Model, Tensor], tmp_path: Path) -> None:
     model, twin, base = bases
-    try:
+    with nothing_left(model, twin, base):
         if (inner, outer) in REFUSED:
             with pytest.raises(MatchError, match=REFUSED[inner, outer]) as caught:
                 model.add_adapter(adapters(inner, outer))
@@ -67,6 +69,23 @@ def test_a_pair(inner: str, outer: str, bases: tuple[Model, Model, Tensor], tmp_
             check_birth_and_gradients(model, base)
             check_saved_and_loaded(model, twin, base, tmp_path / "pair")
             check_deleted_one_after_the_other(model, twin)
+
+
+def test_one_of_every_method(bases: tuple[Model, Model, Tensor], tmp_path: Path) -> None:
+    model, twin, base = bases
+    with nothing_left(model, twin, base):
+        model.add_adapter(everything())
+        assert len(model.adapters) == len(METHODS)
+        check_birth_and_gradients(model, base)
+        check_saved_and_loaded(model, twin, base, tmp_path / "everything")
+        check_deleted_one_after_the_other(model, twin)
+
+
+@contextmanager
+def nothing_left(model: Model, twin: Model, base: Tensor) -> Iterator[None]:
+    """Delete whatever the block has attached; then both answer as before it, bit for bit."""
+    try:
+        yield
     finally:
         for each in (model, twin):
             each.zero_grad()
@@ -77,12 +96,12 @@ def test_a_pair(inner: str, outer: str, bases: tuple[Model, Model, Tensor], tmp_
 
 
 def check_birth_and_gradients(model: Model, base: Tensor) -> None:
-    """A fresh pair changes nothing; both, and only they, have gradients; at one module the first is inside."""
+    """Fresh adapters change nothing; all, and only they, have gradients; at one module the first is inside."""
     with torch.no_grad():
         assert (logits(model, prompted=False) - base).abs().max() <= 1e-6 * base.abs().max()
     shake(model, 0.1)
     logits(model).logsumexp(-1).square().mean().backward()
-    alive = {"inner": 0, "outer": 0}
+    alive = dict.fromkeys(model.adapters, 0)
     for name, parameter in model.named_parameters():
         owner = record_of(parameter).owner
         assert (parameter.grad is not None) == (owner is not None), name
@@ -91,9 +110,9 @@ def check_birth_and_gradients(model: Model, base: Tensor) -> None:
             alive[owner] += int(bool(parameter.grad.any()))
     assert all(alive.values())
     sites = {n: {g.site.name: g.site for g in model.stack.grafted[n]} for n in alive}
-    for name in sites["inner"].keys() & sites["outer"].keys():
-        wrapper = model.chunks[0].get_submodule(sites["inner"][name].path)
-        assert list(wrapper.adapters) == ["inner", "outer"]
+    for site in {name: site for found in sites.values() for name, site in found.items()}.values():
+        wrapper = model.chunks[0].get_submodule(site.path)
+        assert list(wrapper.adapters) == [n for n in alive if site.name in sites[n]]
 
 
 def check_saved_and_loaded(model: Model, twin: Model, base: Tensor, path: Path) -> None:
@@ -109,13 +128,20 @@ def check_saved_and_loaded(model: Model, twin: Model, base: Tensor, path: Path) 
 
 
 def check_deleted_one_after_the_other(model: Model, twin: Model) -> None:
-    """Whichever goes first, the one that stays keeps every bit and acts."""
-    for each, gone, left in ((model, "inner", "outer"), (twin, "outer", "inner")):
-        before = {t.key: t.value.clone() for t in each.stack.tensors(left)}
-        each.delete_adapter(gone)
-        after = {t.key: t.value for t in each.stack.tensors(left)}
-        assert list(after) == list(before) and all(torch.equal(after[k], v) for k, v in before.items())
-        with torch.no_grad():
-            live = logits(each)
-            with each.adapters_disabled():
-                assert not torch.equal(logits(each), live)
+    """Whichever goes first, those that stay keep every bit and act."""
+    for each, first in ((model, 0), (twin, -1)):
+        while len(each.adapters) > 1:
+            gone = list(each.adapters)[first]
+            before = values(each, gone)
+            each.delete_adapter(gone)
+            assert same(values(each, gone), before)
+            with torch.no_grad():
+                live = logits(each)
+                with each.adapters_disabled():
+                    assert not torch.equal(logits(each), live)
+
+
+def values(model: Model, beside: str) -> dict[str, Tensor]:
+    """Return copies of the trained values of all adapters but one."""
+    tensors = [(name, t) for name in model.adapters if name != beside for t in model.stack.tensors(name)]
+    return {f"{name}.{t.name}": t.value.clone() for name, t in tensors}
