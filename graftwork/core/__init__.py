@@ -4,3 +4,7 @@ Here belongs arithmetic inside a transformer. No checkpoint, no adapter, no trai
 """
 
 import graftwork.compat  # noqa: F401  # before any other megatron import
+from graftwork.compat import frozen_linear, recompute
+
+recompute.install()
+frozen_linear.install()

@@ -141,7 +141,10 @@ def test_a_new_recipe_method_or_executor_is_one_entry(monkeypatch: pytest.Monkey
 WRONG = {
     "unknown field": (["trainer.max_stepz=60"], "trainer has no field 'max_stepz'; did you mean 'max_steps'"),
     "unknown top field": (["trainr.max_steps=60"], "the recipe has no field 'trainr'; did you mean 'trainer'?"),
-    "unknown method": (["peft=[lora,ptunig]"], "no peft is called 'ptunig'; did you mean 'ptuning'?"),
+    "unknown method": (
+        ["peft=[lora,ptunig]"],
+        "no peft is called 'ptunig'; did you mean 'ptuning' or 'prompt_tuning'?",
+    ),
     "unknown bare method": (["peft=lorra"], "no peft is called 'lorra'; did you mean 'lora' or 'dora'?"),
     "unknown argument": (["peft=[lora(dmi=4)]"], "lora has no argument 'dmi'; did you mean 'dim'"),
     "wrong type": (["trainer.max_steps=many"], "trainer.max_steps=many is not valid: a value of type int is expected."),

@@ -11,11 +11,12 @@ from torch import Tensor
 from graftwork import parallel
 from graftwork.batch import IGNORED, Batch
 from graftwork.models import GPT
+from graftwork.peft import PTuning
 from tests.parallel.cells import CLIP, LEARNING, Outcome
 from tests.parallel.compare import assert_faithful, differences
 from tests.parallel.layouts import Cell, cells_of
 from tests.parallel.models import model_of, shake
-from tests.parallel.rows import STEPS, global_batch, samples
+from tests.parallel.rows import STEPS, global_batch, routed, samples
 from tests.parallel.whole import whole
 
 CELLS = sorted({cell for layout in ("tp2", "ep2") for cell in cells_of(layout) if cell.subject != "base"}, key=str)
@@ -33,7 +34,8 @@ def plain_loop(cell: Cell, root: Path) -> Outcome:
     optimizer = torch.optim.AdamW(trained, **options)
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = mean_loss(model, global_batch(model, step, cell.packed), cell.packed)
+        batch = global_batch(model, step, cell.packed)
+        loss = routed_loss(model, routed(model, batch, step)) if cell.routed else mean_loss(model, batch, cell.packed)
         loss.backward()
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # an idle expert
@@ -51,6 +53,22 @@ def mean_loss(model: GPT, batch: Batch, packed: bool) -> Tensor:
     edges = list(zip(starts, [*starts[1:], batch.tokens.shape[1]]))
     logits = torch.cat([model(batch.tokens[:, start:end]) for start, end in edges], dim=1)
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+
+
+def routed_loss(model: GPT, batch: Batch) -> Tensor:
+    """Return the same mean where each row runs by itself, with all adapters but its own switched off."""
+    assert batch.routes is not None
+    logits = []
+    for row, way in enumerate(batch.routes.chosen[:, 0].tolist()):
+        names = batch.routes.ways[way]
+        for adapter in model.stack.adapters():
+            # virtual tokens are ids: their rows are there whatever the way
+            virtual = isinstance(model.adapters[adapter.birth.adapter], PTuning)
+            adapter.enabled = virtual or names is None or adapter.birth.adapter in names
+        logits.append(model(batch.tokens[row : row + 1]))
+    for adapter in model.stack.adapters():
+        adapter.enabled = True
+    return F.cross_entropy(torch.cat(logits).flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)

@@ -100,7 +100,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no schema": (with_config(lambda c: c.pop("schema")), "has schema None"),
     "unknown method": (
         with_config(lambda c: c["adapters"][0].update(method="LoRa")),
-        r"uses method 'LoRa'; did you mean 'LoRA'\?",
+        r"uses method 'LoRa'; did you mean 'LoRA' or 'DoRA'\?",
     ),
     "unknown option": (
         with_config(lambda c: c["adapters"][0]["hyperparameters"].update(new_option=1)),

@@ -118,7 +118,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a prompt of numbers": (
         lambda path: signed(path, lambda config: config["adapters"][0].update(prompt={"prompt_template": 7})),
-        "does not fit: 'adapters.0.prompt.prompt_template'",
+        "does not fit: 'adapters.0.prompt.prompt_template",
     ),
     "a shape of lists": (
         lambda path: signed(path, lambda config: config["base"]["shape"].update(hidden_size=["x" * 10**6])),
