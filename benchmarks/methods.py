@@ -128,7 +128,7 @@ def markdown(results: dict[str, Any]) -> str:
     base, steps, rows, seeds = (results[key] for key in ("base", "steps", "rows", "seeds"))
     lines = [
         f"{steps} steps of 2 rows of 128 tokens, packed with movie reviews, on SmolLM2-135M; defaults of each method, "
-        f"seeds {', '.join(map(str, seeds))} (mean ± standard deviation), {rows} held-out reviews. "
+        f"{_seeds(seeds)}, {rows} held-out reviews. "
         f"The base says a right answer in {100 * base['exact_match']:.0f} %, "
         f"and of the two labels prefers the right one in {100 * base['accuracy']:.0f} % (loss {base['loss']:.2f}).",
         "",
@@ -136,6 +136,12 @@ def markdown(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *(_line(name, runs) for name, runs in results["stacks"].items())])
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"one seed ({seeds[0]})"
+    return f"seeds {', '.join(map(str, seeds))} (mean ± standard deviation)"
 
 
 def _line(name: str, runs: Sequence[dict[str, Any]]) -> str:
