@@ -9,6 +9,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 
 from graftwork import parallel
+from graftwork.core import records, t5
 from graftwork.models import GPT
 from graftwork.parallel.record import Record, record_of
 from graftwork.parallel.sharding import Sharding
@@ -151,6 +152,24 @@ def task_slot_off_by_one() -> None:
     prompt_tuning.TrainedPrompt.rows = lambda self: self.table.roll(1, 0)  # type: ignore[method-assign]
 
 
+@pytest.mark.fault(
+    "the table of relative positions, one for all tensor-parallel ranks, keeps the gradient of one rank's heads",
+    "the record says that its gradient is partial; it is summed over the ranks",
+)
+def table_of_own_heads() -> None:
+    """Take the gradient of the biases of this rank's heads for the whole one."""
+    records.OF_HEADS = tuple(part for part in records.OF_HEADS if part != "relative_attention_bias")
+
+
+@pytest.mark.fault(
+    "every tensor-parallel rank biases its heads as the first rank's",
+    "each rank looks up its own heads; a layout must give one process's logits",
+)
+def biases_of_the_first_heads() -> None:
+    """Look up the relative positions of the first rank's heads on every rank."""
+    t5.tp_rank = lambda: 0
+
+
 BREAKS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
@@ -164,6 +183,8 @@ BREAKS: dict[str, Callable[[], None]] = {
         forget_the_route,
         norm_of_own_columns,
         copies_per_expert_rank,
+        table_of_own_heads,
+        biases_of_the_first_heads,
         task_slot_off_by_one,
     )
 }

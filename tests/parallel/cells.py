@@ -95,4 +95,4 @@ class Probe(Callback):
         prompt = prompt_of(model)
         ids = torch.tensor([[*prompt, 5, 7, 11, 13, 17, 19, 4], [*prompt, 2, 3, 23, 29, 31, 37, 60]])
         with torch.no_grad():
-            self.outcome.logits = model(ids).clone()
+            self.outcome.logits = (model(ids, ids[:, len(prompt) :]) if model.seq2seq else model(ids)).clone()

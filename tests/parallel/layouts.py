@@ -48,14 +48,11 @@ SUBJECTS: dict[str, str] = {
     "base": "base, forward only",
     "full": "full fine-tuning",
     "lora": "LoRA",
-    "canonical": "CanonicalAdapter",
-    "ia3": "IA3",
     "ptuning": "PTuning",
-    "lora+ia3": "[LoRA, IA3]",
-    "ptuning+canonical": "[PTuning, CanonicalAdapter]",
-    "all": "all four",
-    "lora's relatives": "[DoRA, CanonicalLoRA, LoRA]",
+    "everything": "one of every method",
 }
+"""What every layout trains. The stack shows each tensor of each method, so one method alone is a cell only where less
+is at work than in the stack: LoRA, and P-tuning, of which later pipeline stages train nothing."""
 TASKS: dict[str, str] = {"tasks": "[PTuning with an LSTM, PromptTuning], each with two tasks"}
 """Prompts by task, whose rows take turns; trained where a prompt meets another layout than in one process."""
 assert set(SUBJECTS) - {"base", "full"} <= set(STACKS)
@@ -66,12 +63,13 @@ LENT: dict[str, str] = {
     "shared experts": "[DoRA, CanonicalLoRA and LoRA, each one for all experts of a layer]",
 }
 """Stacks that need tensors which not every model has; ``models.LENDING`` builds them."""
-TITLES = {**SUBJECTS, **TASKS, **LENT}
+TITLES = {**SUBJECTS, "ia3": "IA3", **TASKS, **LENT}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """``base``: a family of tests.helpers.tiny_hf, or "mixture" (of experts); ``subject``: a key of TITLES.
+    """``base``: a family of tests.helpers.tiny_hf or tiny_t5, or "mixture" (of experts); ``subject``: "base", "full" or
+    the name of a stack in contracts.methods.STACKS or models.LENDING.
 
     ``routed``: rows (of a pack, samples) go to different adapters of the subject.
     """
@@ -94,7 +92,7 @@ def cells_of(layout: str) -> list[Cell]:
     experts = "ep2" in layout
     main = "mixture" if experts else "llama"
     if layout in PRODUCTS:
-        return [Cell(main, subject) for subject in ("full", "all")]
+        return [Cell(main, subject) for subject in ("full", "everything")]
     special = [Cell(main, "lent experts"), Cell(main, "shared experts")] if experts else _special(layout)
     return [*(Cell(main, subject) for subject in SUBJECTS), *special]
 
@@ -102,19 +100,29 @@ def cells_of(layout: str) -> list[Cell]:
 def _special(layout: str) -> list[Cell]:
     # gpt2: learned positions (the embedding scatters the sequence later), tied embeddings, biases
     lent = "lent+parallel" if "pp2" in layout else "lent+tied"  # layers on two stages cannot be tied
-    learned = [Cell("gpt2", subject) for subject in ("full", "ptuning", "all", lent)]
-    if "tp2" in layout:  # biases that a magnitude leaves alone
-        learned.append(Cell("gpt2", "lora's relatives"))
+    learned = [Cell("gpt2", subject) for subject in ("full", "everything", lent)]
     # qwen3: norms of queries and keys, which see only a rank's heads
     normed = [Cell("qwen3", subject) for subject in ("full", "ia3")]
-    packed = [] if layout == "cp2" else [Cell("llama", subject, packed=True) for subject in ("full", "all")]
-    replayed = [Cell("llama", "all", recompute="full"), Cell("llama", "ptuning", recompute="full")]
+    packed = [] if layout == "cp2" else [Cell("llama", subject, packed=True) for subject in ("full", "everything")]
+    # between pipeline stages the stack is replayed with routes, below
+    again = ("ptuning",) if "pp2" in layout else ("everything", "ptuning")
+    replayed = [Cell("llama", subject, recompute="full") for subject in again]
     tasks = [Cell("llama", "tasks", packed=layout == "pp2")] if layout in ("tp2", "tp2_sp", "pp2", "dp2") else []
-    return [*learned, *normed, *packed, *replayed, *tasks, *_routed(layout)]
+    return [*learned, *normed, *packed, *replayed, *tasks, *_routed(layout), *_encoded(layout)]
 
 
 def _routed(layout: str) -> list[Cell]:
     """Routes of whole rows and of packed samples; recomputed where another microbatch is under way by then."""
-    rows = Cell("llama", "all", recompute="full" if "pp2" in layout else None, routed=True)
-    samples = [Cell("llama", "all", packed=True, routed=True)] if layout == "tp2_sp" else []
+    rows = Cell("llama", "everything", recompute="full" if "pp2" in layout else None, routed=True)
+    samples = [Cell("llama", "everything", packed=True, routed=True)] if layout == "tp2_sp" else []
     return [rows, *samples]
+
+
+def _encoded(layout: str) -> list[Cell]:
+    """An encoder and a decoder: tied with relu, or untied and gated; its layers and sequences cannot be divided."""
+    if layout not in ("tp2", "tp2_sp", "dp2"):
+        return []
+    tied = [Cell("t5", subject) for subject in ("base", "full")]
+    untied = [Cell("mt5", "full", recompute="full"), Cell("mt5", "everything")]
+    routed = [Cell("mt5", "everything", recompute="full", routed=True)] if layout == "tp2_sp" else []
+    return [*tied, *untied, *routed]

@@ -2,20 +2,23 @@
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graftwork.models import GPT
+from graftwork.models import GPT, MODELS
+from graftwork.models.base import Model
 from graftwork.models.shapes import Shape
-from graftwork.models.weights import read_config, shape_from_hf
+from graftwork.models.weights import family_of, read_config, shape_from_hf
 from graftwork.parallel.record import Record, record_of
 from graftwork.peft import IA3, PEFT, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, Selective
 from tests.contracts.methods import STACKS
 from tests.helpers.tiny_gpt import global_name
 from tests.helpers.tiny_hf import make_tiny
+from tests.helpers.tiny_t5 import make_t5
 from tests.parallel.layouts import Cell
 
 MIXTURE = Shape(
@@ -48,7 +51,23 @@ LENDING: dict[str, Callable[[], list[PEFT]]] = {
     ],
 }
 """Stacks for the models that have what they need: tensors of the base that train too, or experts that share."""
-CHECKPOINTS = ("llama", "gpt2", "qwen3")
+
+
+def _calm(tensors: dict[str, Tensor]) -> None:
+    """Halve matrices; shrink queries, whose scores T5 does not scale, and an untied head as T5 draws them.
+
+    Where attention saturates and logits are far apart, a rounding grows beyond any tolerance, in one process too.
+    """
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and "relative_attention_bias" not in name:
+            small = name.endswith("ttention.q.weight") or name == "lm_head.weight"
+            tensors[name] = tensor * 0.5 * (tensor.shape[1] ** -0.5 if small else 1.0)
+
+
+CHECKPOINTS: dict[str, Callable[[str, Path], Path]] = {
+    **dict.fromkeys(("llama", "gpt2", "qwen3"), make_tiny),
+    **dict.fromkeys(("t5", "mt5"), partial(make_t5, change=_calm, num_layers=1, num_decoder_layers=2)),
+}
 
 
 class Lively(GPT):
@@ -65,26 +84,27 @@ class Lively(GPT):
 
 def write_checkpoints(root: Path) -> Path:
     """Write the tiny Hugging Face checkpoints below ``root``; their vocabulary has 101 words, padded at TP2."""
-    for family in CHECKPOINTS:
-        make_tiny(family, root / family)
+    for family, write in CHECKPOINTS.items():
+        write(family, root / family)
     return root
 
 
-def model_of(cell: Cell, root: Path) -> GPT:
+def model_of(cell: Cell, root: Path) -> Model:
     """Return the cell's model with its adapters queued."""
     if cell.base == "mixture":
-        model: GPT = Lively(MIXTURE, dtype="fp32", recompute=cell.recompute)
+        model: Model = Lively(MIXTURE, dtype="fp32", recompute=cell.recompute)
     else:
         directory = root / cell.base
-        shape = shape_from_hf(read_config(directory))
-        model = GPT(shape, checkpoint=str(directory), dtype="fp32", recompute=cell.recompute)
+        config = read_config(directory)
+        kind = MODELS[family_of(config).kind]
+        model = kind(shape_from_hf(config), checkpoint=str(directory), dtype="fp32", recompute=cell.recompute)
     built = {**STACKS, **LENDING}.get(cell.subject)
     if built is not None:
         model.add_adapter(built())
     return model
 
 
-def shake(model: GPT) -> None:
+def shake(model: Model) -> None:
     """Move every adapter value by noise drawn from its global name, so that no zero hides a gradient."""
     for chunk in model.chunks:
         for name, parameter in chunk.named_parameters():

@@ -21,6 +21,8 @@ MODELS = {
     "gpt2": "GPT-2: learned positions, tied embeddings",
     "qwen3": "Qwen3: norms of queries and keys",
     "mixture": "experts",
+    "t5": "T5: tied embeddings, relu",
+    "mt5": "mT5: untied, gated",
 }
 
 
@@ -68,7 +70,7 @@ def _specials() -> dict[str, dict[str, Cell]]:
 
 
 def _products(figure: Figure) -> str:
-    lines = ["| layout | model | full fine-tuning | all four |", "|---|---|---|---|"]
+    lines = ["| layout | model | full fine-tuning | one of every method |", "|---|---|---|---|"]
     for layout in PRODUCTS:
         full, every = cells_of(layout)
         cells = [LAYOUTS[layout].title, MODELS[full.base], figure(layout, full), figure(layout, every)]

@@ -43,16 +43,16 @@ class Rows(LightningDataModule):
 def mine(batch: Batch) -> Batch:
     """Return this data-parallel rank's rows."""
     rank, size = parallel.dp_rank(), parallel.dp_size()
-    tokens, labels, positions = (t[rank::size].contiguous() for t in (batch.tokens, batch.labels, batch.position_ids))
-    bounds = None if batch.cu_seqlens is None else batch.cu_seqlens[rank::size].contiguous()
-    routes = None if batch.routes is None else batch.routes.each(lambda chosen: chosen[rank::size].contiguous())
-    return Batch(tokens, labels, positions, bounds, micro_batch_size=batch.micro_batch_size, routes=routes)
+    return batch._each(lambda tensor: tensor[rank::size].contiguous())
 
 
 def routed(model: Any, batch: Batch, step: int) -> Batch:
-    """Send the samples one after another to each adapter alone, to all of them, and to none."""
-    names = list(model.adapters)
-    ways = (*(frozenset({name}) for name in names), None, frozenset[str]())
+    """Send the samples one after another to each adapter alone, to all of them, and to none.
+
+    What trains the base's own tensors acts on every row.
+    """
+    always = frozenset(name for name, tensors in model.stack.lent.items() if tensors)
+    ways = (*(always | {name} for name in model.adapters if name not in always), None, always)
     starts = samples(batch.packed)
     numbers = (torch.arange(ROWS * len(starts)) + step).reshape(ROWS, -1) % len(ways)
     lengths = torch.tensor([*starts[1:], LENGTH]) - torch.tensor(starts)
@@ -66,6 +66,8 @@ def global_batch(model: Any, step: int, packed: bool = False) -> Batch:
     ids = torch.randint(model.shape.vocab_size, (ROWS, LENGTH + 1), generator=generator)
     positions = torch.arange(LENGTH).expand(ROWS, -1).clone()
     batch = Batch(ids[:, :-1].clone(), ids[:, 1:].clone(), positions, micro_batch_size=MICRO)
+    if model.seq2seq:
+        batch = _with_source(model, batch, generator)
     for place, start in enumerate(samples(packed)):
         for row in range(ROWS):
             _put_prompt(batch, row, start, prompt_of(model, row + place))
@@ -84,8 +86,18 @@ def samples(packed: bool) -> list[int]:
     return [0, SECOND] if packed else [0]
 
 
+def _with_source(model: Any, batch: Batch, generator: torch.Generator) -> Batch:
+    """Give the encoder rows of different lengths to read; neither side is a multiple of two ranks."""
+    source = torch.randint(model.shape.vocab_size, (ROWS, LENGTH + 1), generator=generator)
+    lengths = torch.randint(LENGTH // 2, LENGTH + 2, (ROWS,), generator=generator)
+    return replace(batch.at_positions(torch.arange(LENGTH - 1)), source=source, source_lengths=lengths)
+
+
 def _put_prompt(batch: Batch, row: int, start: int, prompt: list[int]) -> None:
     end = start + len(prompt)
+    if batch.source is not None:
+        batch.source[row, start:end] = torch.tensor(prompt, dtype=torch.long)
+        return
     batch.tokens[row, start:end] = torch.tensor(prompt, dtype=torch.long)
     batch.labels[row, max(start - 1, 0) : max(start, end - 1)] = IGNORED  # never predict across samples, or a prompt
     batch.position_ids[row, start:] = torch.arange(LENGTH - start)

@@ -32,7 +32,10 @@ MISTAKES = [
     ("drop_the_sequence_sum", "tp2_sp", Cell("llama", "lora's relatives"), "gradients"),
     ("copies_per_expert_rank", "ep2", Cell("mixture", "shared experts"), "gradients"),
     ("task_slot_off_by_one", "tp2", Cell("llama", "tasks"), "logits"),
-    ("forget_the_route", "pp2", Cell("llama", "all", recompute="full", routed=True), "gradients"),
+    ("forget_the_route", "pp2", Cell("llama", "everything", recompute="full", routed=True), "gradients"),
+    ("table_of_own_heads", "tp2", Cell("t5", "full"), "gradients"),
+    ("biases_of_the_first_heads", "tp2_sp", Cell("mt5", "everything"), "logits"),
+    ("drop_the_sequence_sum", "tp2_sp", Cell("mt5", "everything"), "gradients"),
 ]
 BY_PROCESSES = sorted({(breakage, layout) for breakage, layout, _, _ in MISTAKES})
 

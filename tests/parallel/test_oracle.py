@@ -1,6 +1,7 @@
 """The one-process run that every layout is compared with equals a plain torch loop over the model's logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from graftwork import parallel
 from graftwork.batch import IGNORED, Batch
-from graftwork.models import GPT
-from graftwork.peft import PTuning
+from graftwork.models.base import Model
+from graftwork.peft import PromptTuning, PTuning
 from tests.parallel.cells import CLIP, LEARNING, Outcome
 from tests.parallel.compare import assert_faithful, differences
 from tests.parallel.layouts import Cell, cells_of
@@ -35,7 +36,7 @@ def plain_loop(cell: Cell, root: Path) -> Outcome:
     for step in range(STEPS):
         optimizer.zero_grad()
         batch = global_batch(model, step, cell.packed)
-        loss = routed_loss(model, routed(model, batch, step)) if cell.routed else mean_loss(model, batch, cell.packed)
+        loss = mean_loss(model, routed(model, batch, step) if cell.routed else batch)
         loss.backward()
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # an idle expert
@@ -47,28 +48,35 @@ def plain_loop(cell: Cell, root: Path) -> Outcome:
     return seen
 
 
-def mean_loss(model: GPT, batch: Batch, packed: bool) -> Tensor:
-    """Return the mean over the batch's answer tokens; each sample of a packed row is a row of its own."""
-    starts = samples(packed)
-    edges = list(zip(starts, [*starts[1:], batch.tokens.shape[1]]))
-    logits = torch.cat([model(batch.tokens[:, start:end]) for start, end in edges], dim=1)
+def mean_loss(model: Model, batch: Batch) -> Tensor:
+    """Return the mean over the batch's answer tokens."""
+    logits = torch.cat([*alone(model, batch)]) if batch.routes else logits_of(model, batch)
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
 
 
-def routed_loss(model: GPT, batch: Batch) -> Tensor:
-    """Return the same mean where each row runs by itself, with all adapters but its own switched off."""
+def alone(model: Model, batch: Batch) -> Iterator[Tensor]:
+    """Yield the logits of one row after another, each by itself with all adapters but its own switched off."""
     assert batch.routes is not None
-    logits = []
     for row, way in enumerate(batch.routes.chosen[:, 0].tolist()):
         names = batch.routes.ways[way]
         for adapter in model.stack.adapters():
             # virtual tokens are ids: their rows are there whatever the way
-            virtual = isinstance(model.adapters[adapter.birth.adapter], PTuning)
+            virtual = isinstance(model.adapters[adapter.birth.adapter], PTuning | PromptTuning)
             adapter.enabled = virtual or names is None or adapter.birth.adapter in names
-        logits.append(model(batch.tokens[row : row + 1]))
+        one = batch._each(lambda tensor, row=row: tensor[row : row + 1])
+        yield logits_of(model, replace(one, routes=None))
     for adapter in model.stack.adapters():
         adapter.enabled = True
-    return F.cross_entropy(torch.cat(logits).flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+
+
+def logits_of(model: Model, batch: Batch) -> Tensor:
+    """Return logits [b, s, v]; each sample of a packed row is a row of its own."""
+    if batch.source is not None and batch.source_lengths is not None:
+        mask = torch.arange(batch.source.shape[1]) < batch.source_lengths[:, None]
+        return model(batch.source, batch.tokens, mask.long())
+    starts = samples(batch.packed)
+    edges = list(zip(starts, [*starts[1:], batch.tokens.shape[1]]))
+    return torch.cat([model(batch.tokens[:, start:end]) for start, end in edges], dim=1)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
@@ -90,7 +98,7 @@ def test_logits_are_those_of_transformers(checkpoints: Path, one_process: Callab
     assert found is not None and (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("cell", [c for c in CELLS if c.base == "llama"], ids=str)
+@pytest.mark.parametrize("cell", [c for c in CELLS if c.base in ("llama", "t5", "mt5")], ids=str)
 def test_everything_compared_is_alive(cell: Cell, one_process: Callable[[Cell], Outcome]) -> None:
     """No gradient is zero, every trained tensor moves from where it was shaken to, clipping is at work."""
     seen = one_process(cell)
@@ -100,8 +108,8 @@ def test_everything_compared_is_alive(cell: Cell, one_process: Callable[[Cell], 
 
 
 def test_recomputation_changes_nothing_and_packing_is_another_batch(one_process: Callable[[Cell], Outcome]) -> None:
-    for subject in ("all", "ptuning"):
+    for subject in ("everything", "ptuning"):
         plain, replayed = (one_process(Cell("llama", subject, recompute=how)) for how in (None, "full"))
         assert_faithful(differences([replayed], plain))
-    packed, padded = (one_process(Cell("llama", "all", packed=p)) for p in (True, False))
+    packed, padded = (one_process(Cell("llama", "everything", packed=p)) for p in (True, False))
     assert differences([packed], padded)["gradients"] > 0.01
