@@ -22,7 +22,7 @@ from graftwork.training.callbacks import TrainingState
 from graftwork.training.run_directory import latest, state_path, states
 from graftwork.training.state import checkpoint
 from tests.helpers import tiny_run
-from tests.helpers.moments import die_at, live, watched
+from tests.helpers.moments import die_at, live, name_of, watched
 from tests.helpers.tiny_gguf import write_gguf
 from tests.helpers.tiny_hf import make_tiny
 
@@ -123,9 +123,9 @@ def visible(root: Path, wanted: dict[str, str]) -> None:
         assert (run / "loss.png").read_bytes().endswith(b"IEND\xaeB`\x82")
 
 
-def lived(rank: int, world_size: int, root: Path, kind: str, moment: int | None, victim: int) -> list[str]:
-    """Run a program, up to call number ``moment`` of rank ``victim``; return this rank's calls."""
-    with watched(root, die_at(moment if rank == victim else None)) as calls:
+def lived(rank: int, world_size: int, root: Path, kind: str, named: str | None, before: int, victim: int) -> list[str]:
+    """Run a program, up to the call of rank ``victim`` that ``die_at`` means; return this rank's calls."""
+    with watched(root, die_at(named if rank == victim else None, before)) as calls:
         LIVES[kind].program(root, world_size)
     return calls
 
@@ -167,7 +167,7 @@ def whole(place: Path, kind: str) -> Whole:
 def _whole(place: Path, kind: str) -> Whole:
     root = place / f"{kind}-whole"
     root.mkdir()
-    calls = live(lived, LIVES[kind].ranks, root, kind, None, 0)
+    calls = live(lived, LIVES[kind].ranks, root, kind, None, 0, 0)
     assert all(isinstance(found, list) for found in calls), calls
     return Whole(calls, contents(root))
 
@@ -176,7 +176,10 @@ def killed_and_resumed(place: Path, kind: str, victim: int, moment: int, life: W
     """Kill at one moment, then live again: everything must be as if nothing had happened."""
     root = place / f"{kind}-{victim}-{moment}"
     root.mkdir()
-    first = live(lived, LIVES[kind].ranks, root, kind, moment, victim)
+    names, ranks = [name_of(call) for call in life.calls[victim]], LIVES[kind].ranks
+    # How often ranks ask while they wait for each other differs from life to life: there the first of a name counts.
+    before = names[:moment].count(names[moment]) if ranks == 1 else 0
+    first = live(lived, ranks, root, kind, names[moment], before, victim)
     assert first[victim] == -signal.SIGKILL, first
     found = live(again, LIVES[kind].ranks, root, kind, life.contents)
     told = f"{kind}, rank {victim}, killed before {life.calls[victim][moment]}"

@@ -5,6 +5,7 @@ opening for writing. ``os.fsync`` is told of by a wrapper. What happens may be t
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -51,14 +52,23 @@ def watched(root: Path, act: Act = lambda number, call: None) -> Iterator[list[s
             _watchers.remove(note)
 
 
-def die_at(moment: int | None) -> Act:
-    """Kill the process before its call number ``moment`` is made; None: never."""
+def die_at(named: str | None, before: int = 0) -> Act:
+    """Kill the process before a call that is ``named`` so is made, after ``before`` others of the name; None: never."""
+    seen = 0
 
     def act(number: int, call: str) -> None:
-        if number == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
+        nonlocal seen
+        if name_of(call) == named:
+            seen += 1
+            if seen > before:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     return act
+
+
+def name_of(call: str) -> str:
+    """Return a call without what differs from one life to the next: process numbers and random parts of names."""
+    return re.sub(r"\d+-[0-9a-f]{8}|[0-9a-f]{16,}", "*", call)
 
 
 def _hook(event: str, arguments: Sequence[Any]) -> None:
