@@ -5,16 +5,19 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import fiddle as fdl
 import nemo_run as run
 import typer
 
+from graftwork.cli.arguments import Options, own_options, words_as_fields
 from graftwork.cli.overrides import PARSE_ERRORS, Maker, explain_executor, explain_overrides, factories, stack_as_list
 from graftwork.cli.recipe_file import check_recipe_files
 from graftwork.errors import ConfigError, GraftworkError, LaunchError, TrainingError, quoted
 from graftwork.executors import launch, local
 from graftwork.recipes.show import show, with_text
+from graftwork.training import finetune
 
 BAD_INPUT, FAILED_RUN = 2, 1
 
@@ -22,9 +25,15 @@ BAD_INPUT, FAILED_RUN = 2, 1
 class GraftContext(run.cli.RunContext):
     """For ``run.cli.entrypoint(run_ctx_cls=...)``: parse as NeMo Run does, then run, check, and exit by the result."""
 
+    options = Options()
+    takes: ClassVar[tuple[str, ...]] = ("profile", "plan", "file", "from_adapter")
+    """The fields of ``Options`` that a verb with a recipe accepts; one without a recipe accepts none."""
+
     def cli_execute(self, fn: Maker, args: list[str], entrypoint_type: str = "task") -> None:
         """Run ``fn`` with overrides ``args``; exits 2 on bad input and 1 on a failed run."""
         with one_line_errors():
+            self.options, args = own_options(args, self.takes if fn is finetune else ())
+            args = words_as_fields(fn.__name__, args)
             check_recipe_files(self.yaml, self.factory, args)
             own = [a for a in args if a.startswith("run.")]
             task_args = stack_as_list([a for a in args if a not in own])

@@ -1,0 +1,89 @@
+"""Words and options of our own on the command line, beside NeMo Run's FIELD=VALUE and its own options."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Optional
+
+from graftwork.errors import ConfigError, suggest
+
+WORDS: dict[str, tuple[str, ...]] = {
+    "profile": ("action",),
+    "status": ("experiment",),
+    "logs": ("experiment",),
+    "attach": ("experiment",),
+    "cancel": ("experiment",),
+    "compare": ("directories*",),
+}
+"""The fields of a verb that bare words fill in turn; one that ends in ``*`` takes all that are left, as a list."""
+
+_WITH_VALUE = {"--profile": "profile", "--file": "file", "--from-adapter": "from_adapter", "--fit": "fit"}
+_FLAGS = {"--no-plan": ("plan", False)}
+_WORD = re.compile(r"[^=\s'\"\[\]()]+")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What our own options said.
+
+    ``profile`` names a cluster profile, ``plan`` is False to submit unplanned, ``file`` and ``from_adapter`` say where
+    the recipe is, ``fit`` names devices to find a layout for.
+    """
+
+    profile: Optional[str] = None
+    plan: bool = True
+    file: Optional[str] = None
+    from_adapter: Optional[str] = None
+    fit: Optional[str] = None
+
+
+def own_options(args: Sequence[str], valid: Collection[str]) -> tuple[Options, list[str]]:
+    """Take our own options, of which the fields ``valid`` are allowed, out of ``args``; return them and the others.
+
+    Raises ConfigError for an option that is unknown or not allowed, that lacks its value or is given twice.
+    """
+    found, rest, waiting = Options(), [], list(args)
+    allowed = [option for option, field in _fields().items() if field in valid]
+    while waiting:
+        option, equals, value = waiting[0].partition("=")
+        if not option.startswith("--"):
+            rest.append(waiting.pop(0))
+            continue
+        del waiting[0]
+        if option not in allowed:
+            raise ConfigError(f"there is no option {option} here; {suggest(option, allowed)}")
+        if option in _FLAGS:
+            found = _told(found, option, *_FLAGS[option])
+            continue
+        if not equals and (not waiting or waiting[0].startswith("--")):
+            raise ConfigError(f"{option} needs a value: {option} VALUE.")
+        found = _told(found, option, _WITH_VALUE[option], value if equals else waiting.pop(0))
+    return found, rest
+
+
+def words_as_fields(verb: str, args: Sequence[str], words: Mapping[str, Sequence[str]] = WORDS) -> list[str]:
+    """Return ``args`` with the bare words of ``verb`` as ``FIELD=WORD``; a verb that takes none keeps them as they are.
+
+    Raises ConfigError for a word too many.
+    """
+    fields, given = list(words.get(verb, ())), [arg for arg in args if _WORD.fullmatch(arg)]
+    if not fields or not given:
+        return list(args)
+    single = [field for field in fields if not field.endswith("*")]
+    named = [f"{field}={word}" for field, word in zip(single, given)]
+    left = given[len(single) :]
+    if left and len(single) == len(fields):
+        raise ConfigError(f"{verb} takes {' '.join(f.upper() for f in single)} and nothing more; {left[0]!r} is over.")
+    if left:
+        named.append(f"{fields[-1].removesuffix('*')}={left!r}")
+    return [*named, *(arg for arg in args if arg not in given)]
+
+
+def _told(found: Options, option: str, field: str, value: object) -> Options:
+    if getattr(found, field) != getattr(Options(), field):
+        raise ConfigError(f"{option} is given twice; once is valid.")
+    return replace(found, **{field: value})
+
+
+def _fields() -> dict[str, str]:
+    return {**_WITH_VALUE, **{option: field for option, (field, _) in _FLAGS.items()}}
