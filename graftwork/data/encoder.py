@@ -90,16 +90,32 @@ class RowEncoder:
 
     def learn(self, rows: list[Placed]) -> list[tuple[Sequence | None, int]]:
         """``(sequence, tokens cut away)`` per row, to learn from; the sequence is None where the row is dropped."""
-        sequences = self._encode(rows, [self._learned(row, place) for place, row in rows])
-        return [self._fit(sequence, place) for sequence, (place, _) in zip(sequences, rows)]
+        return [self._fit(sequence, place) for sequence, (place, _) in zip(self.whole(rows), rows)]
+
+    def whole(self, rows: list[Placed]) -> list[Sequence]:
+        """Every row as it would be learned from, before it is cut to a length."""
+        return self._encode(rows, [self._learned(row, place) for place, row in rows])
 
     def ask(self, rows: list[Placed]) -> list[tuple[list[int], str, str | None]]:
         """``(prompt ids, question, right answer or None)`` per row, to generate from."""
         asked = [self._asked(row, place) for place, row in rows]
         sequences = self._encode(rows, [pieces for pieces, _, _ in asked])
         for sequence, (place, _) in zip(sequences, rows):
-            self._checked_cut(sequence, place)
+            self.cut(sequence, place)
         return [(s.tokens, question, answer) for s, (_, question, answer) in zip(sequences, asked)]
+
+    def cut(self, sequence: Sequence, place: Place) -> int:
+        """Cut one row of ``whole`` to its length and return how many tokens went; raises TooLong, DataError."""
+        if sequence.loss[:1] == [True] or not sequence.tokens:
+            more = "" if self.seq2seq else " or set add_bos=True"
+            raise DataError(f"{place}: the prompt is empty, nothing precedes the answer; fill it{more}.")
+        try:
+            if self.seq2seq:
+                return sequence.cut_apart(self.seq_length, self.answer_length)
+            return sequence.cut(self.seq_length)
+        except TooLong as error:
+            said = f"{place}: {error}; raise {error.option}, shorten the row or set too_long='drop'."
+            raise TooLong(said, error.option) from None
 
     def answers(self, outputs: list[str], task: str | None = None) -> list[list[int]]:
         """Ids each output would have as an answer to a row of ``task`` (EOS included), to compare or to score."""
@@ -183,20 +199,8 @@ class RowEncoder:
 
     def _fit(self, sequence: Sequence, place: Place) -> tuple[Sequence | None, int]:
         try:
-            return sequence, self._checked_cut(sequence, place)
+            return sequence, self.cut(sequence, place)
         except TooLong:
             if self.too_long == "drop":
                 return None, 0
             raise
-
-    def _checked_cut(self, sequence: Sequence, place: Place) -> int:
-        if sequence.loss[:1] == [True] or not sequence.tokens:
-            more = "" if self.seq2seq else " or set add_bos=True"
-            raise DataError(f"{place}: the prompt is empty, nothing precedes the answer; fill it{more}.")
-        try:
-            if self.seq2seq:
-                return sequence.cut_apart(self.seq_length, self.answer_length)
-            return sequence.cut(self.seq_length)
-        except TooLong as error:
-            said = f"{place}: {error}; raise {error.option}, shorten the row or set too_long='drop'."
-            raise TooLong(said, error.option) from None

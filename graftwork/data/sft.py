@@ -131,13 +131,21 @@ class SFTDataModule(pl.LightningDataModule):
         )  # fmt: skip
 
     @property
+    def tokenizer_path(self) -> str | None:
+        """Where the tokenizer is that wins over the model's own; None: the model's."""
+        return self._surroundings.path
+
+    @property
     def encoder(self) -> RowEncoder:
         """Encodes rows as this data module does, for the adapters attached now."""
         around = self._around()
         return RowEncoder(around.tokenizer, around.layout, seq2seq=around.decoder_start is not None, **self._format)
 
-    def encoder_for(self, tokenizer: Tokenizer, layout: PromptLayout, seq2seq: bool = False) -> RowEncoder:
-        """Encodes rows as this data module does, for a model with this tokenizer (its own path wins) and layout."""
+    def encoder_for(self, tokenizer: Tokenizer | None, layout: PromptLayout, seq2seq: bool = False) -> RowEncoder:
+        """Encodes rows as this data module does, for a model with this tokenizer (its own path wins) and layout.
+
+        ``tokenizer`` None: the path alone.
+        """
         return RowEncoder(self._surroundings.beside(tokenizer), layout, seq2seq=seq2seq, **self._format)
 
     def train_dataloader(self) -> TrainLoader:
