@@ -85,6 +85,14 @@ class Reader(Protocol):
     tensors: list[StoredTensor]
 
 
+def shape_of(path: Path) -> Shape:
+    """Return the shape of the model in a GGUF file; raises CheckpointError for a file that is damaged or no LLaMA."""
+    reader = _open(path)
+    shape = read_shape(reader)
+    _wanted(path, shape, {tensor.name: tensor for tensor in reader.tensors})
+    return shape
+
+
 def convert(path: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write ``path`` as a Hugging Face directory in ``dtype``, whole or not at all; peak memory is one tensor.
 

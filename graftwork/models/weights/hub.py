@@ -1,6 +1,7 @@
 """Where a base model comes from: a directory, a GGUF file, a registered name or a Hugging Face hub id."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -52,24 +53,122 @@ REGISTERED = {
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """A GGUF file that becomes the checkpoint ``target`` once; where it is, is asked only when that has to be done."""
+
+    target: Path
+    locate: Callable[[], Path]
+    sha256: str | None = None
+
+    def present(self) -> Path | None:
+        """Return the checkpoint if its files are those that were written, to the last byte."""
+        return self.target if is_as_written(self.target) else None
+
+    def make(self) -> Path:
+        """Return the checkpoint, made anew unless it is there."""
+        if self.present() is None:
+            with locked(self.target):
+                clear(self.target)
+                if self.present() is None:
+                    self._convert()
+        return self.target
+
+    def _convert(self) -> None:
+        source = self.locate()
+        if self.sha256 is not None:
+            _check_sha256(source, self.sha256)
+        convert(source, self.target)
+        seal(self.target)
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model of the Hugging Face hub, by its id."""
+
+    name: str
+
+    def present(self) -> Path | None:
+        """Return the checkpoint in the hub's local cache if it is whole."""
+        try:
+            return self._snapshot(local_only=True)
+        except OSError:
+            return None
+
+    def make(self) -> Path:
+        """Return the checkpoint of the local cache, downloaded unless it is there."""
+        if (found := self.present()) is not None:
+            return found
+        problem: Exception | None = None
+        try:
+            if (found := self._snapshot(local_only=False)) is not None:
+                return found
+        except OSError as error:  # the hub's own errors are of this kind
+            problem = error
+        raise CheckpointError(
+            f"{self.name!r} is no local directory, and no complete checkpoint of that name is in the hub's local cache "
+            f"or can be downloaded from here; where there is network, run: hf download {self.name}"
+        ) from problem
+
+    def _snapshot(self, local_only: bool) -> Path | None:
+        """Return the hub's snapshot, None for a part of one; raises CheckpointError for an id that cannot be."""
+        try:
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HFValidationError
+        except ImportError as error:
+            raise CheckpointError(
+                f"{self.name!r} is no local directory, and huggingface_hub is not installed."
+            ) from error
+        try:
+            snapshot = Path(snapshot_download(self.name, local_files_only=local_only, allow_patterns=HUB_FILES))
+        except HFValidationError as error:
+            raise CheckpointError(
+                f"{self.name!r} is neither a local directory nor a valid hub id (owner/model)."
+            ) from error
+        # An interrupted download leaves parts, which the hub is asked for again; a good one may leave old parts too.
+        parts = local_only and any(snapshot.parent.parent.glob("blobs/*.incomplete"))
+        return snapshot if (snapshot / "config.json").is_file() and _has_tensors(snapshot) and not parts else None
+
+
 def resolve(name_or_path: str | Path) -> Path:
     """Return the Hugging Face checkpoint directory of ``name_or_path``, converting or downloading it once if needed.
 
     Accepts a directory with config.json, a ``.gguf`` file, a registered name, or a hub id ``owner/model``.
     Raises CheckpointError that says what is missing and how to get it.
     """
-    name = str(name_or_path)
+    with _readable(str(name_or_path)):
+        found = _found(str(name_or_path))
+        return found if isinstance(found, Path) else found.make()
+
+
+def find(name_or_path: str | Path) -> Path | Conversion | HubModel:
+    """Return the checkpoint directory as ``resolve`` would, or what it would convert or download first.
+
+    Raises CheckpointError for a name that is none; nothing is written.
+    """
+    with _readable(str(name_or_path)):
+        found = _found(str(name_or_path))
+        return found if isinstance(found, Path) else found.present() or found
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Say in one sentence what the system says of a name: too long, NUL in it, ~ of nobody, no permission."""
     try:
-        return _resolved(name, Path(name).expanduser())
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, NUL in it, ~ of nobody, no permission
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{quoted(name)} cannot be read: {quoted(str(error), bare=True)}.") from error
 
 
-def _resolved(name: str, path: Path) -> Path:
+def _found(name: str) -> Path | Conversion | HubModel:
+    path = Path(name).expanduser()
     if name in REGISTERED and not (path / "config.json").is_file():
-        return _registered(name)
+        package = REGISTERED[name]
+        return Conversion(_conversions() / f"{name}-{package.sha256[:16]}", package.locate, package.sha256)
     if path.suffix == ".gguf":
-        return _converted_file(path)
+        if not path.is_file():
+            raise CheckpointError(f"the GGUF file {str(path)!r} does not exist.")
+        return Conversion(_conversions() / f"{path.stem}-{file_stamp(path)[:16]}", lambda: path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CheckpointError(
@@ -77,41 +176,15 @@ def _resolved(name: str, path: Path) -> Path:
             )
         return path
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\0" not in name:
-        return _from_hub(name)
+        return HubModel(name)
     raise CheckpointError(
         f"{quoted(name)} is no checkpoint directory, GGUF file, hub id (owner/model) or registered name; "
         f"{suggest(name[:100], REGISTERED)}"
     )
 
 
-def _registered(name: str) -> Path:
-    package = REGISTERED[name]
-    return _convert_once(f"{name}-{package.sha256[:16]}", package.locate, package.sha256)
-
-
-def _converted_file(path: Path) -> Path:
-    if not path.is_file():
-        raise CheckpointError(f"the GGUF file {str(path)!r} does not exist.")
-    return _convert_once(f"{path.stem}-{file_stamp(path)[:16]}", lambda: path, None)
-
-
-def _convert_once(name: str, locate: Callable[[], Path], expected_sha256: str | None) -> Path:
-    """Return the cached conversion ``name``; the source is only needed, and checked, when it is made.
-
-    A conversion whose files are not those that were written, to the last byte, is made anew.
-    """
-    target = cache_directory() / "models" / name
-    if is_as_written(target):
-        return target
-    with locked(target):
-        clear(target)
-        if not is_as_written(target):
-            source = locate()
-            if expected_sha256 is not None:
-                _check_sha256(source, expected_sha256)
-            convert(source, target)
-            seal(target)
-    return target
+def _conversions() -> Path:
+    return cache_directory() / "models"
 
 
 def _has_tensors(snapshot: Path) -> bool:
@@ -128,29 +201,3 @@ def _check_sha256(file: Path, expected: str) -> None:
     actual = sha256(file)
     if actual != expected:
         raise CheckpointError(f"{str(file)!r} is not the expected file: its sha256 is {actual}, not {expected}.")
-
-
-def _from_hub(name: str) -> Path:
-    """Return the hub's snapshot of ``name`` from its local cache, else download it."""
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise CheckpointError(f"{name!r} is no local directory, and huggingface_hub is not installed.") from error
-    problem: Exception | None = None
-    for local_only in (True, False):
-        try:
-            snapshot = Path(snapshot_download(name, local_files_only=local_only, allow_patterns=HUB_FILES))
-        except HFValidationError as error:
-            raise CheckpointError(f"{name!r} is neither a local directory nor a valid hub id (owner/model).") from error
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            problem = error  # not in the cache: download; not to be downloaded: say so below
-            continue
-        # An interrupted download leaves parts, which the hub is asked for again; a good one may leave old parts too.
-        parts = local_only and any(snapshot.parent.parent.glob("blobs/*.incomplete"))
-        if (snapshot / "config.json").is_file() and _has_tensors(snapshot) and not parts:
-            return snapshot
-    raise CheckpointError(
-        f"{name!r} is no local directory, and no complete checkpoint of that name is in the hub's local cache or can "
-        f"be downloaded from here; where there is network, run: hf download {name}"
-    ) from problem

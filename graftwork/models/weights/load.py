@@ -49,7 +49,12 @@ def check_checkpoint(shape: Shape, directory: str | Path) -> None:
 
     Raises CheckpointError naming the fields or tensors that differ.
     """
-    theirs = shape_from_hf(read_config(directory))
+    check_shape(shape, shape_from_hf(read_config(directory)), directory)
+    open_checkpoint(mapping_for(shape, tensor_parallel=1), directory).close()
+
+
+def check_shape(shape: Shape, theirs: Shape, where: str | Path) -> None:
+    """Raise CheckpointError, naming the fields that differ, unless ``shape`` is that of the checkpoint ``where``."""
     # Dropout is a training choice, not part of the weights.
     names = [f.name for f in fields(theirs) if not f.name.endswith("_dropout")]
     ours = {name: getattr(shape, name, None) for name in names}
@@ -57,10 +62,9 @@ def check_checkpoint(shape: Shape, directory: str | Path) -> None:
     if differing:
         shown = ", ".join(f"{n}={ours[n]!r} (there {getattr(theirs, n)!r})" for n in differing[:5])
         raise CheckpointError(
-            f"the model's shape is not that of the checkpoint {quoted(directory)}: {shown}; set these fields of "
+            f"the model's shape is not that of the checkpoint {quoted(where)}: {shown}; set these fields of "
             "model.shape to the checkpoint's values, or choose another checkpoint."
         )
-    open_checkpoint(mapping_for(shape, tensor_parallel=1), directory).close()
 
 
 def read(rule: Rule, files: TensorFiles, rank: int, size: int) -> Tensor:
