@@ -18,21 +18,15 @@ def register() -> None:
     for method in METHODS.values():
         run.cli.factory(_named(_config_of(method), method.short_name()), target=PEFT)
     for name, executor in EXECUTORS.items():
-        run.cli.factory(_named(_as_config(executor), name), target=run.Executor)
+        run.cli.factory(_named(_config_of(executor), name), target=run.Executor)
 
 
-def _config_of(method: type[PEFT]) -> Callable[..., run.Config]:
-    @functools.wraps(method, updated=())
-    def make(**arguments: object) -> run.Config:
-        return run.Config(method, **arguments)
+def _config_of(made: Callable[..., object]) -> Callable[..., run.Config]:
+    """Return what configures a method or an executor: the fields of its call, not of what it returns."""
 
-    return make
-
-
-def _as_config(executor: Callable[..., run.Executor]) -> Callable[..., run.Config]:
-    @functools.wraps(executor)
+    @functools.wraps(made, updated=())
     def make(*arguments: object, **options: object) -> run.Config:
-        return executor(*arguments, **options).to_config()
+        return run.Config(made, *arguments, **options)
 
     return make
 

@@ -6,11 +6,13 @@ import nemo_run as run
 
 from graftwork.executors.launch import launch
 from graftwork.executors.local import local
+from graftwork.executors.slurm import slurm
 from graftwork.registry import Registry
 
 EXECUTORS: Registry[Callable[..., run.Executor]] = Registry("executor")
 """Every function that makes an executor, by the name that ``run.executor=`` takes."""
 
 EXECUTORS.enter("local", local)
+EXECUTORS.enter("slurm", slurm)
 
-__all__ = ["EXECUTORS", "launch", "local"]
+__all__ = ["EXECUTORS", "launch", "local", "slurm"]

@@ -40,7 +40,7 @@ def test_a_user_error_is_one_line_and_exit_2(
 
 
 def test_a_failed_task_is_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    two = ["run.executor=local", "run.executor.ntasks_per_node=2", "run.executor.launcher=torchrun"]
+    two = ["run.executor=local", "run.executor.ntasks=2"]
     assert code(f"directory={tmp_path}", "fail=bug", *two) == 1
     assert "ZeroDivisionError: a bug" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rank0", "rank1"]

@@ -133,7 +133,7 @@ def test_a_new_recipe_method_or_executor_is_one_entry(monkeypatch: pytest.Monkey
     monkeypatch.setattr(EXECUTORS, "_entries", {"three": three})
     register()
     context = Parsed(name="finetune", factory="mine(name=x)", skip_confirmation=True)
-    context.cli_execute(finetune, ["peft=fifth(dim=4)", "run.executor=three", "run.executor.ntasks_per_node=2"])
+    context.cli_execute(finetune, ["peft=fifth(dim=4)", "run.executor=three", "run.executor.tasks=2"])
     assert context.task == smollm2_135m.finetune_recipe(name="x", peft=[run.Config(Fifth, dim=4)])
     assert (context.executor.nproc_per_node(), context.executor.launcher) == (2, local(3).launcher)
 
