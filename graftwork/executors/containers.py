@@ -1,0 +1,97 @@
+"""What a container needs of this machine before it starts: a daemon that answers, an image, a user who may write."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import nemo_run as run
+
+from graftwork.errors import ConfigError, LaunchError, quoted, suggest
+from graftwork.executors import life_line
+from graftwork.executors.task import LAUNCHER
+
+ANSWER_SECONDS = 60
+
+_JOB_DIRECTORY = "/nemo_run"
+"""Where NeMo Run mounts the job's directory."""
+
+
+class Job(Protocol):
+    """What NeMo Run keeps of a task of an experiment."""
+
+    @property
+    def executor(self) -> run.Executor:
+        """The executor, which knows the job's directory."""
+
+
+def prepare_container(executor: run.Executor) -> None:
+    """Make a Docker executor ready to start: its image by id, its user the one who submits. Others stay as they are.
+
+    Raises LaunchError when no daemon answers, ConfigError for an image that is not there and cannot be pulled, and for a
+    user who cannot write into the job's directory: NeMo Run would wait for ever.
+    """
+    if not isinstance(executor, run.DockerExecutor):
+        return
+    here = f"{os.getuid()}:{os.getgid()}"
+    executor.additional_kwargs = {"user": here, **executor.additional_kwargs}
+    check_user(str(executor.additional_kwargs["user"]))
+    # NeMo Run tries to pull a name, also one that is here; an id it takes as it is
+    executor.container_image = image_id(executor.container_image)
+    executor.env_vars[LAUNCHER] = f"{_JOB_DIRECTORY}/{life_line.NAME}"
+
+
+@contextmanager
+def life_lines(jobs: Iterable[Job]) -> Iterator[None]:
+    """Hold the life line of every job that is a container: it saves its state and ends when this process does."""
+    with ExitStack() as lines:
+        for job in jobs:
+            if isinstance(job.executor, run.DockerExecutor):
+                lines.enter_context(life_line.held(Path(job.executor.job_dir)))
+        yield
+
+
+def check_user(user: str) -> None:
+    """Raise ConfigError for a container's user, ``UID`` or ``UID:GID``, who cannot write what this process makes."""
+    if user.partition(":")[0] not in ("0", "root", str(os.getuid())):
+        raise ConfigError(
+            f"the container's user {quoted(user)} cannot write into the job's directory, which user {os.getuid()} makes: "
+            "submit as that user, or leave the user out."
+        )
+
+
+def image_id(name: str) -> str:
+    """Return the id of an image, pulling it when this machine has none of that name; raises as ``prepare_container``."""
+    import docker
+    from docker.errors import DockerException, ImageNotFound
+
+    try:
+        client = docker.from_env(timeout=ANSWER_SECONDS)
+        try:
+            found: str = client.images.get(name).id
+        except ImageNotFound:
+            found = _pulled(client, name)
+    except (DockerException, OSError) as error:
+        raise LaunchError(
+            f"no Docker daemon answers here ({_reason(error)}); is it running, and may you use it?"
+        ) from error
+    return found
+
+
+def _pulled(client: "docker.DockerClient", name: str) -> str:  # type: ignore[name-defined]
+    repository, colon, tag = name.rpartition(":") if ":" in name.rpartition("/")[2] else (name, ":", "latest")
+    try:
+        found: str = client.images.pull(repository, tag=tag).id
+    except OSError as error:
+        here = [one for image in client.images.list() for one in image.tags]
+        raise ConfigError(
+            f"container_image={quoted(name)} is not on this machine, and pulling it fails ({_reason(error)}); "
+            f"{suggest(name, here)}"
+        ) from error
+    return found
+
+
+def _reason(error: Exception) -> str:
+    said = getattr(error, "explanation", None) or str(error)
+    return quoted(" ".join(str(said).split()), 160, bare=True).removesuffix(".")
