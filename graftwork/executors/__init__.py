@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import nemo_run as run
 
+from graftwork.executors.docker import docker
 from graftwork.executors.launch import launch
 from graftwork.executors.local import local
 from graftwork.executors.slurm import slurm
@@ -14,5 +15,6 @@ EXECUTORS: Registry[Callable[..., run.Executor]] = Registry("executor")
 
 EXECUTORS.enter("local", local)
 EXECUTORS.enter("slurm", slurm)
+EXECUTORS.enter("docker", docker)
 
-__all__ = ["EXECUTORS", "launch", "local", "slurm"]
+__all__ = ["EXECUTORS", "docker", "launch", "local", "slurm"]

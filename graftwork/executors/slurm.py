@@ -9,10 +9,10 @@ from typing import Optional
 
 import nemo_run as run
 
+from graftwork.endings import RESUMABLE_EXIT_CODE
 from graftwork.executors.packaging import VARIABLE
 from graftwork.executors.packaging import code as shipped_code
 from graftwork.executors.profile import Profile, settings
-from graftwork.training.callbacks.training_state import RESUMABLE_EXIT_CODE
 
 JOB_NAME_PREFIX = "graftwork."
 """NeMo Run finds its task in the queue by what follows the last dot of a job's name."""

@@ -1,0 +1,79 @@
+"""The paths of a recipe, as a job sees them: it runs in another directory, maybe in a container."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fiddle as fdl
+import nemo_run as run
+
+from graftwork.cache import cache_directory
+from graftwork.errors import ConfigError
+
+READ = (
+    "data", "data.train", "data.validation", "data.test", "data.predict", "data.tokenizer", "model.checkpoint",
+    "base", "adapter", "file",
+)  # fmt: skip
+"""Fields that may name a file or directory to read, a recipe's or a verb's."""
+
+WRITTEN = ("trainer.default_root_dir", "data.cache_dir", "output")
+"""Fields that name what is written."""
+
+
+def resolved(recipe: run.Partial, executor: run.Executor) -> run.Partial:
+    """Return ``recipe`` with absolute paths where the job runs in a directory of its own; itself where it does not.
+
+    Over ssh nothing of this machine is there: raises ConfigError for a relative path that the job would write to.
+    """
+    if isinstance(executor, run.LocalExecutor):
+        return recipe
+    if isinstance(getattr(executor, "tunnel", None), run.SSHTunnel):
+        _refuse_relative(recipe)
+        return recipe
+    made = recipe.clone()
+    for field, path in _found(recipe):
+        owner, name = _place(made, field)
+        setattr(owner, name, str(path))
+    return made
+
+
+def mounts(recipe: run.Partial) -> list[str]:
+    """Return the volumes that a container needs for a resolved recipe: what it reads, read-only, and what it writes."""
+    found = list(_found(recipe))
+    written = {_folder(field, path) for field, path in found if field in WRITTEN} | {cache_directory().absolute()}
+    read = {path for field, path in found if field in READ} - written
+    return [*(f"{path}:{path}:ro" for path in sorted(read)), *(f"{path}:{path}" for path in sorted(written))]
+
+
+def _folder(field: str, path: Path) -> Path:
+    return path.parent if field == "output" else path
+
+
+def _found(recipe: run.Partial) -> Iterator[tuple[str, Path]]:
+    """Yield the fields that name a path of this machine, and the path, absolute."""
+    for field, value in _values(recipe):
+        path = Path(value).expanduser()
+        if field in WRITTEN or path.exists():
+            yield field, Path(os.path.abspath(path))
+
+
+def _values(recipe: run.Partial) -> Iterator[tuple[str, str]]:
+    for field in (*READ, *WRITTEN):
+        owner, name = _place(recipe, field)
+        value = getattr(owner, name, None) if isinstance(owner, fdl.Buildable) else None
+        if isinstance(value, str) and value:
+            yield field, value
+
+
+def _place(recipe: run.Partial, field: str) -> tuple[object, str]:
+    part, _, name = field.rpartition(".")
+    return (getattr(recipe, part, None) if part else recipe), name
+
+
+def _refuse_relative(recipe: run.Partial) -> None:
+    for field, value in _values(recipe):
+        if field in WRITTEN and not value.startswith("/"):
+            raise ConfigError(
+                f"{field}={value!r} is relative, but the job runs on another machine: give an absolute path of a "
+                "directory that all its nodes share."
+            )
