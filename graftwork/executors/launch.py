@@ -2,31 +2,25 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TypedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import fiddle as fdl
 import nemo_run as run
+from nemo_run.core.execution.launcher import FaultTolerance, Torchrun
 
-from graftwork import errors
-from graftwork.errors import ConfigError, GraftworkError, LaunchError
+from graftwork.endings import Interrupted
+from graftwork.errors import ConfigError, LaunchError
+from graftwork.executors.containers import life_lines, prepare_container
+from graftwork.executors.live import live_log
 from graftwork.executors.local import local
-from graftwork.recipes.show import with_text
+from graftwork.executors.main_script import Experiment, needs_script
+from graftwork.executors.outcome import check
+from graftwork.executors.relay import Relay, relayed
+from graftwork.executors.task import LAUNCHER, as_task
 
-TAIL_LINES = 15
-_ENDED_BADLY = ("FAILED", "CANCELLED")
-_USER_ERROR = re.compile(r"graftwork\.errors\.(\w+): (.+)$")
 _RANK_VARIABLE = re.compile(r"((LOCAL|NODE|GROUP|ROLE)_)?RANK$|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE$|MASTER_|TORCHELASTIC_")
-_RANK_PREFIX = re.compile(r"^\[\w+\]:\s?")
-
-
-class TaskState(TypedDict):
-    """What NeMo Run tells of a task: its torchx state (or the state's name), and the directory with its logs."""
-
-    status: object
-    local_dir: str
 
 
 def launch(
@@ -39,27 +33,71 @@ def launch(
 ) -> str:
     """Run ``recipe`` on ``executor`` (default: this machine) as one fresh experiment and return the experiment's id.
 
-    ``wait=False`` detaches where the executor can (this machine cannot); ``tail`` shows the task's log while it runs.
-    A task that fails raises the GraftworkError it ended with, or LaunchError with the end of its log.
+    ``wait=False`` detaches where the executor can (this machine cannot); ``tail`` shows what rank 0 prints. A task that
+    fails raises the GraftworkError it ended with, or LaunchError with the end of its log. SIGTERM, SIGUSR1 and Ctrl-C
+    reach every rank; the state is saved and Interrupted is raised. A second Ctrl-C kills the task.
     """
-    task = task_name(name)
-    with run.Experiment(
-        task,
-        executor=_built(executor),
-        log_level="WARNING",
-        clean_mode=True,
-        enable_goodbye_message=False,
-        skip_status_at_exit=True,
-    ) as experiment:
-        experiment.add(with_text(recipe), name=task, tail_logs=tail, plugins=plugins or None)
+    job = Job(recipe, _built(executor), task_name(name), wait=wait, tail=tail, plugins=plugins or ())
+    with live_log(job.name, job.has_ranks) as log, ThreadPoolExecutor(1) as thread:
+        relay = Relay(log)
+        with relayed(relay):
+            # NeMo Run's local scheduler takes SIGTERM and Ctrl-C for itself when it is made in the main thread.
+            ended = thread.submit(job.go_through, relay).exception()
+    if ended := relay.ending(ended):
+        if isinstance(ended, Interrupted):
+            ended.tell()
+        raise ended
+    return job.identity
+
+
+class Job:
+    """One launch of a recipe; ``identity`` is the experiment's id."""
+
+    def __init__(
+        self, recipe: run.Partial, executor: run.Executor, name: str, *, wait: bool, tail: bool,
+        plugins: Sequence[run.Plugin],
+    ) -> None:  # fmt: skip
+        self.executor, self.name, self.wait, self.tail = executor.clone(), name, wait, tail
+        prepare_container(self.executor)
+        self.has_ranks = isinstance(self.executor.get_launcher(), Torchrun | FaultTolerance)
+        self.experiment = Experiment(
+            name,
+            executor=self.executor,
+            log_level="WARNING",
+            clean_mode=True,
+            enable_goodbye_message=False,
+            skip_status_at_exit=True,
+        )
+        self.identity: str = self.experiment._id
+        self.task = as_task(self._changed(recipe, plugins))
+        self.experiment.takes_script = needs_script(self.task.recipe)
+        if isinstance(self.executor, run.LocalExecutor):
+            self.executor.env_vars[LAUNCHER] = str(os.getpid())
+
+    def go_through(self, relay: Relay) -> None:
+        """Start the task, wait for it, and raise what it ended with."""
+        with ExitStack() as held, self.experiment as experiment:
+            experiment.add(self.task, executor=self.executor, name=self.name, tail_logs=self.tail)
+            held.enter_context(life_lines(experiment.jobs))
+            self._start()
+            relay.attach(experiment)
+        check(experiment.status(return_dict=True), detached=not self.wait)
+
+    def _start(self) -> None:
         try:
             with without_ranks():
-                experiment.run(detach=not wait, tail_logs=tail)
+                self.experiment.run(detach=not self.wait, tail_logs=self.tail)
         except OSError as error:
-            raise LaunchError(f"could not start {task!r} on {experiment.executor.info()}: {error}") from error
-    check(experiment.status(return_dict=True), detached=not wait)
-    identity: str = experiment._id
-    return identity
+            where = self.executor.info()
+            raise LaunchError(f"could not start {self.name!r} on {where}: {error}") from error
+
+    def _changed(self, recipe: run.Partial, plugins: Sequence[run.Plugin]) -> run.Partial:
+        """Return the recipe as plugins change it; they change the executor too."""
+        changed = recipe.clone() if plugins else recipe
+        for plugin in plugins:
+            plugin.assign(self.experiment._id)
+            plugin.setup(changed, self.executor)
+        return changed
 
 
 @contextmanager
@@ -73,37 +111,6 @@ def without_ranks() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
-
-
-def check(status: Mapping[str, TaskState], detached: bool = False) -> None:
-    """Raise for the first task of a status that did not succeed; a detached one may still be on its way."""
-    for task, state in status.items():
-        outcome = getattr(state["status"], "name", str(state["status"]))
-        if outcome in _ENDED_BADLY or (outcome != "SUCCEEDED" and not detached):
-            raise failure(task, outcome, Path(state["local_dir"]))
-
-
-def failure(task: str, outcome: str, directory: Path) -> GraftworkError:
-    """Return what a failed task ended with: its own GraftworkError if its log shows one, else LaunchError."""
-    lines = log_lines(directory)
-    for line in reversed(lines):
-        if found := _USER_ERROR.search(line):
-            kind = getattr(errors, found.group(1), GraftworkError)
-            return kind(found.group(2))
-    shown = "\n".join("  " + line for line in lines[-TAIL_LINES:]) or "  (no output)"
-    return LaunchError(f"task {task!r} ended as {outcome}; its log is in {directory} and ends with:\n{shown}")
-
-
-def log_lines(directory: Path) -> list[str]:
-    """Return the lines of the task's logs, the most recently written file last.
-
-    Under torchrun only what the ranks wrote, without their prefixes: the launcher's own epilogue hides the cause.
-    """
-    found = [p for pattern in ("**/*.log", "**/*.out") for p in directory.glob(pattern) if p.is_file()]
-    files = sorted((p for p in found if p.stat().st_size), key=lambda p: (p.stat().st_mtime_ns, p.name))
-    lines = [line for p in files for line in p.read_text(errors="replace").splitlines() if line.strip()]
-    ranks = [_RANK_PREFIX.sub("", line) for line in lines if _RANK_PREFIX.match(line)]
-    return ranks or lines
 
 
 def task_name(name: str) -> str:

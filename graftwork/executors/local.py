@@ -37,4 +37,13 @@ def task_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),
         "PYTHONUNBUFFERED": "1",
         "LOGLEVEL": os.environ.get("LOGLEVEL", "WARNING"),  # torchrun tells every step of its own otherwise
+        **torchrun_environment(),
+    }
+
+
+def torchrun_environment() -> dict[str, str]:
+    """Return what lets torchrun pass a stop on to its ranks and wait until they have saved their state."""
+    return {
+        "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # SIGUSR1 would end torchrun alone
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300"),
     }

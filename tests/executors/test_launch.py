@@ -8,7 +8,8 @@ import pytest
 
 from graftwork.errors import ConfigError, DataError, LaunchError
 from graftwork.executors import launch, local
-from graftwork.executors.launch import check, log_lines, task_name, without_ranks
+from graftwork.executors.launch import task_name, without_ranks
+from graftwork.executors.outcome import check, log_lines
 from tests.helpers.tasks import write_ranks
 
 

@@ -1,10 +1,12 @@
 """Tasks small enough to launch for real: importable by a child process, no torch."""
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Optional
 
+from graftwork.endings import Interrupted, code_of
 from graftwork.errors import DataError
 
 
@@ -36,3 +38,33 @@ def ask(trainer: int) -> None:
 def answer_rows(count: int, output: Optional[str] = None) -> list[dict[str, str]]:
     """Return rows, as the verbs that answer do."""
     return [{"output": f"é {n}"} for n in range(count)]
+
+
+def rest(directory: str, patience: float = 600.0) -> None:
+    """Write this process's id, and its parent's, into a file per rank and do nothing for long."""
+    rank = os.environ.get("RANK", "0")
+    part = Path(directory, f".rank{rank}")
+    part.write_text(f"{os.getpid()} {os.getppid()}")
+    part.rename(Path(directory, f"rank{rank}"))
+    time.sleep(patience)
+
+
+def stop_saved(directory: str) -> None:
+    """Do nothing for long, and stop as a training does: with its state saved."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Interrupted("stopped after step 3, its state is saved", code_of(number, saved=True))
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, stop)
+    rest(directory)
+
+
+def stubborn(directory: str) -> None:
+    """Do nothing for long, and take no notice of a request to stop, but for a file that says that there was one."""
+
+    def note(number: int, frame: object) -> None:
+        Path(directory, f"asked{os.environ.get('RANK', '0')}").touch()
+
+    signal.signal(signal.SIGINT, note)
+    rest(directory)

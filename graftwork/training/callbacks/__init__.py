@@ -3,6 +3,7 @@
 None of them changes what is trained or how; that is the strategy's and the update's part.
 """
 
+from graftwork.endings import RESUMABLE_EXIT_CODE, Interrupted
 from graftwork.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from graftwork.training.callbacks.metrics import BeforeAfter
 from graftwork.training.callbacks.progress import Progress
@@ -10,7 +11,7 @@ from graftwork.training.callbacks.report import Report
 from graftwork.training.callbacks.room import Room
 from graftwork.training.callbacks.self_check import SelfCheck
 from graftwork.training.callbacks.throughput import Throughput
-from graftwork.training.callbacks.training_state import RESUMABLE_EXIT_CODE, Interrupted, TrainingState
+from graftwork.training.callbacks.training_state import TrainingState
 
 __all__ = [
     "RESUMABLE_EXIT_CODE",

@@ -12,30 +12,18 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from graftwork.endings import STOPPED_AT_ONCE, STOPPING, Interrupted, code_of, say
 from graftwork.errors import ConfigError
 from graftwork.training.callbacks.ranks import largest
 from graftwork.training.run_directory import prune, state_path
-
-RESUMABLE_EXIT_CODE = 75
-"""Exit code of a run that saved its state and stopped on SIGTERM or SIGUSR1 (EX_TEMPFAIL): start it again to resume."""
-
-
-class Interrupted(SystemExit):
-    """The run saved its training state and stopped because it was asked to; exit code 75."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(RESUMABLE_EXIT_CODE)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class TrainingState(Checkpoint):
     """Keeps the newest states in ``checkpoints/`` of the run directory.
 
-    On SIGTERM or SIGUSR1 (Slurm's warning before a time limit) the step in progress is finished (and the validation
-    that is due after it), the state saved and the process ends with exit code 75.
+    On SIGTERM, SIGUSR1 (Slurm's warning before a time limit) or Ctrl-C the step in progress is finished (and the
+    validation that is due after it), the state saved and the process ends with exit code 75, after Ctrl-C with 130. A
+    second Ctrl-C stops at once.
 
     Args:
         every_n_steps: Save after every so many steps; None for never.
@@ -50,8 +38,8 @@ class TrainingState(Checkpoint):
             if value is not None and value <= 0:
                 raise ConfigError(f"TrainingState({name}={value}) must be above 0.")
         self.every_n_steps, self.every_n_minutes, self.keep = every_n_steps, every_n_minutes, keep
-        self._signal: int | None = None
-        self._asked = self._wanted = False
+        self._told = self._asked = 0
+        self._wanted = False
         self._last_save = time.monotonic()
         self._saved_step = -1
 
@@ -68,7 +56,8 @@ class TrainingState(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Save when it is time, stop when asked to: after the validation if one is due now. All ranks decide alike."""
-        self._asked, self._wanted = map(bool, largest([self._signal is not None, self._due(trainer.global_step)]))
+        asked, wanted = largest([self._told, self._due(trainer.global_step)])
+        self._asked, self._wanted = int(asked), bool(wanted)
         if not _validation_is_due(trainer):
             self._settle(trainer)
         elif self._asked:  # the time that is left may be shorter than the validation
@@ -84,10 +73,15 @@ class TrainingState(Checkpoint):
         if self._asked or (self._wanted and trainer.global_step != trainer.max_steps):
             self.save(trainer)
         if self._asked:
-            raise Interrupted(
-                f"stopped on request after step {trainer.global_step}; the same command resumes there "
-                f"(exit code {RESUMABLE_EXIT_CODE})."
+            sentence = (
+                f"stopped after step {trainer.global_step}, its state is saved; the same command goes on from there"
             )
+            raise Interrupted(sentence, self._asked)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say after what the run has stopped, and how to go on."""
+        if isinstance(exception, Interrupted) and trainer.is_global_zero:
+            exception.tell()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end, so that a finished run can be continued with more steps."""
@@ -111,11 +105,16 @@ class TrainingState(Checkpoint):
         # Lightning's own handler (put back by it at the end) broadcasts inside the signal handler, in the middle of
         # whatever collective is running; here a signal only leaves a note.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
+        code = code_of(number, saved=True)
+        if number == signal.SIGINT and self._told == code:
+            raise Interrupted(STOPPED_AT_ONCE, code)
+        if number == signal.SIGINT:
+            say(STOPPING)
+        self._told = max(self._told, code)
 
 
 def _validation_is_due(trainer: Trainer) -> bool:
