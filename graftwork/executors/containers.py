@@ -29,15 +29,14 @@ class Job(Protocol):
 def prepare_container(executor: run.Executor) -> None:
     """Make a Docker executor ready to start: its image by id, its user the one who submits. Others stay as they are.
 
-    Raises LaunchError when no daemon answers, ConfigError for an image that is not there and cannot be pulled, and for a
+    Raises LaunchError when no daemon answers, ConfigError for an image that is neither here nor to be pulled, and for a
     user who cannot write into the job's directory: NeMo Run would wait for ever.
     """
     if not isinstance(executor, run.DockerExecutor):
         return
-    here = f"{os.getuid()}:{os.getgid()}"
-    executor.additional_kwargs = {"user": here, **executor.additional_kwargs}
+    executor.additional_kwargs = {"user": f"{os.getuid()}:{os.getgid()}", **executor.additional_kwargs}
     check_user(str(executor.additional_kwargs["user"]))
-    # NeMo Run tries to pull a name, also one that is here; an id it takes as it is
+    # NeMo Run tries to pull a name, even one that is here; an id it takes as it is.
     executor.container_image = image_id(executor.container_image)
     executor.env_vars[LAUNCHER] = f"{_JOB_DIRECTORY}/{life_line.NAME}"
 
@@ -56,39 +55,32 @@ def check_user(user: str) -> None:
     """Raise ConfigError for a container's user, ``UID`` or ``UID:GID``, who cannot write what this process makes."""
     if user.partition(":")[0] not in ("0", "root", str(os.getuid())):
         raise ConfigError(
-            f"the container's user {quoted(user)} cannot write into the job's directory, which user {os.getuid()} makes: "
+            f"the container's user {quoted(user)} cannot write into the job's directory, made by user {os.getuid()}: "
             "submit as that user, or leave the user out."
         )
 
 
 def image_id(name: str) -> str:
-    """Return the id of an image, pulling it when this machine has none of that name; raises as ``prepare_container``."""
+    """Return the id of an image, pulled when this machine has none of that name; raises as ``prepare_container``."""
     import docker
     from docker.errors import DockerException, ImageNotFound
 
     try:
-        client = docker.from_env(timeout=ANSWER_SECONDS)
-        try:
-            found: str = client.images.get(name).id
-        except ImageNotFound:
-            found = _pulled(client, name)
-    except (DockerException, OSError) as error:
-        raise LaunchError(
-            f"no Docker daemon answers here ({_reason(error)}); is it running, and may you use it?"
-        ) from error
-    return found
-
-
-def _pulled(client: "docker.DockerClient", name: str) -> str:  # type: ignore[name-defined]
-    repository, colon, tag = name.rpartition(":") if ":" in name.rpartition("/")[2] else (name, ":", "latest")
+        images = docker.from_env(timeout=ANSWER_SECONDS).images
+    except DockerException as error:
+        reason = _reason(error)
+        raise LaunchError(f"no Docker daemon answers ({reason}); is it running, and may you use it?") from error
     try:
-        found: str = client.images.pull(repository, tag=tag).id
-    except OSError as error:
-        here = [one for image in client.images.list() for one in image.tags]
-        raise ConfigError(
-            f"container_image={quoted(name)} is not on this machine, and pulling it fails ({_reason(error)}); "
-            f"{suggest(name, here)}"
-        ) from error
+        found: str = images.get(name).id
+    except ImageNotFound:
+        try:
+            found = images.pull(name).id
+        except OSError as error:
+            here = [tag for image in images.list() for tag in image.tags]
+            raise ConfigError(
+                f"container_image={quoted(name)} is not on this machine, and pulling it fails ({_reason(error)}); "
+                f"{suggest(name, here)}"
+            ) from error
     return found
 
 

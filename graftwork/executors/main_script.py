@@ -17,6 +17,9 @@ class Experiment(run.Experiment):
 
     takes_script = False
 
+    def _save_experiment(self, exist_ok: bool = False) -> None:
+        super()._save_experiment(exist_ok=True)  # a container's life line is there already
+
     def _save_jobs(self) -> None:
         super()._save_jobs()
         if not self.takes_script:
