@@ -20,29 +20,29 @@ def compare(before: Metrics, after: Metrics, names: tuple[str, str] = ("base", "
         for name, figures in after.get(kind, {}).items():
             if name in before.get(kind, {}):
                 titled.append((f"{kind[:-1]} {name!r}: {figures['rows']} rows", before[kind][name], figures))
-    return _text([_compared(title, old, new, names) for title, old, new in titled], width)
+    return as_text([_compared(title, old, new, names) for title, old, new in titled], width)
 
 
 def _compared(title: str, before: Metrics, after: Metrics, names: tuple[str, str]) -> Table:
-    table = _table(title, ["", *names, "change"], right=[1, 2, 3])
-    table.add_row("loss per answer token", *_numbers(before["loss"], after["loss"]))
-    table.add_row("exact match", *_percents(before["exact_match"], after["exact_match"]))
+    made = table(title, ["", *names, "change"], right=[1, 2, 3])
+    made.add_row("loss per answer token", *_numbers(before["loss"], after["loss"]))
+    made.add_row("exact match", *_percents(before["exact_match"], after["exact_match"]))
     if "accuracy" in before and "accuracy" in after:
         ways = len(after["labels"])
-        table.add_row(f"accuracy, {ways}-way", *_percents(before["accuracy"], after["accuracy"]))
+        made.add_row(f"accuracy, {ways}-way", *_percents(before["accuracy"], after["accuracy"]))
         for label, figures in after["labels"].items():
             old = _recall(before["labels"].get(label))
-            table.add_row(f"  {label!r} ({figures['rows']} rows)", *_percents(old, figures["recall"]))
-    return table
+            made.add_row(f"  {label!r} ({figures['rows']} rows)", *_percents(old, figures["recall"]))
+    return made
 
 
 def confusion(metrics: Metrics, width: int = WIDTH) -> str:
     """Return the table of expected (rows) against predicted (columns) labels."""
     labels = list(metrics["confusion"])
-    table = _table("expected (down) and predicted", ["", *labels], right=range(1, len(labels) + 1))
+    made = table("expected (down) and predicted", ["", *labels], right=range(1, len(labels) + 1))
     for label, row in metrics["confusion"].items():
-        table.add_row(label, *(str(row[other]) for other in labels))
-    return _text([table], width)
+        made.add_row(label, *(str(row[other]) for other in labels))
+    return as_text([made], width)
 
 
 def side_by_side(
@@ -53,26 +53,28 @@ def side_by_side(
 ) -> str:
     """Return a table of two models' answers to the same inputs, as made by ``sample_answers``."""
     known = any("expected" in row for row in after)
-    table = _table(None, ["input", *(["expected"] if known else []), *names], lines=True)
+    made = table(None, ["input", *(["expected"] if known else []), *names], lines=True)
     for old, new in zip(before, after, strict=True):
         mark = "" if new.get("expected") is None else " ✓" if new["output"] == new["expected"] else " ✗"
         right = [_shown(new.get("expected") or "", 60)] if known else []
-        table.add_row(_shown(new["input"], 120), *right, _shown(old["output"], 90), _shown(new["output"], 90) + mark)
-    return _text([table], width)
+        made.add_row(_shown(new["input"], 120), *right, _shown(old["output"], 90), _shown(new["output"], 90) + mark)
+    return as_text([made], width)
 
 
-def _table(title: str | None, columns: list[str], right: Iterable[int] = (), lines: bool = False) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, show_lines=lines, title_justify="left", pad_edge=False)
+def table(title: str | None, columns: Sequence[str], right: Iterable[int] = (), lines: bool = False) -> Table:
+    """Return an empty table for the terminal; the columns with the numbers ``right`` are aligned there."""
+    made = Table(title=title, box=box.SIMPLE_HEAD, show_lines=lines, title_justify="left", pad_edge=False)
     for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number in right else "left", overflow="fold")
-    return table
+        made.add_column(name, justify="right" if number in right else "left", overflow="fold")
+    return made
 
 
-def _text(tables: list[Table], width: int) -> str:
+def as_text(tables: Sequence[Table], width: int = WIDTH) -> str:
+    """Return tables as lines of at most ``width`` characters, without colours."""
     written = io.StringIO()
     console = Console(file=written, width=width, color_system=None, highlight=False, markup=False, emoji=False)
-    for table in tables:
-        console.print(table)
+    for one in tables:
+        console.print(one)
     lines = written.getvalue().splitlines()
     return "\n".join(line.rstrip() for line in lines).strip("\n") + "\n"
 
