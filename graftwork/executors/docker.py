@@ -7,6 +7,7 @@ from typing import Optional
 import nemo_run as run
 
 from graftwork.errors import ConfigError
+from graftwork.executors.local import torchrun_environment
 from graftwork.executors.packaging import VARIABLE
 from graftwork.executors.packaging import code as shipped_code
 from graftwork.executors.profile import Profile, settings
@@ -69,6 +70,7 @@ def _environment(network: str) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "LOGLEVEL": "WARNING",
+        **torchrun_environment(),
     }
     if network == "host":
         env["PET_LOCAL_ADDR"] = "127.0.0.1"  # torchrun asks for the container's name, which nobody resolves

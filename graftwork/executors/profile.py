@@ -238,8 +238,8 @@ def _read(file: Path) -> dict[str, Profile]:
     data = read_bytes(file, ConfigError, MAX_BYTES)
     try:
         document = yaml.load(data.decode("utf-8"), Loader=_Loader)
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(f"{quoted(file)}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = quoted(" ".join(str(error).split()), bare=True)
         raise ConfigError(f"{quoted(file)} cannot be read: {reason}.") from error
@@ -282,7 +282,7 @@ class _Loader(yaml.SafeLoader):
         """Return the mapping of a node."""
         keys = [key.value for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ConfigError(f"the key {quoted(twice[0])} is given twice in a file of profiles.")
+            raise ConfigError(f"the key {quoted(twice[0])} is given twice.")
         made: dict[object, object] = super().construct_mapping(node, deep=deep)
         return made
 

@@ -52,13 +52,16 @@ def make_folders(executor: run.Executor) -> None:
 
 def explain_submission(error: BaseException) -> str:
     """Return what a scheduler said when it refused a job, in one sentence with what helps; '' when it is not known."""
-    text = _text(error)
+    return explain_text(_text(error))
+
+
+def explain_text(text: str) -> str:
+    """Return what ``explain_submission`` does, for what a command wrote."""
     said = _said(text)
     if not said:
         return ""
-    first = said[0].lower() + said[1:] if said[1:2].islower() else said
     advice = next((help_ for words, help_ in ADVICE.items() if words in text.lower()), "")
-    return f"{first.rstrip('.')}{'; ' + advice if advice else ''}."
+    return f"{said.rstrip('.')}{'; ' + advice if advice else ''}."
 
 
 def _text(error: BaseException | None) -> str:

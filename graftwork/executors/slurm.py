@@ -10,6 +10,7 @@ from typing import Optional
 import nemo_run as run
 
 from graftwork.endings import RESUMABLE_EXIT_CODE
+from graftwork.executors.local import torchrun_environment
 from graftwork.executors.packaging import VARIABLE
 from graftwork.executors.packaging import code as shipped_code
 from graftwork.executors.profile import Profile, settings
@@ -128,8 +129,8 @@ def _exports(profile: Profile, env: Mapping[str, str]) -> dict[str, str]:
     if profile.container_image is None and profile.ssh is None:
         # The job starts a bare `python`; without an activated environment that would be another interpreter.
         exports["PATH"] = f"{_literal(os.path.dirname(sys.executable))}:$PATH"
-    if profile.launcher == "torchrun" and profile.warning:
-        exports["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    if profile.launcher == "torchrun":
+        exports |= torchrun_environment()
     return {**exports, **{name: _literal(value) for name, value in env.items() if name.isupper()}}
 
 

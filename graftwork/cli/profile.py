@@ -1,0 +1,38 @@
+"""``nemorun graft profile``: write a file of cluster profiles, or try one out."""
+
+from pathlib import Path
+from typing import Optional
+
+import typer
+
+from graftwork.errors import ConfigError, LaunchError, quoted, suggest
+from graftwork.executors.checkup import check_up
+from graftwork.executors.profile import FILE, read_profile
+from graftwork.executors.profile_text import write_profile
+
+ACTIONS = ("init", "check")
+
+
+def profile(action: str, name: Optional[str] = None) -> None:
+    """``init`` writes a commented cluster.yaml here; ``check`` tries a profile out and prints a line for every finding.
+
+    ``name`` is a profile, FILE.yaml or FILE.yaml:PROFILE. Raises LaunchError when a check fails.
+    """
+    if action == "init":
+        write_profile(Path(FILE))
+        typer.echo(f"wrote {FILE}; fill it in, then: nemorun graft profile check")
+    elif action == "check":
+        _check(name)
+    else:
+        raise ConfigError(f"profile {quoted(action)}: there is no such action; {suggest(action, ACTIONS)}")
+
+
+def _check(name: str | None) -> None:
+    found = read_profile(name)
+    typer.echo(f"profile {found.name!r} of {found.file}, for {found.executor}")
+    failed = 0
+    for finding in check_up(found):
+        typer.echo(str(finding))
+        failed += not finding.good
+    if failed:
+        raise LaunchError(f"profile {found.name!r}: {failed} of these failed.")
