@@ -1,0 +1,263 @@
+"""Runs that were started before, seen from any process: how far they are, what they print, how to stop them."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import nemo_run as run
+from fiddle.experimental import serialization
+from nemo_run.config import get_nemorun_home, set_nemorun_home
+from nemo_run.core.execution.launcher import FaultTolerance, Torchrun
+from nemo_run.core.tunnel.client import Tunnel
+from nemo_run.run.job import Job
+from torchx.specs.api import AppState, is_terminal
+
+from graftwork.endings import INTERRUPTED_EXIT_CODE, Interrupted
+from graftwork.errors import ConfigError, LaunchError, quoted, suggest
+from graftwork.executors.accounting import accounts
+from graftwork.executors.joblog import JobLog, log_of
+from graftwork.executors.outcome import RANK_PREFIX, USER_ERROR, failure
+from graftwork.executors.profile import find_profile
+
+SHOWN = 10
+"""So many of the newest experiments are listed."""
+
+POLL_SECONDS = 2.0
+CANCEL_SECONDS = 90.0
+"""How long a cancelled job may take to save its state and end."""
+
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, AttributeError, ImportError, AssertionError),
+    *(serialization.PyrefPolicyError, serialization.DeserializationError),
+)
+"""What NeMo Run raises for an experiment that is damaged, or of a program that is not here any more."""
+
+_MOST_UNKNOWN = 30
+"""So many times in a row nobody may know how a task is."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where one task, or one element of a job array, stands.
+
+    ``state`` is the scheduler's own word, ``words`` what more it tells, ``job`` its id there; ``directory`` holds the
+    logs, on the machine that launched.
+    """
+
+    task: str
+    state: str
+    words: str
+    job: str
+    directory: Path
+    is_over: bool
+    succeeded: bool
+
+    def __str__(self) -> str:
+        told = f" ({self.words})" if self.words else ""
+        return f"{self.task}  {self.state}{told}  job {self.job or '-'}  {self.directory}"
+
+
+def status(experiment: Optional[str] = None) -> None:
+    """Print how every task of an experiment is, or, when none is named, of the newest experiments."""
+    known = list(_known())[:SHOWN] if experiment is None else [experiment]
+    if not known:
+        print("nothing was launched yet.")
+    for identity in known:
+        found = find(identity)
+        for state in states(found):
+            print(f"{found._id}  {state}", flush=True)
+
+
+def logs(experiment: Optional[str] = None, task: Optional[str] = None, follow: bool = False) -> None:
+    """Print what the tasks of an experiment (None: the newest) have written so far, all ranks and all attempts.
+
+    ``task`` chooses one of several. ``follow`` goes on until the last of them has ended.
+    """
+    found = find(experiment)
+    for line in lines(found, task, follow):
+        print(line, flush=True)
+
+
+def attach(experiment: Optional[str] = None, task: Optional[str] = None) -> None:
+    """Show a run (None: the newest) as if it had been launched here: what rank 0 prints, then the end it comes to.
+
+    Raises the GraftworkError a task ended with, or LaunchError with the end of its log. Ctrl-C only stops looking.
+    """
+    found = find(experiment)
+    try:
+        for line in lines(found, task, follow=True):
+            if shown := _as_launched(line, _has_ranks(found)):
+                print(shown, flush=True)
+    except Interrupted as asked:
+        raise Interrupted(
+            f"stopped looking at {found._id}, which goes on; 'nemorun graft attach {found._id}' looks again",
+            INTERRUPTED_EXIT_CODE,
+        ) from asked
+    for state in states(found, task):
+        if not state.succeeded:
+            raise failure(state.task, state.state, state.directory)
+
+
+def cancel(experiment: Optional[str] = None, task: Optional[str] = None) -> None:
+    """Cancel the tasks of an experiment that have not ended, and wait until they have.
+
+    A training saves its state first where the scheduler leaves it the time. Raises ConfigError when none is named or it
+    runs in the foreground of this machine, LaunchError when a task does not end.
+    """
+    if experiment is None:
+        raise ConfigError(f"cancel needs the id of an experiment; {suggest('', list(_known())[:SHOWN])}")
+    found = find(experiment)
+    before = {state.task for state in states(found, task) if not state.is_over}
+    for job in _jobs(found, task):
+        if isinstance(job.executor, run.LocalExecutor) and job.id in before:
+            raise ConfigError(f"{found._id} runs in the foreground of this machine; Ctrl-C stops it where it does.")
+        job.cancel(found._runner)
+    end = time.monotonic() + CANCEL_SECONDS
+    while running := [state for state in states(found, task) if not state.is_over]:
+        if time.monotonic() > end:
+            raise LaunchError(f"{running[0]} was cancelled {CANCEL_SECONDS:.0f} s ago and has not ended.")
+        time.sleep(POLL_SECONDS)
+    for state in states(found, task):
+        print(f"{found._id}  {state}" if state.task in before else f"{found._id}  {state.task} had ended before.")
+
+
+def find(experiment: Optional[str] = None) -> run.Experiment:
+    """Return the experiment with an id, the newest one with a name, or the newest of all.
+
+    Raises ConfigError when there is none, naming those there are.
+    """
+    known = _known()
+    if experiment is None and not known:
+        raise ConfigError("nothing was launched yet: there is no experiment to look at.")
+    identity = next((one for one in known if experiment in (None, one, _name(one))), None)
+    if identity is None:
+        raise ConfigError(f"no experiment is called {quoted(experiment)}; {suggest(experiment or '', _newest(known))}")
+    try:
+        with _home(known[identity]):
+            found = run.Experiment.from_id(identity)
+            found._initialize_tunnels(extract_from_executors=True)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        AssertionError,
+        serialization.PyrefPolicyError,
+        serialization.DeserializationError,
+    ) as error:
+        reason = quoted(" ".join(str(error).split()), 200, bare=True)
+        raise LaunchError(f"experiment {identity!r} cannot be looked at: {reason}") from error
+    return found
+
+
+def states(experiment: run.Experiment, task: Optional[str] = None) -> list[State]:
+    """Return how the tasks of an experiment are; raises LaunchError when their scheduler does not answer."""
+    told = experiment.status(return_dict=True)
+    return [state for job in _jobs(experiment, task) for state in _states(experiment, job, told[job.id])]
+
+
+def lines(experiment: run.Experiment, task: Optional[str] = None, follow: bool = False) -> Iterator[str]:
+    """Yield the lines of the tasks' logs, marked with the task where there are several.
+
+    ``follow`` waits for more until the tasks have ended. Raises LaunchError when nobody knows how they are.
+    """
+    jobs = _jobs(experiment, task)
+    readers = {job.id: log_of(job, experiment) for job in jobs}
+    unknown = 0
+    while True:
+        now = states(experiment, task) if follow else []
+        yield from _new_lines(readers)
+        unknown = unknown + 1 if any(state.state == "UNKNOWN" for state in now) else 0
+        if all(state.is_over for state in now):
+            return
+        if unknown > _MOST_UNKNOWN:
+            raise LaunchError(f"nobody knows how {experiment._id} is; look with its scheduler's own commands.")
+        time.sleep(POLL_SECONDS)
+
+
+def _new_lines(readers: dict[str, JobLog]) -> Iterator[str]:
+    for name, reader in readers.items():
+        for line in reader.more():
+            yield f"{name}: {line}" if len(readers) > 1 else line
+
+
+def _states(experiment: run.Experiment, job: Job, told: dict[str, object]) -> list[State]:
+    directory, number = Path(str(told["local_dir"])), str(told["job_id"])
+    if isinstance(job.executor, run.SlurmExecutor) and number:
+        found = accounts(_tunnel(experiment, job), number)
+        return [
+            State(_element(job.id, one.job), one.state, one.words, one.job, directory, one.is_over, one.succeeded)
+            for one in found
+        ]
+    state = told["status"]
+    word = state.name if isinstance(state, AppState) else str(state)
+    over = is_terminal(state) if isinstance(state, AppState) else False
+    return [State(job.id, word, "", number, directory, over, word == "SUCCEEDED")]
+
+
+def _has_ranks(experiment: run.Experiment) -> bool:
+    return any(isinstance(job.executor.get_launcher(), Torchrun | FaultTolerance) for job in experiment.jobs)
+
+
+def _as_launched(line: str, ranks: bool) -> str:
+    """Return what a launch would show of a line of the log, '' for nothing."""
+    rank = RANK_PREFIX.match(line)
+    if ranks and (rank is None or rank[1] != "0"):
+        return ""
+    line = line[rank.end() :] if rank else line
+    return "" if USER_ERROR.match(line) else line
+
+
+def _element(task: str, job: str) -> str:
+    return f"{task}[{job.partition('_')[2]}]" if "_" in job else task
+
+
+def _tunnel(experiment: run.Experiment, job: Job) -> Tunnel:
+    own = job.executor.tunnel
+    return experiment.tunnels.get(own.key, own)
+
+
+def _jobs(experiment: run.Experiment, task: Optional[str]) -> list[Job]:
+    jobs = experiment.jobs
+    if task is None:
+        return list(jobs)
+    if chosen := [job for job in jobs if job.id == task]:
+        return chosen
+    raise ConfigError(f"{experiment._id} has no task {quoted(task)}; {suggest(task, [job.id for job in jobs])}")
+
+
+def _known() -> dict[str, Path]:
+    """Return the home of every experiment by its id, the newest first."""
+    homes = [Path(get_nemorun_home())]
+    profile = find_profile()
+    if profile is not None and profile.job_dir and profile.ssh is None:
+        homes.append(Path(profile.job_dir).expanduser())
+    found = {place.parent.name: home for home in homes for place in home.glob("experiments/*/*/_TASKS")}
+    return dict(sorted(found.items(), key=lambda item: _started(item[0]), reverse=True))
+
+
+def _newest(known: dict[str, Path]) -> list[str]:
+    return list(known)[:SHOWN]
+
+
+def _started(identity: str) -> int:
+    number = identity.rpartition("_")[2]
+    return int(number) if number.isdigit() else 0
+
+
+def _name(identity: str) -> str:
+    return identity.rpartition("_")[0]
+
+
+@contextmanager
+def _home(place: Path) -> Iterator[None]:
+    before = get_nemorun_home()
+    set_nemorun_home(str(place))
+    try:
+        yield
+    finally:
+        set_nemorun_home(before)
