@@ -1,0 +1,85 @@
+"""What a submission says, word for word: the batch script, the docker command, or the command on this machine."""
+
+import shlex
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import nemo_run as run
+from nemo_run.core.execution.docker import DockerJobRequest
+from torchx.schedulers.local_scheduler import PopenRequest
+
+from graftwork.executors.launch import Job, task_name, without_ranks
+from graftwork.executors.placement import placed
+
+
+def script_of(recipe: run.Partial, executor: run.Executor, name: str = "graftwork") -> str:
+    """Return the text that ``launch`` would submit: for Slurm the batch script, for Docker and here a command line.
+
+    NeMo Run makes it, as it does before every submission; nothing is submitted, and nothing stays. The number of the
+    experiment in it is another one at every call. Raises what ``check_placement`` does.
+    """
+    recipe, executor = placed(recipe, executor)
+    job = Job(recipe, executor, task_name(name), wait=True, tail=False, plugins=())
+    directory = Path(job.experiment._exp_dir)
+    with job.experiment as experiment, without_ranks():
+        experiment.add(job.task, executor=job.executor, name=job.name)
+        experiment.dryrun(log=False)
+        request = experiment.jobs[0]._dryrun_info.request
+    with suppress(OSError):
+        directory.parent.rmdir()  # of this name there are no other experiments
+    if isinstance(executor, run.SlurmExecutor):
+        return str(request.materialize())
+    if isinstance(executor, run.DockerExecutor):
+        return _docker_command(request)
+    if isinstance(executor, run.LocalExecutor):
+        return _local_command(request)
+    return str(request)
+
+
+def _local_command(request: PopenRequest) -> str:
+    [[replica]] = request.role_params.values()
+    return _lines("env", [f"{name}={value}" for name, value in sorted(replica.env.items())], replica.args)
+
+
+class _Recorder:
+    """Stands for Docker's client: remembers how a container would be run."""
+
+    def __init__(self) -> None:
+        self.containers = self.networks = self
+        self.called: tuple[tuple[object, ...], dict[str, object]] = (), {}
+
+    def run(self, *arguments: object, **options: object) -> None:
+        self.called = arguments, options
+
+    def create(self, *arguments: object, **options: object) -> None:
+        """Make no network."""
+
+
+def _docker_command(request: DockerJobRequest) -> str:
+    [container] = request.containers
+    recorder = _Recorder()
+    container.executor.volumes.append(f"{request.executor.job_dir}:/nemo_run")  # as NeMo Run does when it submits
+    container.run(recorder, request.id)
+    (image, command), options = recorder.called
+    return _lines("docker run --rm --detach", _docker_options(options), [str(image), *shlex.split(str(command))])
+
+
+def _docker_options(options: Mapping[str, object]) -> list[str]:
+    plain = {
+        "name": "--name", "hostname": "--hostname", "network": "--network", "working_dir": "--workdir",
+        "shm_size": "--shm-size", "runtime": "--runtime", "ipc_mode": "--ipc", "user": "--user",
+    }  # fmt: skip
+    found = [f"{flag}={options[key]}" for key, flag in plain.items() if options.get(key)]
+    for request in options.get("device_requests") or ():
+        count = request["Count"]
+        found.append(f"--gpus={'all' if count < 0 else count}")
+    if options.get("privileged"):
+        found.append("--privileged")
+    for key, flag in (("labels", "--label"), ("environment", "--env")):
+        found += [f"{flag}={name}={value}" for name, value in sorted(options[key].items())]
+    return [*found, *(f"--volume={volume}" for volume in options["volumes"])]
+
+
+def _lines(start: str, options: list[str], command: list[str]) -> str:
+    return " \\\n    ".join([start, *(shlex.quote(option) for option in options), shlex.join(command)])
