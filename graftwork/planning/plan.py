@@ -1,0 +1,179 @@
+"""Plan: what a run will train, hold, compute and write, and what would stop it, told before it is built."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from graftwork.layout import Layout
+from graftwork.models.base import Model
+from graftwork.models.precision import DTYPES
+from graftwork.peft import report
+from graftwork.peft.report import SiteReport
+from graftwork.planning import activations, flops, show
+from graftwork.planning.base import BaseFindings
+from graftwork.planning.blueprint import world_of_one
+from graftwork.planning.checks import Intent, fitting, layout_problems, row_problems
+from graftwork.planning.devices import DEVICES, Device
+from graftwork.planning.flops import Flops, GraphFlops
+from graftwork.planning.memory import Setting, StageMemory, memory
+from graftwork.planning.parameters import held
+from graftwork.planning.problem import Problem
+from graftwork.planning.rows import RowsFindings
+from graftwork.planning.samples import Kind, Sample, kinds_of, sample
+from graftwork.planning.speed import Speed, speed
+from graftwork.planning.stages import Stage, stages
+from graftwork.planning.workload import Workload
+from graftwork.training.callbacks.room import ARTIFACT
+from graftwork.training.summary import count_parameters
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """What a run is on one device: memory of every pipeline stage, whether it fits, the bound of a step."""
+
+    device: Device
+    memory: tuple[StageMemory, ...]
+    speed: Speed
+
+    @property
+    def peak(self) -> float:
+        """Bytes on the fullest rank."""
+        return max(stage.total for stage in self.memory)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest rank has room."""
+        return self.peak <= self.device.memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will be. Counts are of the whole model, un-sharded; memory is in bytes, of one rank of a stage.
+
+    ``flops`` are those of one token; ``artifact_bytes`` of the adapter directory (of the model, in full fine-tuning);
+    ``devices``: memory and time on each that was asked for, none where the layout does not work.
+    """
+
+    name: str
+    layout: Layout
+    world: int
+    sites: tuple[SiteReport, ...]
+    trainable_parameters: int
+    total_parameters: int
+    artifact_bytes: int
+    flops: Flops | None = None
+    devices: tuple[OnDevice, ...] = ()
+    rows: RowsFindings | None = None
+    base: BaseFindings | None = None
+    problems: tuple[Problem, ...] = field(default=())
+
+    @property
+    def memory_per_rank(self) -> tuple[StageMemory, ...]:
+        """Memory of every pipeline stage, on the first device."""
+        return self.devices[0].memory if self.devices else ()
+
+    @property
+    def speeds(self) -> tuple[Speed, ...]:
+        """Bound of a step on every device."""
+        return tuple(one.speed for one in self.devices)
+
+    def to_json(self) -> str:
+        """Return everything as JSON, totals beside their parts."""
+        found = asdict(self)
+        for on, one in zip(found["devices"], self.devices):
+            on |= {"peak_bytes": one.peak, "fits": one.fits}
+            on["speed"] |= {"seconds": one.speed.seconds, "tokens_per_second": one.speed.tokens_per_second}
+            for stage, of in zip(on["memory"], one.memory):
+                stage["total"] = of.total
+        return json.dumps(found, indent=2)
+
+    def __str__(self) -> str:
+        return show.as_text(self)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a model in a layout, whatever the device: its pipeline stages, FLOPs, activations."""
+
+    stages: tuple[Stage, ...]
+    flops: GraphFlops
+    activations: activations.Activations
+
+
+def make_plan(intent: Intent, devices: Sequence[Device] = tuple(DEVICES.values()), name: str = "") -> Plan:
+    """Plan a run. No weights, no GPU and no process of another rank are needed; nothing is downloaded."""
+    blueprint = intent.blueprint
+    problems = layout_problems(intent)
+    with world_of_one():
+        whole, misfits = fitting(replace(blueprint, recompute=None))
+        kept = replace(blueprint, transforms=tuple(whole.stack.transforms.values()))
+        trainable, total = count_parameters(whole)
+        found, tokens = (), None
+        if not problems:
+            measured = measure(replace(intent, blueprint=kept), whole)
+            per_step = intent.workload.micro_batch_size * intent.workload.row_tokens
+            tokens = measured.flops.whole.times(1 / per_step)
+            found = tuple(on_device(intent, measured, device) for device in devices)
+        sites = tuple(report.sites(whole.stack))
+    artifact = ARTIFACT * trainable if blueprint.transforms else total * DTYPES[blueprint.dtype].itemsize
+    problems += [*misfits, *row_problems(intent), *_too_large(found)]
+    return Plan(
+        name, intent.layout, intent.world, sites, trainable, total, artifact, tokens, found, problems=tuple(problems)
+    )
+
+
+def measure(intent: Intent, whole: Model) -> Measured:
+    """Count and measure on ``whole``, the drafted model that is not cut and recomputes nothing."""
+    parameters = held(whole)
+    kinds = kinds_of(parameters)
+    full = Sample(whole, {kind: kind.layers[0] for kind in kinds})
+    return Measured(
+        stages=tuple(stages(parameters, intent.layout, _setting(intent, next(iter(DEVICES.values()))).microbatches)),
+        flops=flops.count(full, intent.workload, intent.blueprint.recompute),
+        activations=activations.measure(_cut(intent, full, kinds), _rows(intent), intent.layout),
+    )
+
+
+def on_device(intent: Intent, measured: Measured, device: Device) -> OnDevice:
+    """Return memory and time on one device."""
+    setting = _setting(intent, device)
+    held_there = tuple(memory(measured.stages, measured.activations, setting))
+    return OnDevice(device, held_there, speed(measured.stages, measured.flops, setting, intent.blueprint.dtype))
+
+
+def _cut(intent: Intent, full: Sample, kinds: Sequence[Kind]) -> Sample:
+    layout, blueprint = intent.layout, intent.blueprint
+    if layout.tensor_model_parallel_size == 1 and blueprint.recompute is None:
+        return full
+    return sample(blueprint.cut(layout.tensor_model_parallel_size, layout.sequence_parallel), kinds)
+
+
+def _rows(intent: Intent) -> Workload:
+    """Under sequence parallelism logits are made of all positions."""
+    return replace(intent.workload, answer_share=1.0) if intent.layout.sequence_parallel else intent.workload
+
+
+def _setting(intent: Intent, device: Device) -> Setting:
+    return Setting(
+        shape=intent.blueprint.shape,
+        width=DTYPES[intent.blueprint.dtype].itemsize,
+        layout=intent.layout,
+        workload=intent.workload,
+        replicas=intent.layout.data_parallel_size(intent.world),
+        device=device,
+    )
+
+
+def _too_large(found: Sequence[OnDevice]) -> list[Problem]:
+    """A run that fits on none of the devices needs another layout."""
+    if not found or any(one.fits for one in found):
+        return []
+    best = max(found, key=lambda one: one.device.memory)
+    return [
+        Problem(
+            "trainer.strategy",
+            f"the fullest rank needs {show.size(best.peak)} and a {best.device.name} has {show.size(best.device.memory)}: "
+            "divide the model over more devices (tensor_model_parallel_size, pipeline_model_parallel_size), or set "
+            'model.recompute="full" or data.micro_batch_size=1; --fit finds what fits.',
+        )
+    ]
