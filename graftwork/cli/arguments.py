@@ -8,17 +8,21 @@ from typing import Optional
 from graftwork.errors import ConfigError, suggest
 
 WORDS: dict[str, tuple[str, ...]] = {
-    "profile": ("action",),
+    "profile": ("action", "name"),
     "status": ("experiment",),
     "logs": ("experiment",),
     "attach": ("experiment",),
     "cancel": ("experiment",),
     "compare": ("directories*",),
+    "completion": ("shell",),
 }
 """The fields of a verb that bare words fill in turn; one that ends in ``*`` takes all that are left, as a list."""
 
 _WITH_VALUE = {"--profile": "profile", "--file": "file", "--from-adapter": "from_adapter", "--fit": "fit"}
 _FLAGS = {"--no-plan": ("plan", False)}
+OPTIONS = (*_WITH_VALUE, *_FLAGS)
+"""Our own options, as they are typed."""
+
 _WORD = re.compile(r"[^=\s'\"\[\]()]+")
 
 

@@ -1,4 +1,4 @@
-"""What this machine has, against what a recipe asks of it; and building a recipe where its devices need not be."""
+"""Building a recipe on this machine, which need not have the devices that the recipe asks for."""
 
 import copy
 from collections.abc import Callable
@@ -8,15 +8,7 @@ import nemo_run as run
 import torch
 
 from graftwork.errors import ConfigError, quoted
-
-_GPU = ("gpu", "cuda")
-
-
-def check_accelerator(recipe: run.Partial) -> None:
-    """Raise ConfigError when a recipe that runs on this machine asks for a GPU and torch finds none."""
-    asked = getattr(getattr(recipe, "trainer", None), "accelerator", None)
-    if asked in _GPU and not torch.cuda.is_available():
-        raise ConfigError(f"trainer.accelerator={asked!r}: torch finds no GPU on this machine; valid here: cpu, auto.")
+from graftwork.executors.placement import ON_GPUS
 
 
 def build(recipe: run.Partial) -> Callable[[], object]:
@@ -33,7 +25,7 @@ def build(recipe: run.Partial) -> Callable[[], object]:
 
 def check_values(recipe: run.Partial) -> None:
     """Build a recipe, so that every constructor checks its values, as if on a machine with the devices it asks for."""
-    if getattr(getattr(recipe, "trainer", None), "accelerator", None) in _GPU and not torch.cuda.is_available():
+    if getattr(getattr(recipe, "trainer", None), "accelerator", None) in ON_GPUS and not torch.cuda.is_available():
         recipe = copy.deepcopy(recipe)
         recipe.trainer.accelerator = "cpu"
     build(recipe)

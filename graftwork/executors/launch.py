@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,10 @@ from graftwork.executors.live import live_log
 from graftwork.executors.local import local
 from graftwork.executors.main_script import Experiment, needs_script
 from graftwork.executors.outcome import check
+from graftwork.executors.placement import placed
+from graftwork.executors.refusals import explain_submission, make_folders, refuse_unready
 from graftwork.executors.relay import Relay, relayed
+from graftwork.executors.slurm import base_directory
 from graftwork.executors.task import LAUNCHER, as_task
 
 _RANK_VARIABLE = re.compile(r"((LOCAL|NODE|GROUP|ROLE)_)?RANK$|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE$|MASTER_|TORCHELASTIC_")
@@ -37,7 +41,10 @@ def launch(
     fails raises the GraftworkError it ended with, or LaunchError with the end of its log. SIGTERM, SIGUSR1 and Ctrl-C
     reach every rank; the state is saved and Interrupted is raised. A second Ctrl-C kills the task.
     """
-    job = Job(recipe, _built(executor), task_name(name), wait=wait, tail=tail, plugins=plugins or ())
+    recipe, placed_on = placed(recipe, _built(executor))
+    refuse_unready(placed_on)
+    make_folders(placed_on)
+    job = Job(recipe, placed_on, task_name(name), wait=wait, tail=tail, plugins=plugins or ())
     with live_log(job.name, job.has_ranks) as log, ThreadPoolExecutor(1) as thread:
         relay = Relay(log)
         with relayed(relay):
@@ -63,6 +70,7 @@ class Job:
         self.experiment = Experiment(
             name,
             executor=self.executor,
+            base_dir=base_directory(self.executor),
             log_level="WARNING",
             clean_mode=True,
             enable_goodbye_message=False,
@@ -87,9 +95,13 @@ class Job:
         try:
             with without_ranks():
                 self.experiment.run(detach=not self.wait, tail_logs=self.tail)
-        except OSError as error:
+        except Exception as error:
+            reason = explain_submission(error)
+            if not reason and not isinstance(error, OSError):
+                raise
+            shutil.rmtree(self.experiment._exp_dir, ignore_errors=True)
             where = self.executor.info()
-            raise LaunchError(f"could not start {self.name!r} on {where}: {error}") from error
+            raise LaunchError(f"could not start {self.name!r} on {where}: {reason or error}") from error
 
     def _changed(self, recipe: run.Partial, plugins: Sequence[run.Plugin]) -> run.Partial:
         """Return the recipe as plugins change it; they change the executor too."""

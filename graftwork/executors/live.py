@@ -17,15 +17,13 @@ class LiveLog(io.TextIOBase):
     of them stand in the log. Set ``silent`` to leave out the rest of the log.
     """
 
+    encoding = "utf-8"
+
     def __init__(self, stdout: TextIO, task: str, ranks: bool) -> None:
         self.stdout, self.ranks, self.silent = stdout, ranks, False
         # NeMo Run's prefix of a line: the end of the task's name and a number, green on a terminal
         self._prefix = re.compile(rf"(\x1b\[32m)?{re.escape(task[-10:])}/\d+(\x1b\[0m)? ")
-
-    @property
-    def encoding(self) -> str:
-        """The encoding of the real stdout."""
-        return self.stdout.encoding
+        self.encoding = stdout.encoding
 
     def write(self, text: str) -> int:
         """Write what of ``text`` is to be seen; NeMo Run writes a line of the log at a time."""

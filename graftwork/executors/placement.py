@@ -11,7 +11,6 @@ from graftwork.cache import cache_directory
 from graftwork.errors import ConfigError, ParallelismError
 from graftwork.executors.paths import mounts, resolved
 from graftwork.layout import Dimensions, Layout
-from graftwork.training import MegatronStrategy
 
 ON_GPUS = ("gpu", "cuda")
 
@@ -24,9 +23,10 @@ def check_placement(recipe: run.Partial, executor: run.Executor | None) -> None:
     """
     trainer = getattr(recipe, "trainer", None)
     nodes, devices = wanted(recipe)
-    if trainer is not None:
-        _check_here(trainer, nodes, devices, executor)
-        _check_layout(recipe, nodes * devices)
+    if trainer is None:
+        return
+    _check_here(trainer, nodes, devices, executor)
+    _check_layout(recipe, nodes * devices)
     if executor is not None:
         _check_sizes(executor, nodes, devices)
 
@@ -57,11 +57,13 @@ def count_devices(devices: object) -> int:
 def fitted(recipe: run.Partial, executor: run.Executor) -> run.Executor:
     """Return a copy of ``executor`` with the nodes, processes and GPUs that ``recipe`` asks for.
 
-    Raises what ``check_placement`` does. Executors of the cloud keep their own sizes.
+    Raises what ``check_placement`` does. Without a trainer, and in the cloud, an executor keeps its own sizes.
     """
     check_placement(recipe, executor)
     nodes, devices = wanted(recipe)
     made = executor.clone()
+    if not hasattr(recipe, "trainer"):
+        return made
     if isinstance(made, run.SlurmExecutor):
         _fit_slurm(made, nodes, devices)
     elif isinstance(made, run.LocalExecutor | run.DockerExecutor):
@@ -100,6 +102,8 @@ def _check_here(trainer: Any, nodes: int, devices: int, executor: run.Executor |
 
 
 def _check_layout(recipe: run.Partial, ranks: int) -> None:
+    from graftwork.training import MegatronStrategy  # a task without a trainer need not wait for lightning
+
     strategy = getattr(recipe.trainer, "strategy", None)
     if not isinstance(strategy, fdl.Buildable) or strategy.__fn_or_cls__ is not MegatronStrategy:
         return

@@ -92,10 +92,16 @@ def tree(tmp_path: Path) -> Iterator[Callable[..., Tree]]:
 
 
 STOPS = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
+SLOW = (signal.SIGUSR1, signal.SIGINT, "torchrun")
+"""What is asked for in `make test-all` only: each tree of processes imports torch three times."""
+
+
+def cases(*all_of_them: object) -> list[object]:
+    return [pytest.param(one, marks=pytest.mark.slow if one in SLOW else ()) for one in all_of_them]
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", cases(*STOPS))
 def test_a_stop_reaches_every_rank_and_says_how_to_go_on(number: signal.Signals, tree: Callable[..., Tree]) -> None:
     running = tree("stop_saved", 2)
     running.launcher.send_signal(number)
@@ -107,9 +113,9 @@ def test_a_stop_reaches_every_rank_and_says_how_to_go_on(number: signal.Signals,
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stop_before_anything_was_saved_says_so(number: int, code: int, tree: Callable[..., Tree]) -> None:
-    running = tree("rest", 1)
+@pytest.mark.parametrize("number", cases(signal.SIGTERM, signal.SIGINT))
+def test_a_stop_before_anything_was_saved_says_so(number: signal.Signals, tree: Callable[..., Tree]) -> None:
+    running, code = tree("rest", 1), {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     running.launcher.send_signal(number)
     ended, _, err = running.end()
     assert (ended, running.survivors()) == (code, [])
@@ -130,7 +136,7 @@ def test_a_second_ctrl_c_stops_at_once(tree: Callable[..., Tree]) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("victim", ["launcher", "torchrun", "rank 1"])
+@pytest.mark.parametrize("victim", cases("launcher", "torchrun", "rank 1"))
 def test_no_process_survives_its_parent(victim: str, tree: Callable[..., Tree]) -> None:
     running = tree("rest", 2)
     os.kill(running.processes[victim], signal.SIGKILL)
