@@ -32,6 +32,11 @@ class Activations:
             for kind, size in self.layers.items()
         )
 
+    def times(self, factor: float) -> "Activations":
+        """Return those of so many times the tokens."""
+        layers = {kind: factor * size for kind, size in self.layers.items()}
+        return Activations(layers, *(factor * size for size in (self.outside, self.transient, self.logits)))
+
 
 def measure(sample: Sample, workload: Workload, layout: Layout) -> Activations:
     """Measure a microbatch on a rank of ``layout``, which ``sample`` is cut for."""

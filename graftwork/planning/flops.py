@@ -54,6 +54,11 @@ class GraphFlops:
         """Those of the whole model."""
         return sum((one.times(len(kind.layers)) for kind, one in self.layers.items()), self.outside)
 
+    def times(self, factor: float) -> "GraphFlops":
+        """Return those of ``factor`` such microbatches."""
+        layers = {kind: one.times(factor) for kind, one in self.layers.items()}
+        return GraphFlops(layers, self.outside.times(factor))
+
 
 def count(sample: Sample, workload: Workload, recompute: str | None) -> GraphFlops:
     """Count a microbatch's FLOPs; ``sample`` recomputes nothing, what ``recompute`` runs again is added."""

@@ -116,7 +116,7 @@ def make_plan(intent: Intent, devices: Sequence[Device] = tuple(DEVICES.values()
             found = tuple(on_device(intent, measured, device) for device in devices)
         sites = tuple(report.sites(whole.stack))
     artifact = ARTIFACT * trainable if blueprint.transforms else total * DTYPES[blueprint.dtype].itemsize
-    problems += [*misfits, *row_problems(intent), *_too_large(found)]
+    problems += [*misfits, *row_problems(intent), *([] if misfits else _too_large(found))]
     return Plan(
         name, intent.layout, intent.world, sites, trainable, total, artifact, tokens, found, problems=tuple(problems)
     )
@@ -128,15 +128,15 @@ def measure(intent: Intent, whole: Model) -> Measured:
     kinds = kinds_of(parameters)
     full = Sample(whole, {kind: kind.layers[0] for kind in kinds})
     return Measured(
-        stages=tuple(stages(parameters, intent.layout, _setting(intent, next(iter(DEVICES.values()))).microbatches)),
+        stages=tuple(stages(parameters, intent.layout, setting_of(intent, next(iter(DEVICES.values()))).microbatches)),
         flops=flops.count(full, intent.workload, intent.blueprint.recompute),
-        activations=activations.measure(_cut(intent, full, kinds), _rows(intent), intent.layout),
+        activations=activations.measure(_cut(intent, full, kinds), dealt(intent), intent.layout),
     )
 
 
 def on_device(intent: Intent, measured: Measured, device: Device) -> OnDevice:
     """Return memory and time on one device."""
-    setting = _setting(intent, device)
+    setting = setting_of(intent, device)
     held_there = tuple(memory(measured.stages, measured.activations, setting))
     return OnDevice(device, held_there, speed(measured.stages, measured.flops, setting, intent.blueprint.dtype))
 
@@ -148,12 +148,13 @@ def _cut(intent: Intent, full: Sample, kinds: Sequence[Kind]) -> Sample:
     return sample(blueprint.cut(layout.tensor_model_parallel_size, layout.sequence_parallel), kinds)
 
 
-def _rows(intent: Intent) -> Workload:
-    """Under sequence parallelism logits are made of all positions."""
+def dealt(intent: Intent) -> Workload:
+    """Return the rows as a rank's output layer sees them: under sequence parallelism logits are made of all."""
     return replace(intent.workload, answer_share=1.0) if intent.layout.sequence_parallel else intent.workload
 
 
-def _setting(intent: Intent, device: Device) -> Setting:
+def setting_of(intent: Intent, device: Device) -> Setting:
+    """Return what memory and time of a rank depend on."""
     return Setting(
         shape=intent.blueprint.shape,
         width=DTYPES[intent.blueprint.dtype].itemsize,
@@ -172,7 +173,7 @@ def _too_large(found: Sequence[OnDevice]) -> list[Problem]:
     return [
         Problem(
             "trainer.strategy",
-            f"the fullest rank needs {show.size(best.peak)} and a {best.device.name} has {show.size(best.device.memory)}: "
+            f"the fullest rank needs {show.size(best.peak)}, a {best.device.name} has {show.size(best.device.memory)}: "
             "divide the model over more devices (tensor_model_parallel_size, pipeline_model_parallel_size), or set "
             'model.recompute="full" or data.micro_batch_size=1; --fit finds what fits.',
         )

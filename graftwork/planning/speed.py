@@ -52,7 +52,7 @@ def speed(stages: Sequence[Stage], flops: GraphFlops, setting: Setting, dtype: s
 
 
 def _microbatch(stage: Stage, flops: GraphFlops, setting: Setting, dtype: str, ranks: int) -> float:
-    """Seconds of one microbatch on a stage: its FLOPs, or its weights read forward and backward if that takes longer."""
+    """Seconds of one microbatch on a stage: its FLOPs, or reading its weights if that takes longer."""
     work = Flops()
     for kind, one in flops.layers.items():
         work += one.times(sum(part == kind.part and index in kind.layers for part, index in stage.layers))
