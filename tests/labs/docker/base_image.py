@@ -1,4 +1,4 @@
-"""An image to build on, made of this machine where no registry answers: Debian's essentials, this Python, its packages."""
+"""An image to build on where no registry answers, made of this machine: Debian, this Python, its packages."""
 
 import os
 import re
@@ -12,7 +12,8 @@ from pathlib import Path
 
 PACKAGES = Path(sys.prefix) / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
 # Large, and not imported by a training; pip finds their metadata and asks for nothing.
-HEAVY = ("ray", "mypy", "mypyc", "material", "grimp", "torch/include", "torch/test", "torch/bin", "pyarrow/include")
+HEAVY = ("ray", "mypy", "mypyc", "material", "grimp", "torch/include", "torch/test", "pyarrow/include")
+ADDED = ("passwd", "libstdc++6")
 _MERGED = re.compile(r"^/(bin|sbin|lib|lib64)/")
 _TEXTS = re.compile(r"^/usr/share/(doc|man|locale|info|lintian|bug)/")
 IMPORT_TIMEOUT = 300
@@ -21,7 +22,7 @@ LABEL = "graftwork-lab"
 
 def base_image() -> str:
     """Return the name of the image, importing it unless the daemon has that of just these versions."""
-    versions = sorted(f"{one.metadata['Name']}=={one.version}" for one in distributions())
+    versions = sorted(f"{one.name}=={one.version}" for one in distributions() if one.name != "graftwork")
     key = sha256("\n".join([Path(__file__).read_text(), sys.version, sys.prefix, *versions]).encode()).hexdigest()
     name = f"graftwork-lab-base:{key[:12]}"
     if subprocess.run(["docker", "image", "inspect", name], capture_output=True, timeout=30).returncode:
@@ -53,24 +54,12 @@ def _leave_out() -> list[str]:
 
 def system_files() -> Iterable[str]:
     """Yield the files of Debian's essential packages, of what they need, and the libraries that Python loads."""
-    shown = subprocess.run(
-        ["dpkg-query", "-W", "-f=${Essential} ${Package}\n"], capture_output=True, text=True, check=True
-    )
-    essential = [line.split()[1] for line in shown.stdout.splitlines() if line.startswith("yes ")]
-    installed = [
-        "apt-cache",
-        "depends",
-        "--recurse",
-        "--installed",
-        "--no-recommends",
-        "--no-suggests",
-        "--no-conflicts",
-    ]
-    installed += ["--no-breaks", "--no-replaces", "--no-enhances", *essential, "passwd"]
-    needed = subprocess.run(installed, capture_output=True, text=True, check=True).stdout.splitlines()
+    installed = _lines("dpkg-query", "-W", "-f=${Essential} ${Package}\n")
+    essential = [line.split()[1] for line in installed if line.startswith("yes ")]
+    only = [f"--no-{kind}" for kind in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")]
+    needed = _lines("apt-cache", "depends", "--recurse", "--installed", *only, *essential, *ADDED)
     names = sorted({line for line in needed if re.match(r"[a-z0-9]", line)})
-    listed = subprocess.run(["dpkg-query", "-L", *names], capture_output=True, text=True).stdout.splitlines()
-    for path in listed:
+    for path in _lines("dpkg-query", "-L", *names):
         if os.path.lexists(path) and not os.path.isdir(path) and not _TEXTS.match(path):
             yield path
     yield from python_libraries()
@@ -79,13 +68,16 @@ def system_files() -> Iterable[str]:
 def python_libraries() -> Iterable[str]:
     """Yield the shared libraries that this Python and the modules of its standard library load."""
     modules = Path(sys.base_prefix).glob("lib/python3*/lib-dynload/*.so")
-    found = subprocess.run(
-        ["ldd", os.path.realpath(sys.executable), *map(str, modules)], capture_output=True, text=True
-    )
-    for path in set(re.findall(r"=> (/\S+)", found.stdout)):
+    found = "\n".join(_lines("ldd", os.path.realpath(sys.executable), *map(str, modules)))
+    for path in set(re.findall(r"=> (/\S+)", found)):
         if not path.startswith(sys.base_prefix + "/"):  # named twice, tar would make it a link to itself
             yield path
             yield os.path.realpath(path)
+
+
+def _lines(*command: str) -> list[str]:
+    """Return what a query prints; these end with 1 when one of many names is not known, as virtual packages are not."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
 
 
 def skeleton(root: Path) -> None:

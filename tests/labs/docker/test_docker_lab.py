@@ -1,0 +1,216 @@
+"""The tiny recipe as a container run, with a real Docker daemon: the same losses, the user's files, honest ends."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from graftwork.cli.context import GraftContext
+from graftwork.executors.docker import DEVICE
+from graftwork.executors.life_line import held, is_held, pass_on, passed_on
+from graftwork.training import finetune
+from tests.cli.test_end_to_end import overrides, summary
+from tests.labs.docker.conftest import ROOT, docker
+
+NEMORUN = str(Path(sys.executable).with_name("nemorun"))
+SAME = ("train_loss", "val_loss", "steps", "trainable_parameters", "total_parameters")
+WEIGHTS = "adapter/adapter_model.safetensors"
+STRANGER = 12345
+"""A user of whom neither this machine nor the image knows."""
+END_SECONDS = 90
+
+
+def containers() -> list[str]:
+    """The names of all containers that NeMo Run has started and nobody has removed."""
+    return docker("ps", "--all", "--filter", "label=nemo-run/id", "--format", "{{.Names}}").split()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    yield
+    assert containers() == []
+
+
+def command(inputs: Path, out: Path, *more: str) -> list[str]:
+    """What is typed after ``nemorun graft finetune`` for the tiny recipe; all it writes is in ``out``."""
+    fields = [field for field in overrides(inputs) if not field.startswith("data.cache_dir")]
+    return [*fields, f"data.cache_dir={out / 'cache'}", *more]
+
+
+def in_container(image: str, *more: str) -> list[str]:
+    return ["run.executor=docker", f"run.executor.container_image={image}", *more]
+
+
+def execute(out: Path, name: str, arguments: list[str]) -> None:
+    """Run the command line in this process."""
+    context = GraftContext(name="finetune", factory=f"smollm2_135m(dir={out},name={name})", skip_confirmation=True)
+    context.cli_execute(finetune, arguments)
+
+
+@pytest.fixture(scope="module")
+def here(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a training in this process."""
+    out = tmp_path_factory.mktemp("here")
+    execute(out, "run", command(inputs, out))
+    return out / "run"
+
+
+@pytest.mark.processes
+def test_a_container_gives_the_losses_and_the_adapter_of_this_process(
+    docker_lab: str, inputs: Path, here: Path, tmp_path: Path
+) -> None:
+    execute(tmp_path, "run", command(inputs, tmp_path, *in_container(docker_lab)))
+    ours, theirs = summary(here), summary(tmp_path / "run")
+    assert {key: ours[key] for key in SAME} == {key: theirs[key] for key in SAME}
+    assert (here / WEIGHTS).read_bytes() == (tmp_path / "run" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.processes
+def test_a_user_nobody_knows_submits_and_owns_the_results(
+    docker_lab: str, inputs: Path, here: Path, tmp_path: Path
+) -> None:
+    """The launcher runs as that user in a container of its own: this user's Python need not be readable to others."""
+    os.chown(tmp_path, STRANGER, STRANGER)
+    socket = Path("/var/run/docker.sock")
+    mounts = [f"{socket}:{socket}", f"{inputs}:{inputs}:ro", f"{tmp_path}:{tmp_path}"]
+    flags = [flag for mount in mounts for flag in ("--volume", mount)]
+    flags += ["--user", f"{STRANGER}:{STRANGER}", "--group-add", str(socket.stat().st_gid), "--network", "host"]
+    flags += ["--env", f"NEMORUN_HOME={tmp_path / 'jobs'}", "--workdir", str(tmp_path)]
+    factory = f"smollm2_135m(dir={tmp_path},name=run)"
+    typed = ["nemorun", "graft", "finetune", "--factory", factory, "--yes"]
+    docker(
+        "run", "--rm", *flags, docker_lab, *typed, *command(inputs, tmp_path, *in_container(docker_lab)), timeout=300
+    )
+    assert (here / WEIGHTS).read_bytes() == (tmp_path / "run" / WEIGHTS).read_bytes()
+    written = [path for path in tmp_path.rglob("*") if not path.is_symlink()]
+    assert (tmp_path / "run" / "summary.json") in written
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in written} == {(STRANGER, STRANGER)}
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository whose graftwork tells that it is not the one that the image holds."""
+    root = tmp_path / "repository"
+    shutil.copytree(ROOT / "graftwork", root / "graftwork", ignore=shutil.ignore_patterns("__pycache__"))
+    with (root / "graftwork" / "__init__.py").open("a") as file:
+        file.write("print('the commit runs', flush=True)\n")
+    git = ["git", "-C", str(root), "-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
+        subprocess.run([*git, *arguments], check=True, capture_output=True)
+    return root
+
+
+@pytest.mark.processes
+def test_two_ranks_run_the_code_of_the_commit_and_give_one_rank_s_losses(
+    docker_lab: str, inputs: Path, here: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(repository)
+    two = ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy.tensor_model_parallel_size=2"]
+    arguments = command(inputs, tmp_path, *two, *in_container(docker_lab, "run.executor.code=git"))
+    execute(tmp_path, "run", arguments)
+    assert "the commit runs" in capfd.readouterr().out
+    one, ranks = summary(here), summary(tmp_path / "run")
+    for loss in ("train_loss", "val_loss"):
+        assert ranks[loss] == pytest.approx(one[loss], rel=1e-4)
+    assert ranks["trainable_parameters"] == one["trainable_parameters"]
+
+
+def refused(out: Path, arguments: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Run the command line where it fails; return its exit code and the one line it says."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        execute(out, "run", arguments)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    return int(str(ended.value.code)), lines[0]
+
+
+@pytest.mark.processes
+def test_the_base_cannot_be_written_to_and_the_cause_is_one_sentence(
+    docker_lab: str, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted((inputs / "base").iterdir())
+    arguments = command(inputs, tmp_path, f"data.cache_dir={inputs / 'base'}", *in_container(docker_lab))
+    code, line = refused(tmp_path, arguments, capfd)
+    assert code != 0 and "Read-only file system" in line and str(inputs / "base") in line
+    assert sorted((inputs / "base").iterdir()) == before and not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_missing_image_is_named_with_its_neighbours(
+    docker_lab: str, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, line = refused(tmp_path, command(inputs, tmp_path, *in_container("graftwork-lab:cpi")), capfd)
+    assert code == 2
+    assert line.startswith("error: container_image='graftwork-lab:cpi' is not on this machine, and pulling it fails (")
+    assert line.endswith("; did you mean 'graftwork-lab:cpu'?")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_daemon_is_one_sentence(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setenv("DOCKER_HOST", f"unix://{tmp_path}/no.sock")
+        code, line = refused(tmp_path, command(inputs, tmp_path, *in_container("graftwork-lab:cpu")), capfd)
+    assert code == 1 and line.startswith("error: no Docker daemon answers (") and line.endswith("may you use it?")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(DEVICE.exists(), reason="this machine has GPUs to give")
+def test_gpus_are_asked_for_only_where_there_are_any(
+    inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = in_container("graftwork-lab:cpu", "run.executor.gpus_per_node=1")
+    code, line = refused(tmp_path, command(inputs, tmp_path, *more), capfd)
+    assert code == 2 and "this machine has no NVIDIA driver" in line
+
+
+def launched(inputs: Path, out: Path, image: str) -> subprocess.Popen[str]:
+    """Start a run of many steps from a shell of its own, and return once its container trains."""
+    factory = f"smollm2_135m(dir={out},name=run)"
+    many = ["trainer.max_steps=100000", "trainer.val_check_interval=50000", *in_container(image)]
+    typed = [NEMORUN, "graft", "finetune", "--factory", factory, "--yes", *command(inputs, out, *many)]
+    process = subprocess.Popen(
+        typed, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    until(lambda: bool(list((out / "run").rglob("metrics.csv"))), process)
+    return process
+
+
+def until(true: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Wait for something to become true; a process that ends before that fails the test with what it printed."""
+    end = time.monotonic() + END_SECONDS
+    while not true():
+        assert process is None or process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"not after {END_SECONDS} seconds"
+        time.sleep(0.2)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_container_saves_its_state_and_ends_with_its_launcher(
+    docker_lab: str, inputs: Path, tmp_path: Path, number: int
+) -> None:
+    process = launched(inputs, tmp_path, docker_lab)
+    process.send_signal(number)
+    told, _ = process.communicate(timeout=END_SECONDS)
+    until(lambda: containers() == [])
+    assert process.returncode == (75 if number == signal.SIGTERM else -number), told
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_life_line_tells_of_its_holder_and_of_signals(tmp_path: Path) -> None:
+    with held(tmp_path) as line:
+        assert is_held(line) and passed_on(line) == []
+        assert pass_on(tmp_path, signal.SIGTERM) and pass_on(tmp_path, signal.SIGINT)
+        assert passed_on(line) == [signal.SIGTERM, signal.SIGINT]
+    assert not is_held(line)
+    line.unlink()
+    assert not is_held(line) and passed_on(line) == [] and not pass_on(tmp_path, signal.SIGTERM)
