@@ -27,18 +27,25 @@ class Job(Protocol):
 
 
 def prepare_container(executor: run.Executor) -> None:
-    """Make a Docker executor ready to start: its image by id, its user the one who submits. Others stay as they are.
+    """Let a Docker executor's container run as the user who submits, and listen to its launcher.
 
-    Raises LaunchError when no daemon answers, ConfigError for an image that is neither here nor to be pulled, and for a
-    user who cannot write into the job's directory: NeMo Run would wait for ever.
+    Other executors stay as they are. Raises ConfigError for a user who cannot write into the job's directory: NeMo Run
+    would wait for ever.
     """
     if not isinstance(executor, run.DockerExecutor):
         return
     executor.additional_kwargs = {"user": f"{os.getuid()}:{os.getgid()}", **executor.additional_kwargs}
     check_user(str(executor.additional_kwargs["user"]))
-    # NeMo Run tries to pull a name, even one that is here; an id it takes as it is.
-    executor.container_image = image_id(executor.container_image)
     executor.env_vars[LAUNCHER] = f"{_JOB_DIRECTORY}/{life_line.NAME}"
+
+
+def find_image(executor: run.Executor) -> None:
+    """Name a Docker executor's image by its id: NeMo Run tries to pull a name, even one that is here.
+
+    Raises LaunchError when no daemon answers, ConfigError for an image that is neither here nor to be pulled.
+    """
+    if isinstance(executor, run.DockerExecutor):
+        executor.container_image = image_id(executor.container_image)
 
 
 @contextmanager
@@ -61,7 +68,7 @@ def check_user(user: str) -> None:
 
 
 def image_id(name: str) -> str:
-    """Return the id of an image, pulled when this machine has none of that name; raises as ``prepare_container``."""
+    """Return the id of an image, pulled when this machine has none of that name; raises as ``find_image``."""
     import docker
     from docker.errors import DockerException, ImageNotFound
 

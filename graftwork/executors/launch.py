@@ -13,7 +13,7 @@ from nemo_run.core.execution.launcher import FaultTolerance, Torchrun
 
 from graftwork.endings import Interrupted
 from graftwork.errors import ConfigError, LaunchError
-from graftwork.executors.containers import life_lines, prepare_container
+from graftwork.executors.containers import find_image, life_lines, prepare_container
 from graftwork.executors.live import live_log
 from graftwork.executors.local import local
 from graftwork.executors.main_script import Experiment, needs_script
@@ -43,6 +43,7 @@ def launch(
     """
     recipe, placed_on = placed(recipe, _built(executor))
     refuse_unready(placed_on)
+    find_image(placed_on)
     make_folders(placed_on)
     job = Job(recipe, placed_on, task_name(name), wait=wait, tail=tail, plugins=plugins or ())
     with live_log(job.name, job.has_ranks) as log, ThreadPoolExecutor(1) as thread:
