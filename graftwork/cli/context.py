@@ -1,25 +1,36 @@
 """NeMo Run's command context with an honest end: one line per user error, an exit code, checked launches."""
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
-import fiddle as fdl
 import nemo_run as run
 import typer
 
 from graftwork.cli.arguments import Options, own_options, words_as_fields
-from graftwork.cli.overrides import PARSE_ERRORS, Maker, explain_executor, explain_overrides, factories, stack_as_list
+from graftwork.cli.overrides import (
+    PARSE_ERRORS,
+    Maker,
+    explain_executor,
+    explain_fields,
+    explain_overrides,
+    factories,
+    stack_as_list,
+)
 from graftwork.cli.recipe_file import check_recipe_files
-from graftwork.errors import ConfigError, GraftworkError, LaunchError, TrainingError, quoted
+from graftwork.endings import stoppable
+from graftwork.errors import ConfigError, GraftworkError, quoted
 from graftwork.executors import launch, local
+from graftwork.executors.here import build, check_values
+from graftwork.executors.placement import check_placement, wanted
+from graftwork.executors.profile import read_profile
+from graftwork.executors.script import script_of
+from graftwork.executors.task import exit_code, quiet_lightning, sentence, tell
+from graftwork.recipes import files
 from graftwork.recipes.show import show, with_text
 from graftwork.training import finetune
-
-BAD_INPUT, FAILED_RUN = 2, 1
 
 
 class GraftContext(run.cli.RunContext):
@@ -31,34 +42,58 @@ class GraftContext(run.cli.RunContext):
 
     def cli_execute(self, fn: Maker, args: list[str], entrypoint_type: str = "task") -> None:
         """Run ``fn`` with overrides ``args``; exits 2 on bad input and 1 on a failed run."""
-        with one_line_errors():
+        with stoppable(), one_line_errors():
             self.options, args = own_options(args, self.takes if fn is finetune else ())
             args = words_as_fields(fn.__name__, args)
             check_recipe_files(self.yaml, self.factory, args)
-            own = [a for a in args if a.startswith("run.")]
-            task_args = stack_as_list([a for a in args if a not in own])
+            own = with_profile([a for a in args if a.startswith("run.")], self.options.profile)
+            task_args = stack_as_list([a for a in args if not a.startswith("run.")])
             if self.to_yaml or self.to_toml or self.to_json:
                 with parsing(lambda: explain_overrides(fn, self.factory, task_args)):
                     super().cli_execute(fn, own + task_args, entrypoint_type)
                 return
             with parsing(lambda: explain_executor(own)):
                 self.parse_args([a.removeprefix("run.") for a in own])
-            with parsing(lambda: explain_overrides(fn, self.factory, task_args)):
-                task = self.parse_fn(fn, task_args)
-            self.execute(task)
+            self.execute(self.configured(fn, task_args))
+
+    def configured(self, fn: Maker, args: list[str]) -> run.Partial:
+        """Return what ``args`` make of the recipe: a named one, or the one that a file or an adapter holds."""
+        written = self.written()
+        if written is None:
+            with parsing(lambda: explain_overrides(fn, self.factory, args)):
+                return self.parse_fn(fn, args)
+        with parsing(lambda: explain_fields(written, args)):
+            return run.cli.parse_cli_args(written, args)
+
+    def written(self) -> run.Partial | None:
+        """Return the recipe of ``--file`` or ``--from-adapter``, None without; raises ConfigError for two recipes."""
+        given = {
+            "--factory": self.factory,
+            "--file": self.options.file,
+            "--from-adapter": self.options.from_adapter,
+        }
+        if len(named := [option for option, value in given.items() if value]) > 1:
+            raise ConfigError(f"{' and '.join(named)} name a recipe each; one of them is valid.")
+        if self.options.file:
+            return files.load(self.options.file)
+        return files.from_adapter(self.options.from_adapter) if self.options.from_adapter else None
 
     def execute(self, task: run.Partial) -> None:
         """Show, confirm, and run one configured verb here or on the executor."""
         check_complete(task)
+        if self.executor is not None or not self.dryrun or wanted(task)[0] == 1:  # several nodes: of a machine unnamed
+            check_placement(task, self.executor)
         if self.dryrun:
-            fdl.build(task)  # every constructor checks its own values
+            check_values(task)
             typer.echo(show(task))
+            if self.executor is not None:
+                typer.echo("\n" + script_of(task, self.executor, self.name))
             return
         self.confirm(task)
         quiet_lightning()
         executor = self.executor or executor_for(task)
         if self.direct or executor is None:
-            tell(fdl.build(with_text(task))())
+            tell(build(with_text(task))())
         else:
             check_output(task)
             launch(task, executor, name=self.name, wait=not self.detach, plugins=self.plugins)
@@ -74,21 +109,19 @@ class GraftContext(run.cli.RunContext):
             raise SystemExit(0)
 
 
+def with_profile(own: list[str], name: str | None) -> list[str]:
+    """Return the ``run.*`` arguments with the profile of ``--profile``, and its executor where none is named."""
+    if name is None:
+        return own
+    named = any(arg.startswith("run.executor=") for arg in own)
+    executor = [] if named else [f"run.executor={read_profile(name).executor}"]
+    return [*executor, *own, f"run.executor.profile={name}"]
+
+
 def executor_for(task: run.Partial) -> run.Executor | None:
     """Return the executor a recipe needs when none was named: none for one process, torchrun for several."""
-    trainer = getattr(task, "trainer", None)
-    devices, nodes = getattr(trainer, "devices", 1), getattr(trainer, "num_nodes", 1)
-    if nodes != 1:
-        raise ConfigError(f"trainer.num_nodes={nodes} needs an executor that reaches {nodes} machines; none was named.")
-    ranks = count_devices(devices)
+    _, ranks = wanted(task)
     return local(ntasks=ranks) if ranks > 1 else None
-
-
-def count_devices(devices: object) -> int:
-    """Return how many processes Lightning's ``devices`` means; the command line hands ``2`` over as text."""
-    if isinstance(devices, list):
-        return len(devices)
-    return int(str(devices)) if str(devices).isdigit() else 1
 
 
 def check_complete(task: run.Partial) -> None:
@@ -106,21 +139,6 @@ def check_output(task: run.Partial) -> None:
     names = task.__signature_info__.parameters
     if "output" in names and not getattr(task, "output", None):
         raise ConfigError("set output=FILE: on an executor there is no terminal to print the result to.")
-
-
-def quiet_lightning() -> None:
-    """Silence what Lightning announces on every start: devices, process groups, adverts."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def tell(result: object) -> None:
-    """Print what a verb returned: rows as one JSON object a line, figures as one indented object."""
-    if isinstance(result, list):
-        for row in result:
-            typer.echo(json.dumps(row, ensure_ascii=False))
-    elif isinstance(result, dict):
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
 
 
 @contextmanager
@@ -142,6 +160,5 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except GraftworkError as error:
-        sentence = str(error).split("\n\nFiddle context", 1)[0]
-        typer.echo(f"error: {sentence}", err=True)
-        raise SystemExit(FAILED_RUN if isinstance(error, LaunchError | TrainingError) else BAD_INPUT) from error
+        typer.echo(f"error: {sentence(error)}", err=True)
+        raise SystemExit(exit_code(error)) from error

@@ -35,10 +35,16 @@ def _as_list(arg: str) -> str:
 def explain_executor(args: list[str]) -> str:
     """Return why the ``run.*`` arguments were refused, or an empty string."""
     names = factories(*EXECUTOR_CLASSES)
+    chosen = next((arg.removeprefix("run.executor=") for arg in args if arg.startswith("run.executor=")), None)
+    if chosen is None:
+        return ""
+    if chosen not in names:
+        return f"no executor is called {chosen!r}; {suggest(chosen, names)} Its fields: run.executor.FIELD=VALUE."
+    valid = inspect.signature(names[chosen]).parameters
     for arg in args:
-        value = arg.removeprefix("run.executor=")
-        if value != arg and value not in names:
-            return f"no executor is called {value!r}; {suggest(value, names)} Its fields: run.executor.FIELD=VALUE."
+        found = re.match(r"run\.executor\.(\w+)(.*)", arg, re.DOTALL)
+        if found and found[1] not in valid:
+            return f"executor {chosen!r} has no field {found[1]!r}; {suggest(found[1], valid)}"
     return ""
 
 
@@ -47,6 +53,11 @@ def explain_overrides(fn: Maker, factory: str | None, args: list[str]) -> str:
     if isinstance(factory, str) and (reason := explain_call(factory, factories(fn), "recipe")):
         return reason
     config = parse_factory(fn, "", fn, factory) if isinstance(factory, str) else run.Partial(fn)
+    return explain_fields(config, args)
+
+
+def explain_fields(config: run.Config, args: list[str]) -> str:
+    """Return why one of ``args`` does not fit ``config``, or an empty string when nothing is found."""
     for arg in args:
         try:
             run.cli.parse_cli_args(config, [arg])

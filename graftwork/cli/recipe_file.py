@@ -6,38 +6,17 @@ a stranger: it may name the parts of a recipe, and nothing else, unless ``GRAFTW
 
 import ast
 import importlib.util
-import os
 import re
 import sys
-import tomllib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import lightning.pytorch as pl
-import yaml
-from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch import loggers as lightning_loggers
-
-from graftwork.data import SFTDataModule
 from graftwork.data.files import READERS
 from graftwork.errors import ConfigError, quoted, suggest
 from graftwork.executors import EXECUTORS
-from graftwork.inference import evaluate, generate
-from graftwork.jsonfile import MAX_DEPTH, parse_json, read_bytes
-from graftwork.models import MODELS, shapes
-from graftwork.optim import AdamW
 from graftwork.peft import METHODS
 from graftwork.recipes import RECIPES
-from graftwork.training import MegatronStrategy, callbacks, finetune
-
-TRUST = "GRAFTWORK_TRUST_RECIPES"
-"""The environment variable that lets recipe files name any code."""
-
-MAX_BYTES = 2**20
-"""Largest recipe file."""
-
-MOST_VALUES = 1000
-"""Most values of a recipe file: NeMo Run takes long over many."""
+from graftwork.recipes.allowed import TRUSTED, targets, trusting
+from graftwork.recipes.document import places, read_document
 
 _FILE = re.compile(r"@?(.+?\.(?:yaml|yml|json|toml))(?::\w+)?", re.IGNORECASE)
 _KEY = re.compile(r"[A-Za-z_][\w.\[\]]*([*+-]?=)?")
@@ -48,7 +27,7 @@ _CODE = (ast.Lambda, ast.IfExp, ast.ListComp, ast.SetComp, ast.DictComp, ast.Gen
 
 def check_recipe_files(given: str | None, factory: object, args: list[str]) -> None:
     """Check the file of ``--yaml``, of ``--factory @FILE`` and of every ``FIELD=@FILE``; raises ConfigError."""
-    if os.environ.get(TRUST) == "1":
+    if trusting():
         return
     if isinstance(factory, str) and factory.startswith("@"):
         # NeMo Run would drop what the recipe says of every part that the file mentions.
@@ -66,105 +45,15 @@ def check_recipe_file(path: Path, whole: bool = True) -> None:
 
     A ``whole`` file holds fields of a recipe that is named beside it, any other one those of one part.
     """
-    data = read_bytes(path, ConfigError, MAX_BYTES)
-    reader = _READERS[path.suffix.lower()]
-    try:
-        document = reader(data, repr(str(path)))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"{quoted(path)} cannot be read: {quoted(' '.join(str(error).split()), bare=True)}."
-        ) from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"{quoted(path)} holds no recipe; a mapping of fields is valid.")
+    document = read_document(path)
     if whole and (own := document.keys() & {"_target_", "_partial_", "_factory_", "run"}):
         raise ConfigError(
-            f"{quoted(path)} has {min(own)!r}, but a file holds fields only; name the recipe with --factory beside it "
-            "(what --to-yaml writes is a record to read)."
+            f"{quoted(path)} has {min(own)!r}, but a file of --yaml holds fields only; name the recipe with --factory "
+            "beside it, or run a file that recipes.save wrote with --file."
         )
-    for number, (where, key, value) in enumerate(_walk(document, "", MAX_DEPTH, path)):
-        if number == MOST_VALUES:
-            raise _too_many(quoted(path))
+    for where, key, value in places(document, path):
         if reason := _refusal(key, value):
             raise ConfigError(f"{quoted(path)}, {quoted(where, bare=True)}: {reason}")
-
-
-def targets() -> frozenset[str]:
-    """Return what ``_target_`` may name: the parts of a recipe, callbacks, two loggers, the verbs."""
-    named: list[Callable[..., object]] = [
-        SFTDataModule,
-        *MODELS.values(),
-        AdamW,
-        MegatronStrategy,
-        pl.Trainer,
-        finetune,
-        generate,
-        evaluate,
-    ]
-    for room in (shapes, callbacks, lightning_callbacks):
-        named += [one for name in room.__all__ if callable(one := getattr(room, name))]
-    named += [lightning_loggers.CSVLogger, lightning_loggers.TensorBoardLogger, *METHODS.values()]
-    return frozenset(f"{one.__module__}.{one.__qualname__}" for one in named)
-
-
-def _too_many(what: str) -> ConfigError:
-    return ConfigError(f"{what} holds more than {MOST_VALUES:,} values; no recipe has so many.")
-
-
-def _read_yaml(data: bytes, what: str) -> object:
-    text = data.decode("utf-8")
-    depth = 0
-    for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
-        if number > 4 * MOST_VALUES:  # a key and a value, or a list's begin and end
-            raise _too_many(what)
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise ConfigError(f"{what} is nested deeper than {MAX_DEPTH} levels.")
-        if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(
-                f"{what} has an alias (*{quoted(event.anchor, bare=True)}); write the value where it is used."
-            )
-    value: object = yaml.load(text, Loader=_Unique)
-    return value
-
-
-def _read_toml(data: bytes, what: str) -> object:
-    return tomllib.loads(data.decode("utf-8"))
-
-
-def _read_json(data: bytes, what: str) -> object:
-    return parse_json(data, what, ConfigError)
-
-
-_READERS: dict[str, Callable[[bytes, str], object]] = {
-    ".yaml": _read_yaml, ".yml": _read_yaml, ".json": _read_json, ".toml": _read_toml,
-}  # fmt: skip
-
-
-class _Unique(yaml.SafeLoader):
-    """Refuses a key that is given twice: YAML says it is an error, PyYAML takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-        """Return the mapping of a node."""
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ConfigError(f"the key {quoted(twice[0])} is given twice in a recipe file.")
-        made: dict[object, object] = super().construct_mapping(node, deep=deep)
-        return made
-
-
-def _walk(value: object, where: str, levels: int, path: Path) -> Iterator[tuple[str, object, object]]:
-    """Yield (where, key, value) of every place of a document; the key is None inside a list."""
-    if levels == 0:
-        raise ConfigError(f"{quoted(path)} is nested deeper than {MAX_DEPTH} levels.")
-    items = (
-        value.items() if isinstance(value, dict) else ((None, one) for one in value) if isinstance(value, list) else ()
-    )
-    for key, inner in items:
-        place = f"{where}.{key}".strip(".") if key is not None else where
-        yield place, key, inner
-        yield from _walk(inner, place, levels - 1, path)
 
 
 def _refusal(key: object, value: object) -> str:
@@ -172,29 +61,19 @@ def _refusal(key: object, value: object) -> str:
     if key is not None and not (isinstance(key, str) and _KEY.fullmatch(key)):
         return f"{quoted(key)} is no name of a field."
     if key == "_target_":
-        known = isinstance(value, str) and value.removesuffix("()") in _known()
-        return (
-            ""
-            if known
-            else f"_target_ {quoted(value)} is no part of a recipe; {suggest(str(value), _known())} {_TRUSTED}"
-        )
+        known = targets()
+        if isinstance(value, str) and value.removesuffix("()") in known:
+            return ""
+        return f"_target_ {quoted(value)} is no part of a recipe; {suggest(str(value), known)} {TRUSTED}"
     if key is None and isinstance(value, dict):
         return "a list of mappings cannot be read; write its items as text, peft: '[lora(dim=16), ptuning]'."
     if key == "_factory_":
-        return "" if _is_factory(value) else f"{quoted(value)} is no name of a factory. {_TRUSTED}"
+        return "" if _is_factory(value) else f"{quoted(value)} is no name of a factory. {TRUSTED}"
     if not isinstance(value, str):
         return ""
     if value.startswith("@") or "${" in value:
         return f"{quoted(value)} refers to something outside of the file; write the value itself."
-    return f"{quoted(value)} names code. {_TRUSTED}" if names_code(value) else ""
-
-
-_TRUSTED = f"If the file is yours, {TRUST}=1 allows it."
-
-
-def _known() -> frozenset[str]:
-    # golden texts name a method by its room, files written by --to-yaml by its file
-    return targets() | {f"graftwork.peft.{m.__module__.rpartition('.')[2]}.{m.__name__}" for m in METHODS.values()}
+    return f"{quoted(value)} names code. {TRUSTED}" if names_code(value) else ""
 
 
 def _is_factory(value: object) -> bool:

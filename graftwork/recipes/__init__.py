@@ -1,17 +1,20 @@
-"""Recipes: a module or object per base model, with ``model()``, ``trainer()``, ``finetune_recipe()``; show and diff.
+"""Recipes: a module or object per base model, with ``model()``, ``trainer()``, ``finetune_recipe()``; show, diff, grid.
 
 What several recipes share is in ``parts``; where a recipe runs, in ``graftwork.executors``.
 """
 
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Optional, Protocol
 
 import nemo_run as run
 
+from graftwork.recipes.grid import grid
 from graftwork.recipes.show import diff, show
 from graftwork.registry import Registry
 
 if TYPE_CHECKING:
     from graftwork.peft import PEFT
+    from graftwork.recipes.files import load, save
 
 
 class Recipe(Protocol):
@@ -51,10 +54,16 @@ for _name in (
 ):  # fmt: skip
     RECIPES.enter_place(_name, f"graftwork.recipes.t5:{_name}")
 
-__all__ = ["RECIPES", "Recipe", *RECIPES, "diff", "show"]
+__all__ = ["RECIPES", "Recipe", *RECIPES, "diff", "grid", "load", "save", "show"]
 
 
-def __getattr__(name: str) -> Recipe:
+_PLACES = {"load": "graftwork.recipes.files:load", "save": "graftwork.recipes.files:save"}
+"""What needs lightning too, and is imported when it is asked for."""
+
+
+def __getattr__(name: str) -> object:
     if name in RECIPES:
         return RECIPES[name]
+    if name in _PLACES:
+        return resolve_name(_PLACES[name])
     raise AttributeError(f"graftwork.recipes has no {name!r}")
