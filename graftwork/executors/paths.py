@@ -23,11 +23,13 @@ WRITTEN = ("trainer.default_root_dir", "data.cache_dir", "output")
 def resolved(recipe: run.Partial, executor: run.Executor) -> run.Partial:
     """Return ``recipe`` with absolute paths where the job runs in a directory of its own; itself where it does not.
 
-    Over ssh nothing of this machine is there: raises ConfigError for a relative path that the job would write to.
+    Over ssh and in the cloud nothing of this machine is there: raises ConfigError for a relative path that the job
+    would write to.
     """
     if isinstance(executor, run.LocalExecutor):
         return recipe
-    if isinstance(getattr(executor, "tunnel", None), run.SSHTunnel):
+    near = isinstance(executor, run.DockerExecutor) or isinstance(getattr(executor, "tunnel", None), run.LocalTunnel)
+    if not near:
         _refuse_relative(recipe)
         return recipe
     made = recipe.clone()
