@@ -65,7 +65,7 @@ def perform(recipe: str, shown: list[str]) -> None:
             # torchrun and launch read it: the kind, then the sentence, as the last line of a traceback would have it
             say(f"{type(error).__module__}.{type(error).__qualname__}: {' '.join(sentence(error).split())}")
             raise SystemExit(exit_code(error)) from error
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         tell(result)
 
 
