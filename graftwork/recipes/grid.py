@@ -11,7 +11,6 @@ import fiddle as fdl
 import nemo_run as run
 
 from graftwork.errors import ConfigError, quoted, suggest
-from graftwork.peft import PEFT
 from graftwork.recipes.paths import follow, put
 from graftwork.recipes.show import lines
 
@@ -106,9 +105,9 @@ def _keys(paths: Sequence[str]) -> list[str]:
 def _said(value: object) -> str:
     if isinstance(value, fdl.Buildable):
         target = value.__fn_or_cls__
-        own = isinstance(target, type) and issubclass(target, PEFT)
+        short = getattr(target, "short_name", None)  # a method's; its class would take seconds to import
         arguments = (f"{name}-{_said(given)}" for name, given in value.__arguments__.items())
-        return ".".join([target.short_name() if own else target.__name__, *arguments])
+        return ".".join([short() if short is not None else target.__name__, *arguments])
     if isinstance(value, Mapping):
         return "+".join(f"{key}-{_said(one)}" for key, one in value.items())
     if isinstance(value, Iterable) and not isinstance(value, str):
