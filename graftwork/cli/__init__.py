@@ -25,8 +25,41 @@ HELP = {
     "graftwork.inference:evaluate": """Loss, exact match and closed-set accuracy on rows with known answers.
 
     nemorun graft evaluate base=smollm2_135m adapter=runs/default/adapter data=test.jsonl baseline=True""",
+    "graftwork.cli.profile:profile": """Describe a cluster in cluster.yaml, and try the description out.
+
+    nemorun graft profile init
+    nemorun graft profile check""",
+    "graftwork.cli.sweep:sweep": """Train every combination of some fields' values, each in a directory of its own.
+
+    nemorun graft sweep --factory smollm2_135m 'sweep.peft[0].dim=[8,16]' 'sweep.optim.lr=[1e-4,1e-3]' parallel=2 --yes
+
+    What finetune takes is taken too. Runs that are finished are skipped, interrupted ones go on.""",
+    "graftwork.executors.jobs:status": """Tell how an experiment is, or the newest ones when none is named.
+
+    nemorun graft status
+    nemorun graft status default""",
+    "graftwork.executors.jobs:logs": """Print what an experiment has written so far, all ranks and all attempts.
+
+    nemorun graft logs default follow=True""",
+    "graftwork.executors.jobs:attach": """Show an experiment as if it had been launched here, to its end.
+
+    nemorun graft attach default""",
+    "graftwork.executors.jobs:cancel": """Cancel an experiment; a training saves its state first.
+
+    nemorun graft cancel default""",
+    "graftwork.training.leaderboard:compare": """Show finished runs beside each other, best first.
+
+    nemorun graft compare runs/default runs/other output=runs.html""",
+    "graftwork.cli.completion:completion": """Print what lets a shell complete verbs, recipes and fields: bash or zsh.
+
+    eval "$(nemorun graft completion bash)"
+
+    The script holds the names of this version and starts no Python: put it into a file that the shell reads.""",
 }
 """Every verb by the place where it stands, with its help; a verb is imported only where the command line names it."""
+
+CONTEXTS = {"graftwork.cli.sweep:sweep": "graftwork.cli.sweep:SweepContext"}
+"""Where the context of a verb stands that does not run as it is called; the others have ``GraftContext``."""
 
 
 def register(arguments: Sequence[str]) -> None:
@@ -36,12 +69,13 @@ def register(arguments: Sequence[str]) -> None:
     """
     asked = [place for place in HELP if _is_asked(_name(place), arguments)]
     if asked:
-        from graftwork.cli import context, factories
+        from graftwork.cli import factories
 
         factories.register()
     for place, words in HELP.items():
         if place in asked:
-            run.cli.entrypoint(resolve_name(place), namespace=NAMESPACE, help=words, run_ctx_cls=context.GraftContext)
+            context = resolve_name(CONTEXTS.get(place, "graftwork.cli.context:GraftContext"))
+            run.cli.entrypoint(resolve_name(place), namespace=NAMESPACE, help=words, run_ctx_cls=context)
         else:
             run.cli.entrypoint(_unread(_name(place)), namespace=NAMESPACE, help=words)
 

@@ -8,6 +8,7 @@ from graftwork.executors.docker import docker
 from graftwork.executors.launch import launch
 from graftwork.executors.local import local
 from graftwork.executors.slurm import slurm
+from graftwork.executors.sweep import sweep
 from graftwork.registry import Registry
 
 EXECUTORS: Registry[Callable[..., run.Executor]] = Registry("executor")
@@ -17,4 +18,4 @@ EXECUTORS.enter("local", local)
 EXECUTORS.enter("slurm", slurm)
 EXECUTORS.enter("docker", docker)
 
-__all__ = ["EXECUTORS", "docker", "launch", "local", "slurm"]
+__all__ = ["EXECUTORS", "docker", "launch", "local", "slurm", "sweep"]

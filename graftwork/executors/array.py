@@ -1,0 +1,120 @@
+"""A Slurm job array: one submission of many recipes, followed with sacct.
+
+NeMo Run submits an array, but cannot follow it: it looks for the array's own id among the accounts of its elements,
+finds none, and calls the job UNKNOWN for ever.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+import nemo_run as run
+
+from graftwork.errors import ConfigError, LaunchError
+from graftwork.executors.accounting import Account, accounts
+from graftwork.executors.launch import without_ranks
+from graftwork.executors.main_script import Experiment, needs_script
+from graftwork.executors.pool import Told
+from graftwork.executors.refusals import explain_submission
+from graftwork.executors.slurm import base_directory
+from graftwork.executors.task import perform
+
+ELEMENT = "SLURM_ARRAY_TASK_ID"
+POLL_SECONDS = 5.0
+
+_SAME = ("nodes", "ntasks_per_node", "gpus_per_node")
+
+
+def perform_one(recipes: list[str], shown: list[str]) -> None:
+    """Run the one of the serialised recipes that this element of the array is; ``shown`` names them."""
+    perform(recipes[int(os.environ[ELEMENT])], shown)
+
+
+class Array:
+    """Tasks as one job array; ``job`` is its id once it is submitted."""
+
+    def __init__(
+        self,
+        tasks: Sequence[run.Partial],
+        executors: Sequence[run.SlurmExecutor],
+        name: str,
+        parallel: Optional[int] = None,
+    ) -> None:
+        """Raises ConfigError when the tasks ask for different nodes or devices: an array has one size."""
+        for size in _SAME:
+            if len(found := {getattr(executor, size) for executor in executors}) > 1:
+                raise ConfigError(
+                    f"runs of a Slurm sweep are one job array, but they ask for different {size}: "
+                    f"{', '.join(map(str, sorted(found, key=str)))}; submit them as sweeps of their own."
+                )
+        self.name, self.job = name, ""
+        self.executor = executors[0].clone()
+        self.executor.array = f"0-{len(tasks) - 1}" + (f"%{parallel}" if parallel else "")
+        self.task = run.Partial(
+            perform_one, recipes=[task.recipe for task in tasks], shown=[line for task in tasks for line in task.shown]
+        )
+        self.experiment = Experiment(
+            name,
+            executor=self.executor,
+            base_dir=base_directory(self.executor),
+            log_level="WARNING",
+            clean_mode=True,
+            enable_goodbye_message=False,
+            skip_status_at_exit=True,
+        )
+        self.experiment.takes_script = any(needs_script(task.recipe) for task in tasks)
+
+    def submit(self) -> None:
+        """Submit the array; raises LaunchError when Slurm does not take it."""
+        self.experiment.add(self.task, executor=self.executor, name=self.name)
+        try:
+            with without_ranks():
+                self.experiment.run(detach=True)
+        except Exception as error:
+            reason = explain_submission(error)
+            if not reason and not isinstance(error, OSError):
+                raise
+            shutil.rmtree(self.experiment._exp_dir, ignore_errors=True)
+            where = self.executor.info()
+            raise LaunchError(f"could not start {self.name!r} on {where}: {reason or error}") from error
+        self.job = self.experiment.jobs[0].handle.rpartition("://")[2].split("/")[1]
+
+    def follow(self, names: Sequence[str], told: Told) -> None:
+        """Tell how the elements, called ``names``, go on until the last has ended; raises LaunchError without Slurm."""
+        known = [""] * len(names)
+        over = 0
+        while over < len(names):
+            found = self.accounts()
+            for number, account in found.items():
+                word = _word(account)
+                if word and known[number] != word:
+                    known[number] = word
+                    told(names[number], word, str(self.logs(number)))
+            over = sum(account.is_over for account in found.values())
+            time.sleep(POLL_SECONDS)
+
+    def accounts(self) -> dict[int, Account]:
+        """Return what Slurm knows of every element, by its number."""
+        found = accounts(self.experiment.jobs[0].executor.tunnel, self.job)
+        return {int(number): one for one in found for number in [one.job.partition("_")[2]] if number.isdigit()}
+
+    def logs(self, number: int) -> Path:
+        """Return a directory with links to the logs of one element: those of the others do not explain its end."""
+        home = Path(self.experiment.jobs[0].executor.job_dir)
+        own = home / f"element-{number}"
+        own.mkdir(parents=True, exist_ok=True)
+        for log in home.glob(f"*_{self.job}_{number}*.out"):
+            if not (own / log.name).exists():
+                (own / log.name).symlink_to(log)
+        return own
+
+
+def _word(account: Account) -> str:
+    """Return how an element is in NeMo Run's words, "" while it waits."""
+    if account.is_over:
+        words = ", ".join(part for part in (account.state, account.words) if part)
+        return "SUCCEEDED" if account.succeeded else words
+    return "RUNNING" if account.state == "RUNNING" else ""
