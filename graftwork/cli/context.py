@@ -83,6 +83,7 @@ class GraftContext(run.cli.RunContext):
         check_complete(task)
         if self.executor is not None or not self.dryrun or wanted(task)[0] == 1:  # several nodes: of a machine unnamed
             check_placement(task, self.executor)
+        quiet_lightning()
         if self.dryrun:
             check_values(task)
             typer.echo(show(task))
@@ -90,7 +91,6 @@ class GraftContext(run.cli.RunContext):
                 typer.echo("\n" + script_of(task, self.executor, self.name))
             return
         self.confirm(task)
-        quiet_lightning()
         executor = self.executor or executor_for(task)
         if self.direct or executor is None:
             tell(build(with_text(task))())

@@ -3,7 +3,9 @@
 Real processes: a script that launches, torchrun, ranks. Each test waits for what a process has done, never for time.
 """
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from graftwork.executors.task import alive
+from graftwork.training.run_directory import states
+from tests.helpers import tiny_run
 from tests.helpers.snippets import ROOT
 
 PATIENCE = 600.0
@@ -92,7 +96,7 @@ def tree(tmp_path: Path) -> Iterator[Callable[..., Tree]]:
 
 
 STOPS = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
-SLOW = (signal.SIGUSR1, signal.SIGINT, "torchrun")
+SLOW = (signal.SIGTERM, signal.SIGUSR1, "torchrun")
 """What is asked for in `make test-all` only: each tree of processes imports torch three times."""
 
 
@@ -113,7 +117,7 @@ def test_a_stop_reaches_every_rank_and_says_how_to_go_on(number: signal.Signals,
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", cases(signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stop_before_anything_was_saved_says_so(number: signal.Signals, tree: Callable[..., Tree]) -> None:
     running, code = tree("rest", 1), {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     running.launcher.send_signal(number)
@@ -148,3 +152,42 @@ def test_no_process_survives_its_parent(victim: str, tree: Callable[..., Tree]) 
         assert code == 1 and "graftwork.errors.LaunchError: task 'graftwork' ended as FAILED" in "\n".join(err)
     if victim == "rank 1":
         assert "rank 1 was ended by SIGKILL" in err[-1]
+
+
+def training(root: Path) -> list[str]:
+    """Return a command that trains a tiny random base on two ranks."""
+    shape = {name: getattr(tiny_run.SHAPE, name) for name in ("num_layers", "hidden_size", "ffn_hidden_size")}
+    shape |= {"num_attention_heads": 4, "num_query_groups": 2, "vocab_size": tiny_run.SHAPE.vocab_size}
+    return [
+        str(Path(sys.executable).with_name("nemorun")), "graft", "finetune", "--yes",
+        "--factory", f"smollm2_135m(dir={root},name=run)", "model.checkpoint=None", f"data.tokenizer={root}/tokenizer",
+        *(f"model.shape.{name}={value}" for name, value in shape.items()),
+        f"data.train={root}/train.jsonl", f"data.cache_dir={root}/cache", "data.validation_fraction=0.25",
+        "data.seq_length=48", "data.micro_batch_size=4", "model.dtype=fp32", "peft=[lora(dim=4)]",
+        "trainer.max_steps=40", "trainer.val_check_interval=20", "trainer.accelerator=cpu", "trainer.devices=2",
+    ]  # fmt: skip
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.processes
+def test_a_training_on_two_ranks_saves_its_state_and_goes_on_to_a_printed_summary(tmp_path: Path) -> None:
+    command, run = training(tiny_run.write_data(tmp_path)), tmp_path / "run"
+    process = start(command)
+    assert process.stdout is not None
+    seen = next((line for line in process.stdout if line.startswith("step ")), "")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=PATIENCE)
+    told = re.fullmatch(r"stopped after step (\d+), its state is saved; .* \(exit code 75\)", err.splitlines()[-1])
+    assert process.returncode == 75 and seen and told, (seen, err)
+    assert [int(path.name[5:]) for path in states(run)] == [int(told[1])]
+
+    process = start(command)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0 and f"resuming from {states(run)[0].parent}" in out, (out, err)
+    summary = json.loads(out[out.index("\n{\n") :])
+    assert summary == json.loads((run / "summary.json").read_text()) and summary["steps"] == 40
