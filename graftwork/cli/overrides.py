@@ -11,6 +11,7 @@ from nemo_run.config import get_type_namespace
 from omegaconf.errors import OmegaConfBaseException
 
 from graftwork.errors import suggest
+from graftwork.recipes.paths import follow
 
 PARSE_ERRORS = (CLIException, OmegaConfBaseException, ValueError, TypeError, AttributeError, LookupError)
 
@@ -73,37 +74,10 @@ def explain_one(config: run.Config, arg: str, error: Exception) -> str:
         return f"{arg!r} is no override; write FIELD=VALUE, for example trainer.max_steps=60."
     path, _, value = found.groups()
     owner, field, reason = follow(config, path)
-    if reason:
-        return reason
+    if reason or isinstance(owner, list):
+        return reason or f"{arg}: {error}"
     annotation = inspect.signature(owner.__fn_or_cls__).parameters[field].annotation
     return explain_value(path, value, annotation) or f"{arg}: {error}"
-
-
-def follow(config: run.Config, path: str) -> tuple[run.Config, str, str]:
-    """Walk ``a.b[0].c`` and return (owner of the last field, that field, why the walk stopped or '')."""
-    parts = re.findall(r"\w+", path)
-    seen = ""
-    for part in parts[:-1]:
-        reason = absent(config, part, seen)
-        if reason:
-            return config, part, reason
-        config = config[int(part)] if part.isdigit() else getattr(config, part)
-        seen = f"{seen}.{part}".lstrip(".")
-    return config, parts[-1], absent(config, parts[-1], seen, last=True)
-
-
-def absent(config: object, part: str, seen: str, last: bool = False) -> str:
-    """Return why ``config`` (at path ``seen``) has no ``part``, or ''."""
-    where = seen or "the recipe"
-    if isinstance(config, list):
-        inside = part.isdigit() and int(part) < len(config)
-        return "" if inside else f"{where} holds {len(config)} item(s); use {where}[0] to {where}[{len(config) - 1}]."
-    if not isinstance(config, run.Config | run.Partial):
-        return f"{where} is {config!r} and has no field {part!r}."
-    names = list(inspect.signature(config.__fn_or_cls__).parameters)
-    if part not in names:
-        return f"{where} has no field {part!r}; {suggest(part, names)}"
-    return "" if last or hasattr(config, part) else f"{seen}.{part} is not set".lstrip(".") + ", so it has no fields."
 
 
 def explain_value(path: str, value: str, annotation: object) -> str:

@@ -11,6 +11,7 @@ from typing import Optional
 import fiddle as fdl
 import nemo_run as run
 
+from graftwork import errors
 from graftwork.endings import Interrupted, code_of
 from graftwork.errors import CheckpointError, ConfigError, GraftworkError, LaunchError, quoted
 from graftwork.executors import array, pool
@@ -157,7 +158,9 @@ def _check(member: Member) -> None:
     try:
         check_values(member.recipe)
     except GraftworkError as error:
-        raise type(error)(f"run {member.directory.name!r}: {sentence(error)}") from error
+        # Fiddle's own class of the same name cannot be made again
+        kind = next(one for one in type(error).__mro__ if one.__module__ == errors.__name__)
+        raise kind(f"run {member.directory.name!r}: {sentence(error)}") from error
 
 
 def _skipped(member: Member) -> bool:

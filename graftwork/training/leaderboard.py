@@ -188,16 +188,16 @@ def _is_run(directory: Path) -> bool:
 def _read(directory: Path, name: str) -> Run:
     reached = max((int(state.name.rpartition("-")[2]) for state in states(directory)), default=0)
     train, validation = _curves(directory)
+    where, curve = (directory, name), Curve(name, train, validation)
     summary = read_schema(directory / SUMMARY, _Summary, CheckpointError) if (directory / SUMMARY).exists() else None
     if summary is None or reached > summary.steps:
         best = min((loss for _, loss in validation), default=None)
         last = train[-1][1] if train else None
-        figures = (False, reached, best, last, {}, None, None)
-    else:
-        after = {metric: values["after"] for metric, values in summary.metrics.items() if "after" in values}
-        losses = (summary.val_loss, summary.train_loss)
-        figures = (True, summary.steps, *losses, after, summary.tokens_per_second, summary.trainable_parameters)
-    return Run(directory, name, *figures, _recipe(directory), Curve(name, train, validation))
+        return Run(*where, False, reached, best, last, {}, None, None, _recipe(directory), curve)
+    after = {metric: values["after"] for metric, values in summary.metrics.items() if "after" in values}
+    losses, speed = (summary.val_loss, summary.train_loss), summary.tokens_per_second
+    size = summary.trainable_parameters
+    return Run(*where, True, summary.steps, *losses, after, speed, size, _recipe(directory), curve)
 
 
 def _recipe(directory: Path) -> dict[str, str]:

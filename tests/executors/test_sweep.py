@@ -1,5 +1,6 @@
 """A sweep is one experiment: so many runs at a time, finished ones once, a failed one alone, a stop for all."""
 
+import itertools
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from graftwork.errors import ConfigError, LaunchError, ParallelismError
 from graftwork.executors import local
 from graftwork.executors.sweep import GOES_ON, Member, sweep
 from graftwork.recipes import grid, show
-from tests.helpers.sweeps import Place, Rate, learn
+from tests.helpers.sweeps import PATIENCE, Place, Rate, learn
 
 SAID = "train.jsonl, line 3: field 'output' is missing; valid: input, output."
 
@@ -29,10 +30,10 @@ def times(root: Path, what: str) -> list[float]:
     return sorted(float(line) for file in root.glob(f"*/{what}") for line in file.read_text().split())
 
 
-def together(root: Path) -> int:
-    """The most runs that went on at one time."""
-    events = sorted([(t, 1) for t in times(root, "began")] + [(t, -1) for t in times(root, "ended")])
-    return max(sum(change for _, change in events[: i + 1]) for i in range(len(events)))
+def together(told: list[str]) -> int:
+    """The most runs that went on at one time, by what was told."""
+    changes = [1 if line.endswith(": started") else 0 if "finished before" in line else -1 for line in told]
+    return max(itertools.accumulate(changes))
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -40,35 +41,32 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_so_many_at_a_time_and_what_is_left_the_next_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = recipe(tmp_path)
-    recipes = grid(base, {"fail": [False, True], "seconds": [4.0]}) + grid(base, {"seconds": [3.0, 5.0]})
-    with pytest.raises(LaunchError, match=r"^1 of 4 runs failed: fail-True_seconds-4.0; the same command runs them a"):
+    # a ends when c has begun: a run takes any place that is free, and does not wait for all that began before it
+    recipes = [
+        recipe(tmp_path / "a", wait_for=str(tmp_path / "c" / "began")),
+        recipe(tmp_path / "b", fail=True),
+        recipe(tmp_path / "c"),
+    ]
+    with pytest.raises(LaunchError, match=r"^1 of 3 runs failed: b; the same command runs them again\.$"):
         sweep(recipes, local(), name="some runs", parallel=2)
     told = lines(capsys)
-    assert told.count("[1/4] fail-False_seconds-4.0: finished, val_loss 0.1000") == 1
-    assert told.count(f"[2/4] fail-True_seconds-4.0: {SAID}") == 1
-    assert sum("finished" in line for line in told) == 3 and sum("started" in line for line in told) == 4
-    began, ended = times(tmp_path, "began"), times(tmp_path, "ended")
-    assert len(began) == 4 and together(tmp_path) <= 3  # the one that failed has no end
-    assert began[-1] < ended[-2], "a run waits for any place, not for all of them"
+    assert sorted(told) == [
+        "[1/3] a: finished, val_loss 0.1000", "[1/3] a: started", "[2/3] b: started", f"[2/3] b: {SAID}",
+        "[3/3] c: finished, val_loss 0.1000", "[3/3] c: started",
+    ]  # fmt: skip
+    assert together(told) == 2
     (experiment,) = Path(os.environ["NEMORUN_HOME"], "experiments", "some-runs").iterdir()
-    assert {f"{i}-{name}" for i, name in ((1, "fail-False_seconds-4-0"), (4, "seconds-5-0"))} <= {
-        path.name for path in experiment.iterdir()
-    }
-    added = [*recipes, *grid(base, {"seconds": [1.0]})]
-    with pytest.raises(LaunchError, match=r"^1 of 2 runs failed"):
-        sweep(added)
+    assert {"1-a", "2-b", "3-c"} <= {path.name for path in experiment.iterdir()}, "one experiment has them all"
+    with pytest.raises(LaunchError, match=r"^1 of 2 runs failed: b;"):
+        sweep([*recipes, recipe(tmp_path / "d")])
     told = lines(capsys)
-    assert sorted(told[:3]) == [
-        "[1/5] fail-False_seconds-4.0: finished before, val_loss 0.1000",
-        "[3/5] seconds-3.0: finished before, val_loss 0.1000",
-        "[4/5] seconds-5.0: finished before, val_loss 0.1000",
-    ]
-    assert told[3:] == [
-        "[2/5] fail-True_seconds-4.0: started", f"[2/5] fail-True_seconds-4.0: {SAID}",
-        "[5/5] seconds-1.0: started", "[5/5] seconds-1.0: finished, val_loss 0.1000",
+    assert told == [
+        "[1/4] a: finished before, val_loss 0.1000", "[3/4] c: finished before, val_loss 0.1000",
+        "[2/4] b: started", f"[2/4] b: {SAID}",
+        "[4/4] d: started", "[4/4] d: finished, val_loss 0.1000",
     ], "one after another"  # fmt: skip
-    assert sweep([*recipes[:1], *recipes[2:]]) == "", "nothing is left"
+    assert len(times(tmp_path, "began")) == 5
+    assert sweep([recipes[0], recipes[2]]) == "", "nothing is left"
 
 
 def test_a_run_is_finished_when_this_very_recipe_has_ended(tmp_path: Path) -> None:
@@ -100,11 +98,11 @@ def start(tmp_path: Path, seconds: float) -> subprocess.Popen[str]:
 
 def test_a_stop_reaches_every_run_and_starts_no_other(tmp_path: Path) -> None:
     started = start(tmp_path, seconds=600)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(times(tmp_path / "runs", "began")) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
     started.send_signal(signal.SIGINT)
-    out, told = started.communicate(timeout=120)
+    out, told = started.communicate(timeout=PATIENCE)
     assert started.returncode == 130 and GOES_ON in told, told
     runs = {path.name for path in (tmp_path / "runs").iterdir()}
     assert runs == {"lr-0.1", "lr-0.2"}, "the third was never started"

@@ -12,6 +12,9 @@ from graftwork.endings import Interrupted, code_of
 from graftwork.errors import ConfigError, DataError
 
 
+PATIENCE = 600.0
+
+
 @dataclass
 class Place:
     """Stands for the trainer."""
@@ -35,10 +38,14 @@ def learn(
     optim: Rate,
     seconds: float = 0.0,
     fail: bool = False,
+    wait_for: Optional[str] = None,
     resume: bool = True,
     recipe_text: Optional[str] = None,
 ) -> dict[str, object]:
-    """Note when it began and ended, wait for ``seconds``, and write ``summary.json``; a stop saves a state."""
+    """Note when it began and ended and write ``summary.json``; a stop saves a state.
+
+    In between it waits for ``seconds``, and for the file ``wait_for``.
+    """
     root = Path(trainer.default_root_dir)
     root.mkdir(parents=True, exist_ok=True)
 
@@ -51,6 +58,9 @@ def learn(
     _note(root, "began")
     if fail:
         raise DataError("train.jsonl, line 3: field 'output' is missing; valid: input, output.")
+    deadline = time.monotonic() + PATIENCE
+    while wait_for is not None and not Path(wait_for).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     time.sleep(seconds)
     _note(root, "ended")
     digest = hashlib.sha256((recipe_text or "").encode()).hexdigest()
