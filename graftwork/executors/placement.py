@@ -146,9 +146,10 @@ def _check_sizes(executor: run.Executor, nodes: int, devices: int) -> None:
 
 
 def _processes(executor: run.Executor) -> Callable[[], int]:
+    own: Callable[[], int] = executor.nproc_per_node
     if isinstance(executor, run.SlurmExecutor):  # its own answer is the node's GPUs where one task is set
-        return lambda: executor.torchrun_nproc_per_node or executor.ntasks_per_node
-    return executor.nproc_per_node
+        return lambda: int(executor.torchrun_nproc_per_node or executor.ntasks_per_node)
+    return own
 
 
 def _size(ask: Callable[[], int]) -> int | None:

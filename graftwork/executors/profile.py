@@ -196,10 +196,13 @@ def settings(name_or_path: Optional[str], executor: str, explicit: Mapping[str, 
     Raises ConfigError when the profile, or the two together, are not valid.
     """
     found = find_profile(name_or_path, executor=executor)
-    fields = found.model_dump(exclude_unset=True) if found is not None else {"executor": executor}
+    fields: dict[str, object] = {"executor": executor} if found is None else found.model_dump(exclude_unset=True)
     for key, value in explicit.items():
+        known = fields.get(key)
         if value is not None:
-            fields[key] = {**(fields.get(key) or {}), **value} if key == "ssh" and isinstance(value, dict) else value
+            fields[key] = (
+                {**known, **value} if isinstance(known, dict) and isinstance(value, dict) and key == "ssh" else value
+            )
     try:
         return Profile.model_validate(fields)
     except ValidationError as error:

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import nemo_run as run
 from nemo_run.core.execution.docker import DockerJobRequest
@@ -47,10 +48,11 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.containers = self.networks = self
-        self.called: tuple[tuple[object, ...], dict[str, object]] = (), {}
+        self.arguments: tuple[str, ...] = ()
+        self.options: dict[str, Any] = {}
 
-    def run(self, *arguments: object, **options: object) -> None:
-        self.called = arguments, options
+    def run(self, *arguments: str, **options: Any) -> None:
+        self.arguments, self.options = arguments, options
 
     def create(self, *arguments: object, **options: object) -> None:
         """Make no network."""
@@ -61,11 +63,11 @@ def _docker_command(request: DockerJobRequest) -> str:
     recorder = _Recorder()
     container.executor.volumes.append(f"{request.executor.job_dir}:/nemo_run")  # as NeMo Run does when it submits
     container.run(recorder, request.id)
-    (image, command), options = recorder.called
-    return _lines("docker run --rm --detach", _docker_options(options), [str(image), *shlex.split(str(command))])
+    image, command = recorder.arguments
+    return _lines("docker run --rm --detach", _docker_options(recorder.options), [image, *shlex.split(command)])
 
 
-def _docker_options(options: Mapping[str, object]) -> list[str]:
+def _docker_options(options: Mapping[str, Any]) -> list[str]:
     plain = {
         "name": "--name", "hostname": "--hostname", "network": "--network", "working_dir": "--workdir",
         "shm_size": "--shm-size", "runtime": "--runtime", "ipc_mode": "--ipc", "user": "--user",
