@@ -11,7 +11,6 @@ from typing import Optional
 from graftwork.endings import Interrupted, code_of
 from graftwork.errors import ConfigError, DataError
 
-
 PATIENCE = 600.0
 
 
