@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -29,6 +29,7 @@ from graftwork.executors.profile import read_profile
 from graftwork.executors.script import script_of
 from graftwork.executors.task import exit_code, quiet_lightning, sentence, tell
 from graftwork.recipes import files
+from graftwork.recipes.planning import refuse_problems
 from graftwork.recipes.show import show, with_text
 from graftwork.training import finetune
 
@@ -90,13 +91,24 @@ class GraftContext(run.cli.RunContext):
             if self.executor is not None:
                 typer.echo("\n" + script_of(task, self.executor, self.name))
             return
+        self.plan([task])
         self.confirm(task)
         executor = self.executor or executor_for(task)
         if self.direct or executor is None:
             tell(build(with_text(task))())
         else:
             check_output(task)
-            launch(task, executor, name=self.name, wait=not self.detach, plugins=self.plugins)
+            identity = launch(task, executor, name=self.name, wait=not self.detach, plugins=self.plugins)
+            if self.detach:
+                typer.echo(f"launched as {identity}; look with: nemorun graft status|logs|attach|cancel {identity}")
+
+    def plan(self, tasks: Sequence[run.Partial]) -> None:
+        """Refuse trainings that would leave this machine and cannot work; ``--no-plan`` sends them unseen."""
+        if not self.options.plan or self.executor is None or isinstance(self.executor, run.LocalExecutor):
+            return
+        for task in tasks:
+            if task.__fn_or_cls__ is finetune:
+                refuse_problems(task)
 
     def confirm(self, task: run.Partial) -> None:
         """Ask before a training; without a terminal the answer must be ``--yes``."""

@@ -4,9 +4,11 @@ import re
 import shlex
 from dataclasses import dataclass
 
+import nemo_run as run
 from nemo_run.core.tunnel.client import Tunnel
 
 from graftwork.errors import LaunchError, quoted
+from graftwork.executors.outcome import TaskState
 
 _WAITS = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING", "STOPPED"})
 _RUNS = frozenset({"RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING"})
@@ -47,6 +49,18 @@ def accounts(tunnel: Tunnel, job: str) -> list[Account]:
     if not found and answer.return_code:
         raise LaunchError(f"Slurm tells nothing of job {job}: {quoted(answer.stderr.strip(), 200, bare=True)}")
     return [found[name] for name in sorted(found, key=_by_number)] or [Account(job, "PENDING")]
+
+
+def status_of(experiment: run.Experiment) -> dict[str, TaskState]:
+    """Return NeMo Run's status of an experiment, with Slurm's own word for what did not succeed there."""
+    status: dict[str, TaskState] = experiment.status(return_dict=True)
+    for job in experiment.jobs:
+        executor, number = job.executor, job.handle.rpartition("://")[2].split("/")[-1]
+        badly = getattr(status[job.id]["status"], "name", "") == "FAILED"
+        if isinstance(executor, run.SlurmExecutor) and badly and number:
+            one = accounts(experiment.tunnels.get(executor.tunnel.key, executor.tunnel), number)[0]
+            status[job.id]["words"] = one.state if one.is_over else "FAILED"
+    return status
 
 
 def _queued(line: str) -> Account | None:

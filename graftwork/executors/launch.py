@@ -13,6 +13,7 @@ from nemo_run.core.execution.launcher import FaultTolerance, Torchrun
 
 from graftwork.endings import Interrupted
 from graftwork.errors import ConfigError, LaunchError
+from graftwork.executors.accounting import status_of
 from graftwork.executors.containers import find_image, life_lines, prepare_container
 from graftwork.executors.live import live_log
 from graftwork.executors.local import local
@@ -90,7 +91,7 @@ class Job:
             held.enter_context(life_lines(experiment.jobs))
             self._start()
             relay.attach(experiment)
-        check(experiment.status(return_dict=True), detached=not self.wait)
+        check(status_of(experiment), detached=not self.wait)
 
     def _start(self) -> None:
         try:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from graftwork import errors
 from graftwork.endings import Interrupted, stop_told
@@ -21,12 +21,19 @@ _ROOT_CAUSE = re.compile(
 )
 """torchrun's epilogue of a rank that a signal has ended: rank and signal."""
 
+_ATTEMPT = re.compile(r"^log-.*_(\d+)\.out$")
+"""The log of a Slurm job's step, with the number of times that the job was requeued before."""
+
 
 class TaskState(TypedDict):
-    """What NeMo Run tells of a task: its torchx state (or the state's name), and the directory with its logs."""
+    """What NeMo Run tells of a task: its torchx state (or the state's name), and the directory with its logs.
+
+    ``words``: the scheduler's own word for the state, where it has one.
+    """
 
     status: object
     local_dir: str
+    words: NotRequired[str]
 
 
 def check(status: Mapping[str, TaskState], detached: bool = False) -> None:
@@ -34,7 +41,7 @@ def check(status: Mapping[str, TaskState], detached: bool = False) -> None:
     for task, state in status.items():
         outcome = getattr(state["status"], "name", str(state["status"]))
         if outcome in _ENDED_BADLY or (outcome != "SUCCEEDED" and not detached):
-            raise failure(task, outcome, Path(state["local_dir"]))
+            raise failure(task, state.get("words", outcome), Path(state["local_dir"]))
 
 
 def failure(task: str, outcome: str, directory: Path) -> GraftworkError | Interrupted:
@@ -65,5 +72,14 @@ def log_lines(directory: Path) -> list[str]:
 
 def _written(directory: Path) -> list[str]:
     found = [p for pattern in ("**/*.log", "**/*.out") for p in directory.glob(pattern) if p.is_file()]
+    if attempts := [p for p in found if _ATTEMPT.search(p.name)]:
+        # Beside them stand the batch script's own trace, and what attempts before a requeue have written.
+        newest = max(_attempt(p) for p in attempts)
+        found = [p for p in attempts if _attempt(p) == newest]
     files = sorted((p for p in found if p.stat().st_size), key=lambda p: (p.stat().st_mtime_ns, p.name))
     return [line for p in files for line in p.read_text(errors="replace").splitlines() if line.strip()]
+
+
+def _attempt(log: Path) -> int:
+    found = _ATTEMPT.search(log.name)
+    return int(found[1]) if found else 0
