@@ -18,7 +18,6 @@ from graftwork.executors.task import quiet_lightning
 from graftwork.recipes import show
 from graftwork.recipes.grid import grid
 from graftwork.recipes.paths import follow
-from graftwork.recipes.planning import refuse_problems
 from graftwork.training import finetune
 from graftwork.training.leaderboard import leaderboard, ranked, read_runs
 
@@ -60,9 +59,7 @@ class SweepContext(GraftContext):
             typer.echo(_listed(recipes))
             return
         typer.echo(_listed(recipes))
-        if self.options.plan and self.executor is not None and not isinstance(self.executor, run.LocalExecutor):
-            for recipe in recipes:
-                refuse_problems(recipe)
+        self.plan(recipes)
         self.confirm(task)
         quiet_lightning()
         name = self.name if self.name and self.name != finetune.__name__ else "sweep"

@@ -15,6 +15,7 @@ from graftwork.registry import Registry
 if TYPE_CHECKING:
     from graftwork.peft import PEFT
     from graftwork.recipes.files import load, save
+    from graftwork.recipes.planning import plan
 
 
 class Recipe(Protocol):
@@ -54,10 +55,14 @@ for _name in (
 ):  # fmt: skip
     RECIPES.enter_place(_name, f"graftwork.recipes.t5:{_name}")
 
-__all__ = ["RECIPES", "Recipe", *RECIPES, "diff", "grid", "load", "save", "show"]
+__all__ = ["RECIPES", "Recipe", *RECIPES, "diff", "grid", "load", "plan", "save", "show"]
 
 
-_PLACES = {"load": "graftwork.recipes.files:load", "save": "graftwork.recipes.files:save"}
+_PLACES = {
+    "load": "graftwork.recipes.files:load",
+    "save": "graftwork.recipes.files:save",
+    "plan": "graftwork.recipes.planning:plan",
+}
 """What needs lightning too, and is imported when it is asked for."""
 
 
