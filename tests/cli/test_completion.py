@@ -92,5 +92,5 @@ def test_zsh_offers_the_same(scripts: Path) -> None:
 
 
 def test_another_shell_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no completion for 'fish'; valid: bash, zsh"):
+    with pytest.raises(ConfigError, match=r"no completion for 'fish'"):
         completion("fish")

@@ -5,7 +5,6 @@ Real processes: a script that launches, torchrun, ranks. Each test waits for wha
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -121,8 +120,8 @@ def test_a_stop_reaches_every_rank_and_says_how_to_go_on(number: signal.Signals,
 def test_a_stop_before_anything_was_saved_says_so(number: signal.Signals, tree: Callable[..., Tree]) -> None:
     running, code = tree("rest", 1), {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     running.launcher.send_signal(number)
-    ended, _, err = running.end()
-    assert (ended, running.survivors()) == (code, [])
+    ended, out, err = running.end()
+    assert (ended, running.survivors(), out) == (code, [], "this script begins\n")
     assert err[1:] == [
         f"stopped before there was anything to save; the same command begins where this one did (exit code {code})"
     ]
@@ -154,8 +153,8 @@ def test_no_process_survives_its_parent(victim: str, tree: Callable[..., Tree]) 
         assert "rank 1 was ended by SIGKILL" in err[-1]
 
 
-def training(root: Path) -> list[str]:
-    """Return a command that trains a tiny random base on two ranks."""
+def training(root: Path, ranks: int) -> list[str]:
+    """Return a command that trains a tiny random base."""
     shape = {name: getattr(tiny_run.SHAPE, name) for name in ("num_layers", "hidden_size", "ffn_hidden_size")}
     shape |= {"num_attention_heads": 4, "num_query_groups": 2, "vocab_size": tiny_run.SHAPE.vocab_size}
     return [
@@ -164,7 +163,7 @@ def training(root: Path) -> list[str]:
         *(f"model.shape.{name}={value}" for name, value in shape.items()),
         f"data.train={root}/train.jsonl", f"data.cache_dir={root}/cache", "data.validation_fraction=0.25",
         "data.seq_length=48", "data.micro_batch_size=4", "model.dtype=fp32", "peft=[lora(dim=4)]",
-        "trainer.max_steps=40", "trainer.val_check_interval=20", "trainer.accelerator=cpu", "trainer.devices=2",
+        "trainer.max_steps=40", "trainer.val_check_interval=20", "trainer.accelerator=cpu", f"trainer.devices={ranks}",
     ]  # fmt: skip
 
 
@@ -174,17 +173,36 @@ def start(command: list[str]) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.processes
-def test_a_training_on_two_ranks_saves_its_state_and_goes_on_to_a_printed_summary(tmp_path: Path) -> None:
-    command, run = training(tiny_run.write_data(tmp_path)), tmp_path / "run"
+def stopped(command: list[str], number: signal.Signals) -> tuple[int, list[str]]:
+    """Start a training, stop it after the first step that it tells of, and return its exit code and its errors."""
     process = start(command)
     assert process.stdout is not None
-    seen = next((line for line in process.stdout if line.startswith("step ")), "")
-    process.send_signal(signal.SIGTERM)
+    seen = next((line for line in iter(process.stdout.readline, "") if line.startswith("step ")), "")
+    process.send_signal(number)
     _, err = process.communicate(timeout=PATIENCE)
-    told = re.fullmatch(r"stopped after step (\d+), its state is saved; .* \(exit code 75\)", err.splitlines()[-1])
-    assert process.returncode == 75 and seen and told, (seen, err)
-    assert [int(path.name[5:]) for path in states(run)] == [int(told[1])]
+    assert seen, err
+    return process.returncode, err.splitlines()
+
+
+@pytest.mark.processes
+def test_ctrl_c_in_one_process_saves_the_state_and_says_how_to_go_on(tmp_path: Path) -> None:
+    code, err = stopped(training(tiny_run.write_data(tmp_path), ranks=1), signal.SIGINT)
+    assert code == 130 and err[-2].startswith("stopping after this step"), err
+    assert err[-1] == told_after(tmp_path / "run", 130)
+
+
+def told_after(run: Path, code: int) -> str:
+    """Return the line that tells of a stop after the only state that was saved."""
+    [state] = states(run)
+    step = int(state.name.removeprefix("step-"))
+    return f"stopped after step {step}, its state is saved; the same command goes on from there (exit code {code})"
+
+
+@pytest.mark.processes
+def test_a_training_on_two_ranks_saves_its_state_and_goes_on_to_a_printed_summary(tmp_path: Path) -> None:
+    command, run = training(tiny_run.write_data(tmp_path), ranks=2), tmp_path / "run"
+    code, err = stopped(command, signal.SIGTERM)
+    assert (code, err[-1]) == (75, told_after(run, 75)), err
 
     process = start(command)
     out, err = process.communicate(timeout=PATIENCE)

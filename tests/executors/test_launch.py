@@ -1,15 +1,21 @@
 """launch(): what the task did is what the caller learns."""
 
+import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nemo_run as run
 import pytest
 
+from graftwork.endings import Interrupted
 from graftwork.errors import ConfigError, DataError, LaunchError
 from graftwork.executors import launch, local
 from graftwork.executors.launch import task_name, without_ranks
-from graftwork.executors.outcome import check, log_lines
+from graftwork.executors.live import LiveLog
+from graftwork.executors.outcome import check, failure, log_lines
+from tests.helpers.snippets import ROOT
 from tests.helpers.tasks import write_ranks
 
 
@@ -81,9 +87,90 @@ def test_log_lines_of_ranks_leave_the_launcher_out(tmp_path: Path) -> None:
     assert log_lines(tmp_path) == ["the cause", "too"]
 
 
-def test_local_runs_the_interpreter_that_submits() -> None:
-    import sys
+EPILOGUE = """Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-01_00:00:00
+  host      : here
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 7)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 7
+"""
+SAVED = "stopped after step 3, its state is saved; the same command goes on from there (exit code 75)"
+ENDED = {
+    "its own error": (
+        f"[default1]:{SAVED}\n[default0]:graftwork.errors.DataError: no rows.\n",
+        DataError,
+        "^no rows.$",
+    ),
+    "a killed rank": (f"[default0]:RuntimeError: lost a peer\n{EPILOGUE}", LaunchError, "rank 1 was ended by SIGKILL"),
+    "a stop": (f"[default0]:{SAVED}\n[default1]:{SAVED}\n", Interrupted, "^stopped after step 3, .*code 75"),
+    "a bug": (f"[default0]:{SAVED}\n[default1]:Traceback (most\n[default1]:KeyError: 1\n", LaunchError, "KeyError: 1"),
+}
 
+
+@pytest.mark.parametrize("case", ENDED)
+def test_the_cause_is_found_in_the_log(case: str, tmp_path: Path) -> None:
+    text, kind, message = ENDED[case]
+    write_logs(tmp_path, combined=text)
+    with pytest.raises(kind, match=message):
+        raise failure("task", "FAILED", tmp_path)
+
+
+def test_a_live_log_shows_what_rank_0_says_and_what_else_is_printed() -> None:
+    stdout = io.StringIO()
+    log = LiveLog(stdout, "a-long-name-of-a-task", ranks=True)  # NeMo Run shows its last ten characters
+    for line in (
+        "[default0]:step 1\n",
+        "[default1]:step 1\n",
+        "W0101 torchrun\n",
+        "[default0]:graftwork.errors.DataError: x\n",
+    ):
+        log.write(f"\x1b[32m-of-a-task/0\x1b[0m {line}")
+    log.write("-of-a-task/0 [default0]:no terminal\n")
+    log.write("printed by the script\n")
+    log.silent = True
+    log.write("-of-a-task/0 [default0]:step 2\n")
+    assert stdout.getvalue() == "step 1\nno terminal\nprinted by the script\n"
+
+
+SCRIPT = """
+import nemo_run as run
+from graftwork.executors import launch
+
+def task() -> None:
+    print("the task runs")
+
+print("this script begins")
+"""
+
+
+def script(directory: Path, end: str) -> subprocess.CompletedProcess[str]:
+    """Run a script that launches something of its own."""
+    path = directory / "script.py"
+    path.write_text(SCRIPT + end)
+    return subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+
+
+def test_a_script_that_would_launch_again_inside_its_task_is_refused(tmp_path: Path) -> None:
+    done = script(tmp_path, "launch(run.Partial(task))\n")
+    assert done.stdout == "this script begins\n" and done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "graftwork.errors.ConfigError: the recipe uses something that script.py defines, so the task runs this script "
+        "once more; put line 9, which launches, under if __name__ == '__main__':"
+    )
+
+
+@pytest.mark.processes
+def test_what_a_guarded_script_defines_runs_in_the_task(tmp_path: Path) -> None:
+    done = script(tmp_path, 'if __name__ == "__main__":\n    launch(run.Partial(task))\n')
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["the task runs", "this script begins", "this script begins"]
+
+
+def test_local_runs_the_interpreter_that_submits() -> None:
     executor = local()
     assert executor.env_vars["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)
     assert (executor.launcher, local(ntasks=2).nproc_per_node()) == (None, 2)
