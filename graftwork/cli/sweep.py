@@ -51,6 +51,7 @@ class SweepContext(GraftContext):
     def execute(self, task: run.Partial) -> None:
         """Show the runs, confirm, run them, and print their leaderboard."""
         check_complete(task)
+        quiet_lightning()
         recipes = grid(task, self._values(task))
         for recipe in recipes:
             check_values(recipe)
@@ -61,7 +62,6 @@ class SweepContext(GraftContext):
         typer.echo(_listed(recipes))
         self.plan(recipes)
         self.confirm(task)
-        quiet_lightning()
         name = self.name if self.name and self.name != finetune.__name__ else "sweep"
         try:
             launch_sweep(recipes, self.executor, name, self.parallel, wait=not self.detach)
