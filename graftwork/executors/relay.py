@@ -34,19 +34,19 @@ class Relay:
         """Take over the tasks that have just started; a signal that came before reaches them now."""
         with self._lock:
             self._experiment = experiment
-            if self.stopped_by is not None:
-                self._pass_on(self.stopped_by)
+            self._pass_on()
 
     def __call__(self, number: int, frame: FrameType | None = None) -> None:
-        """Pass signal ``number`` on."""
+        """Pass signal ``number`` on, once: a second one would take from torchrun the patience to wait for its ranks."""
         with self._lock:
-            again = self.stopped_by is not None and number == signal.SIGINT
             if self.stopped_by is None:
                 self.stopped_by, self._log.silent = number, True
                 say(STOPPING)
-            self._killed |= again
-            if self._experiment is not None:
-                self._pass_on(signal.SIGKILL if again else number)
+            elif number == signal.SIGINT:
+                self._killed = True
+            else:
+                return
+            self._pass_on()
 
     def ending(self, told: BaseException | None) -> BaseException | None:
         """Return how the launch ends when its tasks ended with ``told``, None for a success."""
@@ -55,8 +55,10 @@ class Relay:
         sentence = STOPPED_AT_ONCE if self._killed else NOTHING_SAVED
         return Interrupted(sentence, code_of(self.stopped_by, saved=False))
 
-    def _pass_on(self, number: int) -> None:
-        assert self._experiment is not None
+    def _pass_on(self) -> None:
+        if self._experiment is None or self.stopped_by is None:
+            return
+        number = signal.SIGKILL if self._killed else self.stopped_by
         for group in groups(self._experiment):
             with suppress(ProcessLookupError):
                 os.killpg(group, number)

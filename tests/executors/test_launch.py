@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from graftwork.executors import launch, local
 from graftwork.executors.launch import task_name, without_ranks
 from graftwork.executors.live import LiveLog
 from graftwork.executors.outcome import check, failure, log_lines
+from graftwork.executors.relay import Relay
 from tests.helpers.snippets import ROOT
 from tests.helpers.tasks import write_ranks
 
@@ -132,6 +134,20 @@ def test_a_live_log_shows_what_rank_0_says_and_what_else_is_printed() -> None:
     log.silent = True
     log.write("-of-a-task/0 [default0]:step 2\n")
     assert stdout.getvalue() == "step 1\nno terminal\nprinted by the script\n"
+
+
+def test_after_a_stop_only_ctrl_c_asks_for_more(capfd: pytest.CaptureFixture[str]) -> None:
+    relay = Relay(LiveLog(io.StringIO(), "task", ranks=True))
+    failed = LaunchError("the task was ended")
+    assert relay.ending(failed) is failed
+    relay(signal.SIGTERM)
+    relay(signal.SIGUSR1)
+    ended = relay.ending(failed)
+    assert isinstance(ended, Interrupted) and ended.code == 143 and "before there was anything to save" in str(ended)
+    relay(signal.SIGINT)
+    assert str(relay.ending(failed)).startswith("stopped at once")
+    assert relay.ending(None) is None
+    assert len(capfd.readouterr().err.splitlines()) == 1
 
 
 SCRIPT = """
