@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -174,8 +175,7 @@ def _whole(place: Path, kind: str) -> Whole:
 
 def killed_and_resumed(place: Path, kind: str, victim: int, moment: int, life: Whole) -> None:
     """Kill at one moment, then live again: everything must be as if nothing had happened."""
-    root = place / f"{kind}-{victim}-{moment}"
-    root.mkdir()
+    root = Path(tempfile.mkdtemp(prefix=f"{kind}-{victim}-{moment}-", dir=place))
     names, ranks = [name_of(call) for call in life.calls[victim]], LIVES[kind].ranks
     # How often ranks ask while they wait for each other differs from life to life: there the first of a name counts.
     before = names[:moment].count(names[moment]) if ranks == 1 else 0
