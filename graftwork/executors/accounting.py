@@ -43,6 +43,7 @@ def accounts(tunnel: Tunnel, job: str) -> list[Account]:
         f"sacct -j {number} -X -n -P -o JobID,State,ExitCode,Elapsed,NodeList",
         hide=True,
         warn=True,
+        in_stream=False,
     )
     lines = answer.stdout.splitlines()
     found = {one.job: one for one in map(_ended, lines) if one} | {one.job: one for one in map(_queued, lines) if one}

@@ -58,7 +58,7 @@ class ClusterLog:
         return text
 
     def _run(self, command: str, whole: bool = False) -> list[str]:
-        text: str = self.tunnel.run(command, hide=True, warn=True).stdout
+        text: str = self.tunnel.run(command, hide=True, warn=True, in_stream=False).stdout
         lines = text.split("\n")
         return lines[:-1] if whole else [line for line in lines if line]
 
