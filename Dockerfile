@@ -44,7 +44,7 @@ ENV HOME=/home/graftwork USER=graftwork PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSI
 # Whatever the base holds (its own torch, CUDA, Transformer Engine) stays as it is; our versions pin the rest.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=bind,from=requirements,source=/needed,target=/mnt \
     python -m pip list --format=freeze | sed -E 's/[=@ ].*//; s/[-_.]+/[-_.]/g; s/.*/^&==/' > /tmp/present \
-    && grep -viEf /tmp/present /mnt/constraints.txt > /tmp/constraints.txt \
+    && { grep -viEf /tmp/present /mnt/constraints.txt > /tmp/constraints.txt || true; } \
     && python -m pip install --no-cache-dir --root-user-action=ignore --constraint /tmp/constraints.txt \
     --requirement /mnt/requirements.txt \
     && rm /tmp/present /tmp/constraints.txt

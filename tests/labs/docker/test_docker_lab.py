@@ -6,12 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nemo_run as run
 import pytest
 
+from graftwork import executors
 from graftwork.cli.context import GraftContext
+from graftwork.errors import LaunchError
+from graftwork.executors import launch
 from graftwork.executors.docker import DEVICE
 from graftwork.executors.life_line import held, is_held, pass_on, passed_on
 from graftwork.training import finetune
@@ -23,7 +28,7 @@ SAME = ("train_loss", "val_loss", "steps", "trainable_parameters", "total_parame
 WEIGHTS = "adapter/adapter_model.safetensors"
 STRANGER = 12345
 """A user of whom neither this machine nor the image knows."""
-END_SECONDS = 90
+END_SECONDS = 120
 
 
 def containers() -> list[str]:
@@ -32,9 +37,12 @@ def containers() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    yield
-    assert containers() == []
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No container survives its test. NeMo Run reads stdin, which pytest forbids."""
+    with open(os.devnull) as empty:
+        monkeypatch.setattr(sys, "stdin", empty)
+        yield
+    until(lambda: containers() == [])  # Docker removes them a moment after they have ended
 
 
 def command(inputs: Path, out: Path, *more: str) -> list[str]:
@@ -81,7 +89,7 @@ def test_a_user_nobody_knows_submits_and_owns_the_results(
     mounts = [f"{socket}:{socket}", f"{inputs}:{inputs}:ro", f"{tmp_path}:{tmp_path}"]
     flags = [flag for mount in mounts for flag in ("--volume", mount)]
     flags += ["--user", f"{STRANGER}:{STRANGER}", "--group-add", str(socket.stat().st_gid), "--network", "host"]
-    flags += ["--env", f"NEMORUN_HOME={tmp_path / 'jobs'}", "--workdir", str(tmp_path)]
+    flags += ["--env", f"HOME={tmp_path}", "--env", f"NEMORUN_HOME={tmp_path / 'jobs'}", "--workdir", str(tmp_path)]
     factory = f"smollm2_135m(dir={tmp_path},name=run)"
     typed = ["nemorun", "graft", "finetune", "--factory", factory, "--yes"]
     docker(
@@ -133,14 +141,24 @@ def refused(out: Path, arguments: list[str], capfd: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.processes
-def test_the_base_cannot_be_written_to_and_the_cause_is_one_sentence(
+def test_what_a_recipe_reads_cannot_be_written_to(docker_lab: str, inputs: Path) -> None:
+    config = inputs / "base" / "config.json"
+    before = config.read_bytes()
+    writing = run.Partial(zipfile.ZipFile, file=str(config), mode="w")
+    with pytest.raises(LaunchError, match="(?s)ended as FAILED.*Read-only file system"):
+        launch(writing, executors.docker(container_image=docker_lab), tail=False)
+    assert config.read_bytes() == before
+
+
+@pytest.mark.processes
+def test_a_failing_task_ends_with_its_own_sentence(
     docker_lab: str, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    before = sorted((inputs / "base").iterdir())
-    arguments = command(inputs, tmp_path, f"data.cache_dir={inputs / 'base'}", *in_container(docker_lab))
-    code, line = refused(tmp_path, arguments, capfd)
-    assert code != 0 and "Read-only file system" in line and str(inputs / "base") in line
-    assert sorted((inputs / "base").iterdir()) == before and not (tmp_path / "run" / "adapter").exists()
+    (tmp_path / "bad.jsonl").write_text('{"input": "Question without an answer"}\n')
+    bad = [f"data.train={tmp_path / 'bad.jsonl'}", "data.validation_fraction=0.0"]
+    code, line = refused(tmp_path, command(inputs, tmp_path, *bad, *in_container(docker_lab)), capfd)
+    assert code == 2 and "bad.jsonl" in line and "'output'" in line
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_a_missing_image_is_named_with_its_neighbours(
@@ -149,7 +167,7 @@ def test_a_missing_image_is_named_with_its_neighbours(
     code, line = refused(tmp_path, command(inputs, tmp_path, *in_container("graftwork-lab:cpi")), capfd)
     assert code == 2
     assert line.startswith("error: container_image='graftwork-lab:cpi' is not on this machine, and pulling it fails (")
-    assert line.endswith("; did you mean 'graftwork-lab:cpu'?")
+    assert "; did you mean 'graftwork-lab:cpu'" in line
     assert not (tmp_path / "run").exists()
 
 
