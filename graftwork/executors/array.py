@@ -106,10 +106,18 @@ class Array:
         home = Path(self.experiment.jobs[0].executor.job_dir)
         own = home / f"element-{number}"
         own.mkdir(parents=True, exist_ok=True)
-        for log in home.glob(f"*_{self.job}_{number}*.out"):
-            if not (own / log.name).exists():
-                (own / log.name).symlink_to(log)
+        # the script's log has the array's id and the number, those of its steps the id that the element got for itself
+        for pattern in (f"sbatch_*_{self.job}_{number}.out", f"log*_{self._own_id(number)}_*.out"):
+            for log in home.glob(pattern):
+                if not (own / log.name).exists():
+                    (own / log.name).symlink_to(log)
         return own
+
+    def _own_id(self, number: int) -> str:
+        tunnel = self.experiment.jobs[0].executor.tunnel
+        command = f"sacct -j {self.job}_{number} -X -n -P -o JobIDRaw"
+        found: str = tunnel.run(command, hide=True, warn=True).stdout.strip()
+        return found if found.isdigit() else "unknown"
 
 
 def _word(account: Account) -> str:
