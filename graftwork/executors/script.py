@@ -52,6 +52,7 @@ class _Recorder:
         self.options: dict[str, Any] = {}
 
     def run(self, *arguments: str, **options: Any) -> None:
+        """Remember what would be run."""
         self.arguments, self.options = arguments, options
 
     def create(self, *arguments: object, **options: object) -> None:
