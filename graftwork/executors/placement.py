@@ -155,7 +155,7 @@ def _processes(executor: run.Executor) -> Callable[[], int]:
 def _size(ask: Callable[[], int]) -> int | None:
     try:
         return int(ask())
-    except (NotImplementedError, TypeError, ValueError):  # decided elsewhere
+    except (RuntimeError, TypeError, ValueError):  # not told, or decided elsewhere
         return None
 
 
