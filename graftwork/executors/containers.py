@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +24,19 @@ class Job(Protocol):
     @property
     def executor(self) -> run.Executor:
         """The executor, which knows the job's directory."""
+
+
+class _Image(Protocol):
+    id: str
+    tags: list[str]
+
+
+class _Images(Protocol):
+    """The images of Docker's client, which has no types of its own."""
+
+    def pull(self, name: str) -> _Image: ...
+
+    def list(self) -> list[_Image]: ...
 
 
 def prepare_container(executor: run.Executor) -> None:
@@ -73,22 +86,27 @@ def image_id(name: str) -> str:
     from docker.errors import DockerException, ImageNotFound
 
     try:
-        images = docker.from_env(timeout=ANSWER_SECONDS).images
+        client = docker.from_env(timeout=ANSWER_SECONDS)
     except DockerException as error:
         reason = _reason(error)
         raise LaunchError(f"no Docker daemon answers ({reason}); is it running, and may you use it?") from error
-    try:
-        found: str = images.get(name).id
-    except ImageNotFound:
+    with closing(client):
         try:
-            found = images.pull(name).id
-        except OSError as error:
-            here = [tag for image in images.list() for tag in image.tags]
-            raise ConfigError(
-                f"container_image={quoted(name)} is not on this machine, and pulling it fails ({_reason(error)}); "
-                f"{suggest(name, here)}"
-            ) from error
+            found: str = client.images.get(name).id
+        except ImageNotFound:
+            found = _pulled(client.images, name)
     return found
+
+
+def _pulled(images: _Images, name: str) -> str:
+    try:
+        return images.pull(name).id
+    except OSError as error:
+        here = [tag for image in images.list() for tag in image.tags]
+        raise ConfigError(
+            f"container_image={quoted(name)} is not on this machine, and pulling it fails ({_reason(error)}); "
+            f"{suggest(name, here)}"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
