@@ -1,0 +1,50 @@
+"""A real Slurm for the tests of this room, and a training small enough for it."""
+
+import gc
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.tiny_hf import make_tiny
+from tests.helpers.tiny_run import write_data
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.labs.slurm.lab import SlurmLab, absent
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def commands(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """NeMo Run's commands read the standard input, which pytest forbids, and leave pipes open."""
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def slurm_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
+    """Two nodes that are up; jobs find this repository's tests too."""
+    if reason := absent():
+        pytest.skip(f"no Slurm is started here: {reason}.")
+    lab = SlurmLab(tmp_path_factory.mktemp("slurm"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(lab.config))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+        try:
+            yield lab
+        finally:
+            lab.close()
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base checkpoint with its tokenizer, and a training file."""
+    root = write_data(tmp_path_factory.mktemp("place"))
+    tiny_tokenizer(make_tiny("llama", root / "base", vocab_size=300), 300)
+    return root
