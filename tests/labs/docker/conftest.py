@@ -52,5 +52,6 @@ def docker_lab(docker_daemon: None) -> str:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base checkpoint with its tokenizer, and a training file, in one directory to mount."""
     root = write_data(tmp_path_factory.mktemp("inputs"))
+    root.chmod(0o755)  # other users read it too
     tiny_tokenizer(make_tiny("llama", root / "base", vocab_size=300), 300)
     return root

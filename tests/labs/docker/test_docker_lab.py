@@ -23,12 +23,16 @@ from graftwork.training import finetune
 from tests.cli.test_end_to_end import overrides, summary
 from tests.labs.docker.conftest import ROOT, docker
 
+# NeMo Run leaves pipes and sockets of its commands for Python to close.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 NEMORUN = str(Path(sys.executable).with_name("nemorun"))
 SAME = ("train_loss", "val_loss", "steps", "trainable_parameters", "total_parameters")
 WEIGHTS = "adapter/adapter_model.safetensors"
 STRANGER = 12345
 """A user of whom neither this machine nor the image knows."""
-END_SECONDS = 120
+END_SECONDS = 300
+"""Longer than anything takes on a machine that others use too."""
 
 
 def containers() -> list[str]:
@@ -55,10 +59,13 @@ def in_container(image: str, *more: str) -> list[str]:
     return ["run.executor=docker", f"run.executor.container_image={image}", *more]
 
 
+def context(out: Path, name: str) -> GraftContext:
+    return GraftContext(name="finetune", factory=f"smollm2_135m(dir={out},name={name})", skip_confirmation=True)
+
+
 def execute(out: Path, name: str, arguments: list[str]) -> None:
     """Run the command line in this process."""
-    context = GraftContext(name="finetune", factory=f"smollm2_135m(dir={out},name={name})", skip_confirmation=True)
-    context.cli_execute(finetune, arguments)
+    context(out, name).cli_execute(finetune, arguments)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +205,12 @@ def launched(inputs: Path, out: Path, image: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         typed, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    until(lambda: bool(list((out / "run").rglob("metrics.csv"))), process)
+    try:
+        until(lambda: bool(list((out / "run").rglob("metrics.csv"))), process)
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
     return process
 
 
