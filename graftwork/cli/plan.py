@@ -13,6 +13,7 @@ from graftwork.executors.task import BAD_INPUT
 from graftwork.planning import advice
 from graftwork.recipes.planning import fit
 from graftwork.recipes.planning import plan as plan_recipe
+from graftwork.recipes.show import show
 from graftwork.training import finetune
 
 OWN = ("device", "output")
@@ -46,6 +47,9 @@ class PlanContext(GraftContext):
     def execute(self, task: run.Partial) -> None:
         """Print the plan (and the advice), write it as JSON to ``output``; exits 2 where there are problems."""
         check_complete(task)
+        if self.dryrun:
+            typer.echo(show(task))
+            return
         made = plan_recipe(task, [self.device]) if self.device else plan_recipe(task)
         typer.echo(str(made))
         if self.options.fit:

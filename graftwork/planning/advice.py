@@ -59,6 +59,8 @@ def advise(intent: Intent, world: int, device: Device) -> list[Candidate]:
 
     Activations are measured for one row and multiplied: they grow with the tokens of a rank.
     """
+    if intent.blueprint.shape.num_moe_experts is not None:
+        raise ConfigError("a mixture of experts cannot be fitted: its activations depend on how tokens are routed.")
     with world_of_one():
         whole, _ = fitting(replace(intent.blueprint, recompute=None))
         kept = replace(intent.blueprint, transforms=tuple(whole.stack.transforms.values()))

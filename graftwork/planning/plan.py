@@ -101,7 +101,10 @@ class Measured:
 
 
 def make_plan(intent: Intent, devices: Sequence[Device] = tuple(DEVICES.values()), name: str = "") -> Plan:
-    """Plan a run. No weights, no GPU and no process of another rank are needed; nothing is downloaded."""
+    """Plan a run. No weights, no GPU and no process of another rank are needed; nothing is downloaded.
+
+    Memory and time are those on ``devices``; without any, only counts and problems are told.
+    """
     blueprint = intent.blueprint
     problems = layout_problems(intent)
     with world_of_one():
@@ -109,7 +112,7 @@ def make_plan(intent: Intent, devices: Sequence[Device] = tuple(DEVICES.values()
         kept = replace(blueprint, transforms=tuple(whole.stack.transforms.values()))
         trainable, total = count_parameters(whole)
         found, tokens = (), None
-        if not problems:
+        if devices and not problems and blueprint.shape.num_moe_experts is None:  # experts' rows depend on values
             measured = measure(replace(intent, blueprint=kept), whole)
             per_step = intent.workload.micro_batch_size * intent.workload.row_tokens
             tokens = measured.flops.whole.times(1 / per_step)
