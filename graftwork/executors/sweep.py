@@ -159,7 +159,7 @@ def _check(member: Member) -> None:
         check_values(member.recipe)
     except GraftworkError as error:
         # Fiddle's own class of the same name cannot be made again
-        kind = next(one for one in type(error).__mro__ if one.__module__ == errors.__name__)
+        kind = next(one for one in type(error).__mro__ if getattr(errors, one.__name__, None) is one)
         raise kind(f"run {member.directory.name!r}: {sentence(error)}") from error
 
 
