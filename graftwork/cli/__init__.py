@@ -98,7 +98,7 @@ def _name(place: str) -> str:
 
 def _unread(name: str) -> Callable[[], None]:
     def verb() -> None:
-        raise NotImplementedError(name)
+        raise RuntimeError(f"{name} is not imported in this process")
 
     verb.__name__ = verb.__qualname__ = name
     return verb

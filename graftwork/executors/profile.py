@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from graftwork.errors import ConfigError, quoted, suggest
 from graftwork.jsonfile import read_bytes
+from graftwork.recipes.document import UniqueKeys
 
 FILE = "cluster.yaml"
 """The name that is looked for from the working directory upwards."""
@@ -30,12 +31,12 @@ _MOUNT = re.compile(r"[^:,\s]+:/[^:,\s]*(:(ro|rw)|:[^:,\s]+)?")
 
 
 def _matching(pattern: re.Pattern[str], valid: str) -> AfterValidator:
-    def check(value: str) -> str:
+    def matched(value: str) -> str:
         if not pattern.fullmatch(value):
             raise ValueError(f"{quoted(value)} does not fit; valid: {valid}")
         return value
 
-    return AfterValidator(check)
+    return AfterValidator(matched)
 
 
 Time = Annotated[str, _matching(_TIME, "'30' (minutes), '04:00:00', '2-12' (days-hours) or '2-12:30:00'")]
@@ -278,16 +279,8 @@ def explain(error: ValidationError) -> str:
     return ": ".join([part for part in (".".join(place), message[:1].lower() + message[1:]) if part]) + f"{given}."
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads ``10:00:00`` as it stands (YAML 1.1: 36,000) and ``no`` as a name; refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-        """Return the mapping of a node."""
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ConfigError(f"the key {quoted(twice[0])} is given twice.")
-        made: dict[object, object] = super().construct_mapping(node, deep=deep)
-        return made
+class _Loader(UniqueKeys):
+    """Reads ``10:00:00`` as it stands (YAML 1.1: 36,000) and ``no`` as a name."""
 
 
 _Loader.yaml_implicit_resolvers = {}

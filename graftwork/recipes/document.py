@@ -63,7 +63,7 @@ def _read_yaml(data: bytes, what: str) -> object:
             raise ConfigError(
                 f"{what} has an alias (*{quoted(event.anchor, bare=True)}); write the value where it is used."
             )
-    value: object = yaml.load(text, Loader=_Unique)
+    value: object = yaml.load(text, Loader=UniqueKeys)
     return value
 
 
@@ -80,14 +80,14 @@ READERS: dict[str, Callable[[bytes, str], object]] = {
 }  # fmt: skip
 
 
-class _Unique(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """Refuses a key that is given twice: YAML says it is an error, PyYAML takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         """Return the mapping of a node."""
         keys = [key.value for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ConfigError(f"the key {quoted(twice[0])} is given twice in a recipe file.")
+            raise ConfigError(f"the key {quoted(twice[0])} is given twice.")
         made: dict[object, object] = super().construct_mapping(node, deep=deep)
         return made
 
