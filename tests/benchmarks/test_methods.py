@@ -28,9 +28,8 @@ def result(exact_match: float) -> dict[str, Any]:
 RESULTS: dict[str, Any] = {
     "steps": 60,
     "rows": 200,
-    "seeds": [1, 2],
     "base": {"loss": 7.5, "exact_match": 0.0, "accuracy": 0.72},
-    "stacks": {"LoRA + IA3": [result(0.9), result(0.8)]},
+    "stacks": {"LoRA + IA3": {"1": result(0.9), "2": result(0.8)}},
 }
 
 
@@ -45,7 +44,17 @@ def test_figures_are_means_with_their_spread(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(methods, "RESULTS", tmp_path / "methods.json")
     methods.write(RESULTS, page)
     text = page.read_text()
-    line = "| LoRA + IA3 | 0.0002, 0.01 | 1,234 | 1.50 MB | 85.0 ± 7.1 % | 75.0 ± 0.0 % | 0.500 ± 0.000 | 2.00 |"
+    line = "| LoRA + IA3 | 0.0002, 0.01 | 1,234 | 1.50 MB | 2 | 85.0 ± 7.1 % | 75.0 ± 0.0 % | 0.500 ± 0.000 | 2.00 |"
     assert line in text and "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     methods.write(RESULTS, page)
     assert page.read_text() == text
+
+
+def test_what_was_measured_is_kept_for_as_many_steps_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "RESULTS", tmp_path / "methods.json")
+    assert methods.kept(60, 200) == {"steps": 60, "rows": 200, "stacks": {}}
+    page = tmp_path / "page.md"
+    page.write_text(f"{methods.BEGIN}\n{methods.END}")
+    methods.write(RESULTS, page)
+    assert methods.kept(60, 200) == RESULTS
+    assert methods.kept(80, 200) == {"steps": 80, "rows": 200, "stacks": {}}
