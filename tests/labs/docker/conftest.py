@@ -52,6 +52,7 @@ def docker_lab(docker_daemon: None) -> str:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base checkpoint with its tokenizer, and a training file, in one directory to mount."""
     root = write_data(tmp_path_factory.mktemp("inputs"))
-    root.chmod(0o755)  # other users read it too
     tiny_tokenizer(make_tiny("llama", root / "base", vocab_size=300), 300)
+    for path in (root, *root.rglob("*")):  # other users read them too
+        path.chmod(0o755 if path.is_dir() else 0o644)
     return root
