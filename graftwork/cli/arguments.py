@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Any, Optional
 
 from graftwork.errors import ConfigError, suggest
 
@@ -83,10 +83,11 @@ def words_as_fields(verb: str, args: Sequence[str], words: Mapping[str, Sequence
     return [*named, *(arg for arg in args if arg not in given)]
 
 
-def _told(found: Options, option: str, field: str, value: object) -> Options:
+def _told(found: Options, option: str, field: str, value: str | bool) -> Options:
     if getattr(found, field) != getattr(Options(), field):
         raise ConfigError(f"{option} is given twice; once is valid.")
-    return replace(found, **{field: value})
+    told: dict[str, Any] = {field: value}
+    return replace(found, **told)
 
 
 def _fields() -> dict[str, str]:

@@ -46,9 +46,9 @@ def check_recipe_file(path: Path, whole: bool = True) -> None:
     A ``whole`` file holds fields of a recipe that is named beside it, any other one those of one part.
     """
     document = read_document(path)
-    if whole and (own := document.keys() & {"_target_", "_partial_", "_factory_", "run"}):
+    if whole and (own := [key for key in ("_factory_", "_partial_", "_target_", "run") if key in document]):
         raise ConfigError(
-            f"{quoted(path)} has {min(own)!r}, but a file of --yaml holds fields only; name the recipe with --factory "
+            f"{quoted(path)} has {own[0]!r}, but a file of --yaml holds fields only; name the recipe with --factory "
             "beside it, or run a file that recipes.save wrote with --file."
         )
     for where, key, value in places(document, path):
