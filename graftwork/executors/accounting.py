@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from dataclasses import dataclass
 
 import nemo_run as run
@@ -38,18 +39,24 @@ class Account:
 def accounts(tunnel: Tunnel, job: str) -> list[Account]:
     """Return what is known of ``job``, or of every element of it; raises LaunchError when Slurm does not answer."""
     number = shlex.quote(job)
-    answer = tunnel.run(
+    answer = ask(
+        tunnel,
         f"squeue -h -r -j {number} -o '{_QUEUED}%i|%T|%r|%M of %l|%N' 2>/dev/null; "
         f"sacct -j {number} -X -n -P -o JobID,State,ExitCode,Elapsed,NodeList",
-        hide=True,
-        warn=True,
-        in_stream=False,
     )
     lines = answer.stdout.splitlines()
     found = {one.job: one for one in map(_ended, lines) if one} | {one.job: one for one in map(_queued, lines) if one}
-    if not found and answer.return_code:
+    if not found and answer.returncode:
         raise LaunchError(f"Slurm tells nothing of job {job}: {quoted(answer.stderr.strip(), 200, bare=True)}")
     return [found[name] for name in sorted(found, key=_by_number)] or [Account(job, "PENDING")]
+
+
+def ask(tunnel: Tunnel, command: str) -> subprocess.CompletedProcess[str]:
+    """Return what a shell command answers on the machine that submits; NeMo Run's own way leaves pipes open."""
+    if isinstance(tunnel, run.LocalTunnel):
+        return subprocess.run(["bash", "-c", command], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    told = tunnel.run(command, hide=True, warn=True, in_stream=False)
+    return subprocess.CompletedProcess(command, told.return_code, told.stdout, told.stderr)
 
 
 def status_of(experiment: run.Experiment) -> dict[str, TaskState]:

@@ -8,14 +8,15 @@ import nemo_run as run
 from nemo_run.core.tunnel.client import Tunnel
 from nemo_run.run.job import Job
 
+from graftwork.executors.accounting import ask
 from graftwork.executors.outcome import log_lines
 
 
 class JobLog(Protocol):
     """The log of one task."""
 
-    def more(self) -> list[str]:
-        """Return the lines that have been added since the last call."""
+    def more(self, over: bool) -> list[str]:
+        """Return the lines that have been added since the last call; ``over``: no more will come."""
         ...
 
 
@@ -25,8 +26,8 @@ class FileLog:
     def __init__(self, directory: Path) -> None:
         self.directory, self._read = directory, 0
 
-    def more(self) -> list[str]:
-        """Return the lines that have been added since the last call."""
+    def more(self, over: bool) -> list[str]:
+        """Return the lines that have been added since the last call; ``over``: no more will come."""
         lines = log_lines(self.directory)[self._read :]
         self._read += len(lines)
         return lines
@@ -35,32 +36,32 @@ class FileLog:
 class ClusterLog:
     """The log of a Slurm job: the files of all its attempts and elements, the oldest first.
 
-    What the batch script itself has written is shown only where the job has written nothing.
+    What the batch script itself has written is shown only where the job has ended and written nothing.
     """
 
     def __init__(self, tunnel: Tunnel, directory: str) -> None:
         self.tunnel, self.directory = tunnel, directory
         self._read: dict[str, int] = {}
 
-    def more(self) -> list[str]:
-        """Return the lines that have been added since the last call."""
-        return [line for file in self._files() for line in self._more_of(file)]
+    def more(self, over: bool) -> list[str]:
+        """Return the lines that have been added since the last call; ``over``: no more will come."""
+        return [line for file in self._files(over) for line in self._more_of(file, over)]
 
-    def _files(self) -> list[str]:
+    def _files(self, over: bool) -> list[str]:
         place = shlex.quote(self.directory)
-        return self._run(f"ls -1tr {place}/log-*.out 2>/dev/null || ls -1tr {place}/sbatch_*.out 2>/dev/null")
+        own = self._names(f"{place}/log-*.out")
+        return own if own or not over else self._names(f"{place}/sbatch_*.out")
 
-    def _more_of(self, file: str) -> list[str]:
+    def _names(self, pattern: str) -> list[str]:
+        return ask(self.tunnel, f"ls -1tr {pattern} 2>/dev/null").stdout.splitlines()
+
+    def _more_of(self, file: str, over: bool) -> list[str]:
         begun = self._read.get(file, 0)
-        # `head -n -0` would keep a line that is still being written
-        text = self._run(f"tail -n +{begun + 1} {shlex.quote(file)}", whole=True)
-        self._read[file] = begun + len(text)
-        return text
-
-    def _run(self, command: str, whole: bool = False) -> list[str]:
-        text: str = self.tunnel.run(command, hide=True, warn=True, in_stream=False).stdout
-        lines = text.split("\n")
-        return lines[:-1] if whole else [line for line in lines if line]
+        lines = ask(self.tunnel, f"tail -n +{begun + 1} {shlex.quote(file)}").stdout.split("\n")
+        if not over or not lines[-1]:
+            del lines[-1]  # it is still being written
+        self._read[file] = begun + len(lines)
+        return lines
 
 
 def log_of(job: Job, experiment: run.Experiment) -> JobLog:

@@ -1,5 +1,6 @@
 """Runs that were started before, seen from any process: how far they are, what they print, how to stop them."""
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torchx.specs.api import AppState, is_terminal
 
 from graftwork.endings import INTERRUPTED_EXIT_CODE, Interrupted
 from graftwork.errors import ConfigError, LaunchError, quoted, suggest
-from graftwork.executors.accounting import accounts
+from graftwork.executors.accounting import accounts, ask
 from graftwork.executors.joblog import JobLog, log_of
 from graftwork.executors.outcome import RANK_PREFIX, USER_ERROR, failure
 from graftwork.executors.profile import find_profile
@@ -77,8 +78,9 @@ def logs(experiment: Optional[str] = None, task: Optional[str] = None, follow: b
     ``task`` chooses one of several. ``follow`` goes on until the last of them has ended.
     """
     found = find(experiment)
-    for line in lines(found, task, follow):
-        print(line, flush=True)
+    with _looking_at(found._id):
+        for line in lines(found, task, follow):
+            print(line, flush=True)
 
 
 def attach(experiment: Optional[str] = None, task: Optional[str] = None) -> None:
@@ -87,15 +89,10 @@ def attach(experiment: Optional[str] = None, task: Optional[str] = None) -> None
     Raises the GraftworkError a task ended with, or LaunchError with the end of its log. Ctrl-C only stops looking.
     """
     found = find(experiment)
-    try:
+    with _looking_at(found._id):
         for line in lines(found, task, follow=True):
             if shown := _as_launched(line, _has_ranks(found)):
                 print(shown, flush=True)
-    except Interrupted as asked:
-        raise Interrupted(
-            f"stopped looking at {found._id}, which goes on; 'nemorun graft attach {found._id}' looks again",
-            INTERRUPTED_EXIT_CODE,
-        ) from asked
     for state in states(found, task):
         if not state.succeeded:
             raise failure(state.task, state.state, state.directory)
@@ -114,7 +111,7 @@ def cancel(experiment: Optional[str] = None, task: Optional[str] = None) -> None
     for job in _jobs(found, task):
         if isinstance(job.executor, run.LocalExecutor) and job.id in before:
             raise ConfigError(f"{found._id} runs in the foreground of this machine; Ctrl-C stops it where it does.")
-        job.cancel(found._runner)
+        _stop(found, job)
     end = time.monotonic() + CANCEL_SECONDS
     while running := [state for state in states(found, task) if not state.is_over]:
         if time.monotonic() > end:
@@ -139,16 +136,7 @@ def find(experiment: Optional[str] = None) -> run.Experiment:
         with _home(known[identity]):
             found = run.Experiment.from_id(identity)
             found._initialize_tunnels(extract_from_executors=True)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        AssertionError,
-        serialization.PyrefPolicyError,
-        serialization.DeserializationError,
-    ) as error:
+    except _UNREADABLE as error:
         reason = quoted(" ".join(str(error).split()), 200, bare=True)
         raise LaunchError(f"experiment {identity!r} cannot be looked at: {reason}") from error
     return found
@@ -156,8 +144,7 @@ def find(experiment: Optional[str] = None) -> run.Experiment:
 
 def states(experiment: run.Experiment, task: Optional[str] = None) -> list[State]:
     """Return how the tasks of an experiment are; raises LaunchError when their scheduler does not answer."""
-    told = experiment.status(return_dict=True)
-    return [state for job in _jobs(experiment, task) for state in _states(experiment, job, told[job.id])]
+    return [state for job in _jobs(experiment, task) for state in _states(experiment, job)]
 
 
 def lines(experiment: run.Experiment, task: Optional[str] = None, follow: bool = False) -> Iterator[str]:
@@ -169,34 +156,46 @@ def lines(experiment: run.Experiment, task: Optional[str] = None, follow: bool =
     readers = {job.id: log_of(job, experiment) for job in jobs}
     unknown = 0
     while True:
-        now = states(experiment, task) if follow else []
-        yield from _new_lines(readers)
+        now = states(experiment, task)
+        over = all(state.is_over for state in now)
+        yield from _new_lines(readers, over)
         unknown = unknown + 1 if any(state.state == "UNKNOWN" for state in now) else 0
-        if all(state.is_over for state in now):
+        if over or not follow:
             return
         if unknown > _MOST_UNKNOWN:
             raise LaunchError(f"nobody knows how {experiment._id} is; look with its scheduler's own commands.")
         time.sleep(POLL_SECONDS)
 
 
-def _new_lines(readers: dict[str, JobLog]) -> Iterator[str]:
+def _new_lines(readers: dict[str, JobLog], over: bool) -> Iterator[str]:
     for name, reader in readers.items():
-        for line in reader.more():
+        for line in reader.more(over):
             yield f"{name}: {line}" if len(readers) > 1 else line
 
 
-def _states(experiment: run.Experiment, job: Job, told: dict[str, object]) -> list[State]:
-    directory, number = Path(str(told["local_dir"])), str(told["job_id"])
+def _states(experiment: run.Experiment, job: Job) -> list[State]:
+    directory, number = Path(job.executor.job_dir), _number(job)
     if isinstance(job.executor, run.SlurmExecutor) and number:
-        found = accounts(_tunnel(experiment, job), number)
         return [
             State(_element(job.id, one.job), one.state, one.words, one.job, directory, one.is_over, one.succeeded)
-            for one in found
+            for one in accounts(_tunnel(experiment, job), number)
         ]
-    state = told["status"]
-    word = state.name if isinstance(state, AppState) else str(state)
-    over = is_terminal(state) if isinstance(state, AppState) else False
-    return [State(job.id, word, "", number, directory, over, word == "SUCCEEDED")]
+    state = job.status(experiment._runner)
+    return [State(job.id, state.name, "", number, directory, is_terminal(state), state == AppState.SUCCEEDED)]
+
+
+def _number(job: Job) -> str:
+    """Return the scheduler's id of a job, '' before it is submitted."""
+    number: str = job.handle.rpartition("://")[2].rpartition("/")[2]
+    return number
+
+
+def _stop(experiment: run.Experiment, job: Job) -> None:
+    if isinstance(job.executor, run.SlurmExecutor):
+        # NeMo Run cancels nothing that sacct has not heard of yet
+        ask(_tunnel(experiment, job), f"scancel {shlex.quote(_number(job))}")
+    else:
+        job.cancel(experiment._runner)
 
 
 def _has_ranks(experiment: run.Experiment) -> bool:
@@ -251,6 +250,16 @@ def _started(identity: str) -> int:
 
 def _name(identity: str) -> str:
     return identity.rpartition("_")[0]
+
+
+@contextmanager
+def _looking_at(identity: str) -> Iterator[None]:
+    """Say, when this process is asked to stop, that only looking stops."""
+    try:
+        yield
+    except Interrupted as asked:
+        sentence = f"stopped looking at {identity}, which goes on; 'nemorun graft attach {identity}' looks again"
+        raise Interrupted(sentence, INTERRUPTED_EXIT_CODE) from asked
 
 
 @contextmanager

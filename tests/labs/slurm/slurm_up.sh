@@ -156,7 +156,13 @@ CONF
 start_nodes() {
   slurmctld </dev/null
   wait_for slurmctld 20 scontrol ping
-  for i in $(seq $NODES); do slurmd -N "n$i" </dev/null; done
+  # jobs find a node by its name, as on a cluster; the machine's own /etc/hosts stays as it is
+  { cat /etc/hosts; echo "127.0.0.1 $(seq -f n%g -s ' ' $NODES)"; } >"$LAB/etc/hosts"
+  cat >"$LAB/etc/node.sh" <<NODE
+mount --bind "$LAB/etc/hosts" /etc/hosts
+exec slurmd -N "\$1" </dev/null
+NODE
+  for i in $(seq $NODES); do unshare --mount bash "$LAB/etc/node.sh" "n$i"; done
   idle() { [ "$(timeout 5 sinfo -h -N -t idle -o %N | wc -l)" = $NODES ]; }
   local end=$((SECONDS + 30))
   until idle; do
