@@ -11,10 +11,11 @@ from graftwork.planning.activations import Activations
 from graftwork.planning.blueprint import world_of_one
 from graftwork.planning.checks import STRATEGY, Intent, fitting, layout_problems
 from graftwork.planning.devices import Device, device_named
+from graftwork.planning.figures import OnDevice
 from graftwork.planning.flops import Flops, GraphFlops
 from graftwork.planning.memory import memory
 from graftwork.planning.parameters import Held, held
-from graftwork.planning.plan import OnDevice, dealt, setting_of
+from graftwork.planning.plan import dealt, setting_of
 from graftwork.planning.samples import Sample, kinds_of, sample
 from graftwork.planning.speed import DEVICES_OF_A_NODE, speed
 from graftwork.planning.stages import stages
@@ -96,7 +97,7 @@ def as_text(candidates: list[Candidate], world: int, device: Device, most: int =
         "step at least",
         "tokens/s at most",
     )
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for number, one in enumerate(candidates[:most], 1):
         layout = one.intent.layout
         sizes = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size

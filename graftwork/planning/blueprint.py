@@ -1,5 +1,6 @@
 """Blueprint: a model with its adapters as a run would build it, drawn without memory, weights or other ranks."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from graftwork.errors import ParallelismError
 from graftwork.models.base import Model
 from graftwork.models.precision import DTYPES
 from graftwork.models.recompute import recompute_fields
-from graftwork.models.shapes import Shape
+from graftwork.models.shapes import Shape, T5Shape
 from graftwork.peft import PEFT
 
 
@@ -46,14 +47,14 @@ class Blueprint:
             _move_constants(model.module)
             for transform in self.transforms:
                 # as if its values were loaded: an initial text has no tokenizer here
-                model.stack.add(_fresh(transform), loaded=True)
+                model.stack.add(copy.deepcopy(transform), loaded=True)
         model.train()
         return model
 
     def shallow(self) -> "Blueprint":
         """Return the same model with one layer in each part."""
-        fields = [name for name in ("num_layers", "num_decoder_layers") if hasattr(self.shape, name)]
-        return replace(self, shape=replace(self.shape, **dict.fromkeys(fields, 1)))
+        shape = replace(self.shape, num_layers=1)
+        return replace(self, shape=replace(shape, num_decoder_layers=1) if isinstance(shape, T5Shape) else shape)
 
     def cut(self, ranks: int, sequence_parallel: bool = False) -> "Blueprint":
         """Return a model that has on one rank what one of ``ranks`` tensor-parallel ranks has."""
@@ -89,10 +90,6 @@ def world_of_one() -> Iterator[None]:
         finally:
             if mine:
                 parallel.destroy()
-
-
-def _fresh(transform: PEFT) -> PEFT:
-    return type(transform)(**transform.hyperparameters())
 
 
 def _move_constants(module: nn.Module) -> None:

@@ -1,26 +1,22 @@
 """Plan: what a run will train, hold, compute and write, and what would stop it, told before it is built."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from graftwork.layout import Layout
 from graftwork.models.base import Model
 from graftwork.models.precision import DTYPES
 from graftwork.peft import report
-from graftwork.peft.report import SiteReport
 from graftwork.planning import activations, flops, show
-from graftwork.planning.base import BaseFindings
 from graftwork.planning.blueprint import world_of_one
 from graftwork.planning.checks import Intent, fitting, layout_problems, row_problems
 from graftwork.planning.devices import DEVICES, Device
+from graftwork.planning.figures import Figures, OnDevice
 from graftwork.planning.flops import Flops, GraphFlops
-from graftwork.planning.memory import Setting, StageMemory, memory
+from graftwork.planning.memory import Setting, memory
 from graftwork.planning.parameters import held
 from graftwork.planning.problem import Problem
-from graftwork.planning.rows import RowsFindings
 from graftwork.planning.samples import Kind, Sample, kinds_of, sample
-from graftwork.planning.speed import Speed, speed
+from graftwork.planning.speed import speed
 from graftwork.planning.stages import Stage, stages
 from graftwork.planning.workload import Workload
 from graftwork.training.callbacks.room import ARTIFACT
@@ -28,64 +24,8 @@ from graftwork.training.summary import count_parameters
 
 
 @dataclass(frozen=True)
-class OnDevice:
-    """What a run is on one device: memory of every pipeline stage, whether it fits, the bound of a step."""
-
-    device: Device
-    memory: tuple[StageMemory, ...]
-    speed: Speed
-
-    @property
-    def peak(self) -> float:
-        """Bytes on the fullest rank."""
-        return max(stage.total for stage in self.memory)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the fullest rank has room."""
-        return self.peak <= self.device.memory
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will be. Counts are of the whole model, un-sharded; memory is in bytes, of one rank of a stage.
-
-    ``flops`` are those of one token; ``artifact_bytes`` of the adapter directory (of the model, in full fine-tuning);
-    ``devices``: memory and time on each that was asked for, none where the layout does not work.
-    """
-
-    name: str
-    layout: Layout
-    world: int
-    sites: tuple[SiteReport, ...]
-    trainable_parameters: int
-    total_parameters: int
-    artifact_bytes: int
-    flops: Flops | None = None
-    devices: tuple[OnDevice, ...] = ()
-    rows: RowsFindings | None = None
-    base: BaseFindings | None = None
-    problems: tuple[Problem, ...] = field(default=())
-
-    @property
-    def memory_per_rank(self) -> tuple[StageMemory, ...]:
-        """Memory of every pipeline stage, on the first device."""
-        return self.devices[0].memory if self.devices else ()
-
-    @property
-    def speeds(self) -> tuple[Speed, ...]:
-        """Bound of a step on every device."""
-        return tuple(one.speed for one in self.devices)
-
-    def to_json(self) -> str:
-        """Return everything as JSON, totals beside their parts."""
-        found = asdict(self)
-        for on, one in zip(found["devices"], self.devices):
-            on |= {"peak_bytes": one.peak, "fits": one.fits}
-            on["speed"] |= {"seconds": one.speed.seconds, "tokens_per_second": one.speed.tokens_per_second}
-            for stage, of in zip(on["memory"], one.memory):
-                stage["total"] = of.total
-        return json.dumps(found, indent=2)
+class Plan(Figures):
+    """What a run will be, printable."""
 
     def __str__(self) -> str:
         return show.as_text(self)
@@ -111,7 +51,8 @@ def make_plan(intent: Intent, devices: Sequence[Device] = tuple(DEVICES.values()
         whole, misfits = fitting(replace(blueprint, recompute=None))
         kept = replace(blueprint, transforms=tuple(whole.stack.transforms.values()))
         trainable, total = count_parameters(whole)
-        found, tokens = (), None
+        found: tuple[OnDevice, ...] = ()
+        tokens: Flops | None = None
         if devices and not problems and blueprint.shape.num_moe_experts is None:  # experts' rows depend on values
             measured = measure(replace(intent, blueprint=kept), whole)
             per_step = intent.workload.micro_batch_size * intent.workload.row_tokens

@@ -56,7 +56,7 @@ class Sample:
             return trace(self.model, workload.microbatch(self.model, context), targets, weigh)
 
     def _base(self) -> dict[str, list[int]]:
-        return {kind.part: [index] * BASE for kind, index in reversed(self.standing.items())}
+        return {kind.part: [index] * BASE for kind, index in reversed(list(self.standing.items()))}
 
 
 def kinds_of(parameters: Sequence[Held]) -> list[Kind]:
@@ -85,16 +85,16 @@ def sample(blueprint: Blueprint, kinds: Sequence[Kind]) -> Sample:
 def _only(model: Model, layers: Mapping[str, list[int]]) -> Iterator[None]:
     """Let each part of the model have these of its layers inside the block; one may stand there several times."""
     stacks = {part: model.chunks[0].get_submodule(part) for part in layers}
-    whole = {part: stack.layers for part, stack in stacks.items()}
+    whole = {part: list(stack.get_submodule("layers").children()) for part, stack in stacks.items()}
     try:
         for part, stack in stacks.items():
             _give(stack, [stack.get_submodule(f"layers.{index}") for index in layers[part]])
         yield
     finally:
         for part, stack in stacks.items():
-            _give(stack, list(whole[part]))
+            _give(stack, whole[part])
 
 
 def _give(stack: nn.Module, layers: Sequence[nn.Module]) -> None:
     stack.layers = nn.ModuleList(layers)
-    stack.num_layers_per_pipeline_rank = len(layers)  # what recomputation goes by
+    vars(stack)["num_layers_per_pipeline_rank"] = len(layers)  # what recomputation goes by

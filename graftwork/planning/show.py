@@ -2,18 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from graftwork.peft.report import SiteReport
-
-if TYPE_CHECKING:
-    from graftwork.planning.plan import Plan
+from graftwork.planning.figures import Figures
 
 _COLUMNS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "buffers", "runtime", "total")
 _UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
-def as_text(plan: "Plan") -> str:
+def as_text(plan: Figures) -> str:
     """Return the whole plan."""
     parts = [_head(plan), _methods(plan.sites), _memory(plan), _speed(plan), _findings(plan), _problems(plan)]
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
@@ -37,7 +34,7 @@ def table(rows: Iterable[Sequence[str]]) -> list[str]:
     ]
 
 
-def _head(plan: "Plan") -> list[str]:
+def _head(plan: Figures) -> list[str]:
     share = 100 * plan.trainable_parameters / max(1, plan.total_parameters)
     layout = plan.layout
     sizes = {
@@ -71,7 +68,7 @@ def _methods(sites: Sequence[SiteReport]) -> list[str]:
     return table([head, *((*key, f"{count[key]:,}", f"{trained[key]:,}") for key in count)])
 
 
-def _memory(plan: "Plan") -> list[str]:
+def _memory(plan: Figures) -> list[str]:
     if not plan.devices:
         return []
     stages = plan.memory_per_rank
@@ -82,7 +79,7 @@ def _memory(plan: "Plan") -> list[str]:
     ]
 
 
-def _speed(plan: "Plan") -> list[str]:
+def _speed(plan: Figures) -> list[str]:
     if plan.flops is None or not plan.devices:
         return []
     one = plan.flops
@@ -100,7 +97,7 @@ def _speed(plan: "Plan") -> list[str]:
     return [f"{one.total / 1e9:.4g} GFLOP a token: {said}", *table([head, *rows])]
 
 
-def _findings(plan: "Plan") -> list[str]:
+def _findings(plan: Figures) -> list[str]:
     lines = []
     if plan.base is not None and plan.base.name is not None:
         lines.append(f"base {plan.base.name}: {', '.join(plan.base.notes) or plan.base.directory}")
@@ -113,7 +110,7 @@ def _findings(plan: "Plan") -> list[str]:
     return lines
 
 
-def _problems(plan: "Plan") -> list[str]:
+def _problems(plan: Figures) -> list[str]:
     if not plan.problems:
         return ["no problems found"]
     return [f"{len(plan.problems)} problem(s):", *(f"- {problem}" for problem in plan.problems)]
