@@ -37,14 +37,14 @@ down() {
     for _ in $(seq 20); do [ -n "$(timeout 5 squeue -h 2>/dev/null)" ] || break; sleep 0.2; done
   fi
   for i in $(seq $NODES); do stop "$LAB/run/slurmd.n$i.pid"; done
+  for daemon in slurmctld slurmdbd mariadbd munged; do stop "$LAB/run/$daemon.pid"; done
   local place
-  for place in /proc/[0-9]*; do # what holds steps outlives slurmd, and jobs it
+  for place in /proc/[0-9]*; do # slurmd takes its pid file away and waits for steps; what holds them outlives it
     if grep -qsz "^SLURM_CONF=$SLURM_CONF$" "$place/environ" &&
-      { grep -qsz '^SLURMD_NODENAME=' "$place/environ" || grep -qs '^slurmstepd' "$place/comm"; }; then
+      { grep -qsz '^SLURMD_NODENAME=' "$place/environ" || grep -qs '^slurm' "$place/comm"; }; then
       kill -9 "${place#/proc/}" 2>/dev/null || true
     fi
   done
-  for daemon in slurmctld slurmdbd mariadbd munged; do stop "$LAB/run/$daemon.pid"; done
   rm -rf "$LAB/db"
 }
 
