@@ -42,7 +42,7 @@ def as_task(recipe: run.Partial) -> run.Partial:
     try:
         text = serialization.dump_json(with_text(recipe))
         unchanged = serialization.load_json(text) == with_text(recipe)
-    except (serialization.UnserializableValueError, serialization.PyrefError) as error:
+    except (serialization.UnserializableValueError, serialization.PyrefPolicyError) as error:
         raise ConfigError(
             f"the recipe cannot be sent to another process: {quoted(str(error), 300, bare=True)}"
         ) from error

@@ -17,6 +17,7 @@ from graftwork.executors.launch import task_name, without_ranks
 from graftwork.executors.live import LiveLog
 from graftwork.executors.outcome import check, failure, log_lines
 from graftwork.executors.relay import Relay
+from graftwork.executors.task import as_task
 from tests.helpers.snippets import ROOT
 from tests.helpers.tasks import write_ranks
 
@@ -204,3 +205,8 @@ def test_a_name_without_a_usable_character_is_refused() -> None:
     assert task_name("my run/1") == "my-run-1"
     with pytest.raises(ConfigError):
         task_name("///")
+
+
+def test_a_recipe_that_cannot_travel_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="cannot be sent to another process: "):
+        as_task(run.Partial(write_ranks, directory=object()))
