@@ -92,6 +92,7 @@ def test_without_a_terminal_no_sweep_runs_unasked(capsys: pytest.CaptureFixture[
     assert exit_.value.code == 2 and "add --yes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sweep_and_compare_from_the_shell(tmp_path: Path) -> None:
     tiny_run.write_data(tmp_path)
     shape = [f"model.shape.{field}={value}" for field, value in vars(tiny_run.SHAPE).items() if type(value) is int]

@@ -95,7 +95,7 @@ def tree(tmp_path: Path) -> Iterator[Callable[..., Tree]]:
 
 
 STOPS = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
-SLOW = (signal.SIGTERM, signal.SIGUSR1, "torchrun")
+SLOW = (signal.SIGTERM, signal.SIGUSR1, "torchrun", "launcher")
 """What is asked for in `make test-all` only: each tree of processes imports torch three times."""
 
 
@@ -127,6 +127,7 @@ def test_a_stop_before_anything_was_saved_says_so(number: signal.Signals, tree: 
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_second_ctrl_c_stops_at_once(tree: Callable[..., Tree]) -> None:
     running = tree("stubborn", 2)
@@ -198,6 +199,7 @@ def told_after(run: Path, code: int) -> str:
     return f"stopped after step {step}, its state is saved; the same command goes on from there (exit code {code})"
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_training_on_two_ranks_saves_its_state_and_goes_on_to_a_printed_summary(tmp_path: Path) -> None:
     command, run = training(tiny_run.write_data(tmp_path), ranks=2), tmp_path / "run"

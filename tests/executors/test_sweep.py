@@ -40,6 +40,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [re.sub(r", \d+ s$", "", line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_so_many_at_a_time_and_what_is_left_the_next_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # a ends when c has begun: a run takes any place that is free, and does not wait for all that began before it
     recipes = [
@@ -96,6 +97,7 @@ def start(tmp_path: Path, seconds: float) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_every_run_and_starts_no_other(tmp_path: Path) -> None:
     started = start(tmp_path, seconds=600)
     deadline = time.monotonic() + PATIENCE
