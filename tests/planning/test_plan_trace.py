@@ -78,16 +78,18 @@ def few_equal_many(blueprint: Blueprint, rows: Workload) -> None:
         whole = blueprint.draft()
         kinds = kinds_of(held(whole))
         found = activations.measure(sample(blueprint, kinds), rows, Layout())
-        real = trace(whole, rows.microbatch(whole), rows.targets())
+        peak = trace(whole, rows.microbatch(whole), rows.targets()).peak
+        saved = trace(whole, rows.microbatch(whole), targets=1).saved
     layers = [(kind.part, index) for kind in kinds for index in kind.layers]
-    assert found.of(layers) + found.outside == pytest.approx(real.saved, rel=0.02)
-    assert found.of(layers) + found.outside + found.transient + found.logits == pytest.approx(real.peak, rel=0.02)
+    assert found.of(layers) + found.outside == pytest.approx(saved)
+    assert found.of(layers) + found.outside + found.transient + found.logits == pytest.approx(peak, rel=0.001)
 
 
 def test_nothing_is_held_when_a_trace_is_over() -> None:
     with world_of_one():
         draft = Blueprint(GPT, shape(), "fp32", None, [LoRA(dim=4)]).draft()
-        first = trace(draft, ROWS.microbatch(draft), 8)
+        trace(draft, ROWS.microbatch(draft), 8)  # which fills caches of the rotary positions
+        second = trace(draft, ROWS.microbatch(draft), 8)
         gc.collect()
-        assert trace(draft, ROWS.microbatch(draft), 8) == first
+        assert trace(draft, ROWS.microbatch(draft), 8) == second
         assert all(p.grad is None for p in draft.parameters())
