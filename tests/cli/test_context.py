@@ -1,5 +1,6 @@
 """GraftContext: what ran decides the exit code; no training runs unasked."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,10 @@ def test_what_cannot_be_placed_is_one_line_before_anything_starts(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_for_gpus_elsewhere_needs_none_here(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_for_gpus_elsewhere_needs_none_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # invoke reads along, which pytest forbids
     elsewhere = ["run.executor=slurm", "trainer.accelerator=gpu", "data.train=train.jsonl"]
     GraftContext(name="finetune", factory="smollm2_135m", dryrun=True).cli_execute(finetune, elsewhere)
     assert "trainer.accelerator = 'gpu'" in capsys.readouterr().out
