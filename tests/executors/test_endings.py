@@ -116,7 +116,8 @@ def test_a_stop_reaches_every_rank_and_says_how_to_go_on(number: signal.Signals,
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_before_anything_was_saved_says_so(number: signal.Signals, tree: Callable[..., Tree]) -> None:
     running, code = tree("rest", 1), {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     running.launcher.send_signal(number)

@@ -180,6 +180,7 @@ def test_a_script_that_would_launch_again_inside_its_task_is_refused(tmp_path: P
     )
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_what_a_guarded_script_defines_runs_in_the_task(tmp_path: Path) -> None:
     done = script(tmp_path, 'if __name__ == "__main__":\n    launch(run.Partial(task))\n')
