@@ -100,14 +100,15 @@ class Cell:
 PLAIN = Workload(seq_length=512, micro_batch_size=4, global_batch_size=8, answer_share=0.125)
 PACKED = replace(PLAIN, packing=True, samples=4)
 ONE = replace(PLAIN, global_batch_size=4)
+LONG = replace(PLAIN, micro_batch_size=16, global_batch_size=16)
 PAIRS = Workload(seq_length=512, micro_batch_size=4, global_batch_size=8, answer_length=64)
 
 CELLS = [
     Cell("LoRA", SMALL, tuned(LoRA), PLAIN),
-    Cell("LoRA, full recomputation", SMALL, tuned(LoRA), PLAIN, recompute="full"),
+    Cell("LoRA, full recomputation", SMALL, tuned(LoRA), LONG, recompute="full"),
     Cell("LoRA, selective recomputation", SMALL, tuned(LoRA), PLAIN, recompute="selective"),
     Cell("LoRA, packed", SMALL, tuned(LoRA), PACKED),
-    Cell("LoRA, bf16", WIDE, tuned(LoRA), PLAIN, dtype="bf16"),
+    Cell("LoRA, bf16", SMALL, tuned(LoRA), LONG, dtype="bf16"),
     Cell("LoRA, wider model, packed", WIDE, tuned(LoRA), PACKED),
     Cell("DoRA", SMALL, tuned(DoRA), PLAIN),
     Cell("CanonicalAdapter", GPT2, tuned(CanonicalAdapter), PLAIN),
@@ -116,8 +117,8 @@ CELLS = [
     Cell("LoRA + Selective, norms", GPT2, tuned(LoRA, lambda: Selective(patterns=["norm"])), PLAIN),
     Cell("full fine-tuning", SMALL, tuned(), PLAIN),
     Cell("full fine-tuning, one microbatch", SMALL, tuned(), ONE),
-    Cell("full fine-tuning, full recomputation", WIDE, tuned(), PLAIN, recompute="full"),
-    Cell("full fine-tuning, bf16", SMALL, tuned(), PACKED, dtype="bf16"),
+    Cell("full fine-tuning, full recomputation", WIDE, tuned(), LONG, recompute="full"),
+    Cell("full fine-tuning, bf16", SMALL, tuned(), replace(LONG, packing=True), dtype="bf16"),
     Cell("T5, LoRA", SEQ2SEQ, tuned(LoRA), PAIRS),
     Cell("T5, full fine-tuning", SEQ2SEQ, tuned(), PAIRS),
 ]

@@ -32,8 +32,8 @@ class Device:
 
 CUDA_RUNTIME = 1.5e9
 """CUDA context, cuBLAS workspaces and NCCL's buffers: an estimate, not measured here."""
-CPU_RUNTIME = 130e6
-"""Process group, optimizer, trainer, oneDNN's code and buffers: measured as in benchmarks/memory.py."""
+CPU_RUNTIME = 30e6
+"""Process group, trainer, code that is read at first use, blocks in pieces: measured by benchmarks/memory.py."""
 
 DEVICES = {
     # data sheets of the SXM boards; dense, without sparsity; fp32 without tensor cores
