@@ -48,9 +48,10 @@ class MLPPrompt(EncodedPrompt):
 
     def __init__(self, birth: Birth, base: nn.Module, slot: PromptSlot, method: "PTuning", hidden_size: int) -> None:
         super().__init__(birth, base, slot)
-        init = normal(method.init_std)
-        self.new_matrix("slots", (slot.length, method.embedding_dim), init)
-        self.new_head((method.embedding_dim, method.bottleneck_dim, hidden_size), init)
+        std = method.init_std
+        self.new_matrix("slots", (slot.length, method.embedding_dim), normal(std or 1.0))
+        widths = (method.embedding_dim, method.bottleneck_dim, hidden_size)
+        self.new_head(widths, normal(std) if std else kaiming_uniform)
 
     def rows(self) -> Tensor:
         """Run the encoder over all slots."""
@@ -96,7 +97,9 @@ class PTuning(PromptMethod):
         virtual_tokens: Number of virtual tokens.
         embedding_dim: Width of the slot embeddings that the encoder reads.
         bottleneck_dim: Width of the MLP's hidden layer, or of the LSTM's states in each direction.
-        init_std: Standard deviation of the MLP's initial weights; the LSTM's are drawn as torch draws them.
+        init_std: Standard deviation of all that the MLP starts from. By default slots and weights are drawn as torch
+            draws them, and as HF PEFT does; NeMo's 0.023 starts from a table that is nearly zero, and learns slowly.
+            The LSTM is always drawn as torch draws it.
         placement: ``prefix`` (after BOS), ``before_bos`` (HF PEFT's place) or ``template`` (where a prompt template
             says ``{virtual:NAME}``).
         encoder: ``mlp``, or ``lstm``: bidirectional, of two layers, with two linears on top.
@@ -112,7 +115,7 @@ class PTuning(PromptMethod):
         virtual_tokens: int = VIRTUAL_TOKENS,
         embedding_dim: int = 1024,
         bottleneck_dim: int = 1024,
-        init_std: float = 0.023,
+        init_std: Optional[float] = None,
         placement: str = "prefix",
         encoder: str = "mlp",
         tasks: Optional[dict[str, int]] = None,
@@ -120,7 +123,7 @@ class PTuning(PromptMethod):
         super().__init__(name)
         self.embedding_dim = self.count("embedding_dim", embedding_dim)
         self.bottleneck_dim = self.count("bottleneck_dim", bottleneck_dim)
-        self.init_std = self.positive("init_std", init_std)
+        self.init_std = None if init_std is None else self.positive("init_std", init_std)
         self.encoder = self.one_of("encoder", encoder, ENCODERS)
         self.place(virtual_tokens, placement, tasks)
 
