@@ -23,11 +23,11 @@ from graftwork.cli.recipe_file import check_recipe_files
 from graftwork.endings import stoppable
 from graftwork.errors import ConfigError, GraftworkError, quoted
 from graftwork.executors import launch, local
-from graftwork.executors.here import build, check_values
-from graftwork.executors.placement import check_placement, wanted
-from graftwork.executors.profile import read_profile
-from graftwork.executors.script import script_of
-from graftwork.executors.task import exit_code, quiet_lightning, sentence, tell
+from graftwork.executors.cluster.profile import read_profile
+from graftwork.executors.placing.placement import check_placement, wanted
+from graftwork.executors.process.here import build, check_values
+from graftwork.executors.process.task import exit_code, quiet_lightning, sentence, tell
+from graftwork.executors.submission.script import script_of
 from graftwork.recipes import files
 from graftwork.recipes.planning import refuse_problems
 from graftwork.recipes.show import show, with_text

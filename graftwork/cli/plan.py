@@ -9,7 +9,7 @@ from graftwork.atomic import atomic_write_text
 from graftwork.cli.context import GraftContext, check_complete
 from graftwork.cli.overrides import Maker
 from graftwork.errors import ConfigError
-from graftwork.executors.task import BAD_INPUT
+from graftwork.executors.process.task import BAD_INPUT
 from graftwork.planning import advice
 from graftwork.recipes.planning import fit
 from graftwork.recipes.planning import plan as plan_recipe

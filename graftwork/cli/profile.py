@@ -6,9 +6,9 @@ from typing import Optional
 import typer
 
 from graftwork.errors import ConfigError, LaunchError, quoted, suggest
-from graftwork.executors.checkup import check_up
-from graftwork.executors.profile import FILE, read_profile
-from graftwork.executors.profile_text import write_profile
+from graftwork.executors.cluster.checkup import check_up
+from graftwork.executors.cluster.profile import FILE, read_profile
+from graftwork.executors.cluster.profile_text import write_profile
 
 ACTIONS = ("init", "check")
 

@@ -12,9 +12,9 @@ from graftwork.cli.context import GraftContext, check_complete, one_line_errors,
 from graftwork.cli.overrides import Maker, explain_fields, stack_as_list
 from graftwork.cli.recipe_file import check_recipe_files
 from graftwork.errors import ConfigError, GraftworkError, LaunchError, quoted
-from graftwork.executors.here import check_values
+from graftwork.executors.process.here import check_values
+from graftwork.executors.process.task import quiet_lightning
 from graftwork.executors.sweep import sweep as launch_sweep
-from graftwork.executors.task import quiet_lightning
 from graftwork.recipes import show
 from graftwork.recipes.grid import grid
 from graftwork.recipes.paths import follow

@@ -7,10 +7,10 @@ from typing import Optional
 import nemo_run as run
 
 from graftwork.errors import ConfigError
+from graftwork.executors.cluster.packaging import VARIABLE
+from graftwork.executors.cluster.packaging import code as shipped_code
+from graftwork.executors.cluster.profile import Profile, settings
 from graftwork.executors.local import torchrun_environment
-from graftwork.executors.packaging import VARIABLE
-from graftwork.executors.packaging import code as shipped_code
-from graftwork.executors.profile import Profile, settings
 
 DEVICE = Path("/dev/nvidiactl")
 """Is there wherever the NVIDIA driver is."""

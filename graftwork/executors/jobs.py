@@ -18,10 +18,10 @@ from torchx.specs.api import AppState, is_terminal
 
 from graftwork.endings import INTERRUPTED_EXIT_CODE, Interrupted
 from graftwork.errors import ConfigError, LaunchError, quoted, suggest
-from graftwork.executors.accounting import accounts, ask
-from graftwork.executors.joblog import JobLog, log_of
-from graftwork.executors.outcome import RANK_PREFIX, USER_ERROR, failure
-from graftwork.executors.profile import find_profile
+from graftwork.executors.cluster.profile import find_profile
+from graftwork.executors.following.accounting import accounts, ask
+from graftwork.executors.following.joblog import JobLog, log_of
+from graftwork.executors.following.outcome import RANK_PREFIX, USER_ERROR, failure
 
 SHOWN = 10
 """So many of the newest experiments are listed."""

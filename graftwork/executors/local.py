@@ -4,6 +4,7 @@ import os
 import sys
 from typing import Optional
 
+import fiddle as fdl
 import nemo_run as run
 
 from graftwork.errors import ConfigError, suggest
@@ -25,6 +26,13 @@ def local(ntasks: int = 1, launcher: Optional[str] = None, env: Optional[dict[st
         launcher=launcher or ("torchrun" if ntasks > 1 else None),
         env_vars={**task_environment(), **(env or {})},
     )
+
+
+def built(executor: run.Executor | run.Config | None) -> run.Executor:
+    """Return an executor as it is launched on; None is this machine."""
+    if executor is None:
+        return local()
+    return fdl.build(executor) if isinstance(executor, fdl.Buildable) else executor
 
 
 def task_environment() -> dict[str, str]:

@@ -10,10 +10,10 @@ from typing import Optional
 import nemo_run as run
 
 from graftwork.endings import RESUMABLE_EXIT_CODE
+from graftwork.executors.cluster.packaging import VARIABLE
+from graftwork.executors.cluster.packaging import code as shipped_code
+from graftwork.executors.cluster.profile import Profile, settings
 from graftwork.executors.local import torchrun_environment
-from graftwork.executors.packaging import VARIABLE
-from graftwork.executors.packaging import code as shipped_code
-from graftwork.executors.profile import Profile, settings
 
 JOB_NAME_PREFIX = "graftwork."
 """NeMo Run finds its task in the queue by what follows the last dot of a job's name."""

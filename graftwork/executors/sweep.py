@@ -8,22 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-import fiddle as fdl
 import nemo_run as run
 
 from graftwork import errors
 from graftwork.endings import Interrupted, code_of
 from graftwork.errors import CheckpointError, ConfigError, GraftworkError, LaunchError, quoted
-from graftwork.executors import array, pool
-from graftwork.executors.here import check_values
-from graftwork.executors.launch import task_name
-from graftwork.executors.live import live_log
-from graftwork.executors.local import local
-from graftwork.executors.outcome import failure
-from graftwork.executors.placement import placed
-from graftwork.executors.refusals import make_folders, refuse_unready
-from graftwork.executors.relay import Relay, relayed
-from graftwork.executors.task import as_task, sentence
+from graftwork.executors.following.live import live_log
+from graftwork.executors.following.outcome import failure
+from graftwork.executors.following.relay import Relay, relayed
+from graftwork.executors.local import built
+from graftwork.executors.placing.placement import placed
+from graftwork.executors.placing.refusals import make_folders, refuse_unready
+from graftwork.executors.process.here import check_values
+from graftwork.executors.process.task import as_task, sentence
+from graftwork.executors.submission import array, pool
+from graftwork.executors.submission.job import task_name
 from graftwork.jsonfile import read_object
 from graftwork.recipes.show import show
 
@@ -121,15 +120,15 @@ def sweep(
     """
     if parallel is not None and parallel < 1:
         raise ConfigError(f"parallel={parallel}: at least 1 run at a time is valid.")
-    built = local() if executor is None else fdl.build(executor) if isinstance(executor, fdl.Buildable) else executor
-    refuse_unready(built)
-    left = [member for member in _members(recipes, built) if not _skipped(member)]
+    target = built(executor)
+    refuse_unready(target)
+    left = [member for member in _members(recipes, target) if not _skipped(member)]
     if not left:
         return ""
     for member in left:
         make_folders(member.executor)
     members = Progress(left)
-    if isinstance(built, run.SlurmExecutor):
+    if isinstance(target, run.SlurmExecutor):
         identity = _as_array(members, task_name(name), parallel, wait)
     else:
         identity = _as_pool(members, task_name(name), parallel or 1)
@@ -172,7 +171,9 @@ def _skipped(member: Member) -> bool:
 def _as_pool(runs: Progress, name: str, parallel: int) -> str:
     members = list(runs.members.values())
     tasks = [as_task(member.recipe) for member in members]
-    experiment = pool.pool(name, members[0].executor, parallel, runs.hear)
+    experiment = pool.Pool.quiet(name, members[0].executor)
+    experiment.parallel, experiment.told = parallel, runs.hear
+    experiment.reckon_with(task.recipe for task in tasks)
 
     def go_through(relay: Relay) -> None:
         experiment.relay = relay

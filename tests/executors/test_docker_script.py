@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from graftwork.errors import ConfigError
-from graftwork.executors import docker, launch, local
+from graftwork.executors import docker, local
 from graftwork.executors.docker import ALL_GPUS, DEVICE
-from graftwork.executors.script import script_of
+from graftwork.executors.submission.script import script_of
 from graftwork.recipes import llama2_7b
 
 # NeMo Run's commands leave their pipes open.
@@ -42,7 +42,6 @@ def normal(command: str, tmp_path: Path) -> list[str]:
 
 def test_the_command_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[docker.__module__], "DEVICE", tmp_path)  # as where there are GPUs
-    monkeypatch.setattr(sys.modules[launch.__module__], "prepare_container", lambda executor: None)  # asks the daemon
     monkeypatch.setattr("os.getuid", lambda: 1000)
     monkeypatch.setattr("os.getgid", lambda: 100)
     recipe = llama2_7b.finetune_recipe(num_gpus_per_node=2)
@@ -64,6 +63,7 @@ def test_the_command_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "--label=nemo-run/name=train-NUMBER-train",
         "--env=GRAFTWORK_CACHE=/HERE/cache",
         "'--env=GRAFTWORK_CODE=installed graftwork V'",
+        "--env=GRAFTWORK_LAUNCHER=/nemo_run/launcher",
         "--env=HOME=/tmp",
         "--env=LOGLEVEL=WARNING",
         "--env=OMP_NUM_THREADS=1",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.executors.task import alive
+from graftwork.executors.process.task import alive
 from graftwork.training.run_directory import states
 from tests.helpers import tiny_run
 from tests.helpers.snippets import ROOT

@@ -13,11 +13,12 @@ import pytest
 from graftwork.endings import Interrupted
 from graftwork.errors import ConfigError, DataError, LaunchError
 from graftwork.executors import launch, local
-from graftwork.executors.launch import task_name, without_ranks
-from graftwork.executors.live import LiveLog
-from graftwork.executors.outcome import check, failure, log_lines
-from graftwork.executors.relay import Relay
-from graftwork.executors.task import as_task
+from graftwork.executors.following.live import LiveLog
+from graftwork.executors.following.outcome import check, failure, log_lines
+from graftwork.executors.following.relay import Relay
+from graftwork.executors.process.task import as_task
+from graftwork.executors.submission.experiment import without_ranks
+from graftwork.executors.submission.job import task_name
 from tests.helpers.snippets import ROOT
 from tests.helpers.tasks import write_ranks
 
@@ -47,7 +48,7 @@ def test_a_task_does_not_inherit_this_process_s_rank(monkeypatch: pytest.MonkeyP
 def test_a_bug_comes_back_with_the_end_of_its_log(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="ended as FAILED") as caught:
         launch(run.Partial(write_ranks, directory=str(tmp_path), fail="bug"), tail=False)
-    assert "ZeroDivisionError: a bug" in str(caught.value)
+    assert str(caught.value).endswith("\nthe cause, on rank 0: ZeroDivisionError: a bug")
 
 
 def test_an_executor_that_cannot_start_says_so(tmp_path: Path) -> None:
@@ -109,6 +110,11 @@ ENDED = {
     "a killed rank": (f"[default0]:RuntimeError: lost a peer\n{EPILOGUE}", LaunchError, "rank 1 was ended by SIGKILL"),
     "a stop": (f"[default0]:{SAVED}\n[default1]:{SAVED}\n", Interrupted, "^stopped after step 3, .*code 75"),
     "a bug": (f"[default0]:{SAVED}\n[default1]:Traceback (most\n[default1]:KeyError: 1\n", LaunchError, "KeyError: 1"),
+    "a crash": (
+        "[default1]:graftwork: rank 1 crashed: KeyError: 1\n[default0]:graftwork: rank 0 crashed: RuntimeError: peer\n",
+        LaunchError,
+        "\nthe cause, on rank 1: KeyError: 1$",
+    ),
 }
 
 

@@ -15,9 +15,9 @@ from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from nemo_run.run.torchx_backend.packaging import package
 
 from graftwork.errors import ConfigError, ParallelismError
-from graftwork.executors.placement import check_placement, placed
-from graftwork.executors.script import script_of
-from graftwork.executors.task import as_task
+from graftwork.executors.placing.placement import check_placement, placed
+from graftwork.executors.process.task import as_task
+from graftwork.executors.submission.script import script_of
 from graftwork.recipes import llama2_7b
 from graftwork.recipes.show import with_text
 

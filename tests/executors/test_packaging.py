@@ -11,7 +11,7 @@ import pytest
 
 from graftwork import __version__
 from graftwork.errors import ConfigError
-from graftwork.executors.packaging import code
+from graftwork.executors.cluster.packaging import code
 
 AUTHOR = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
 

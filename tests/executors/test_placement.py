@@ -10,8 +10,8 @@ import torch
 
 from graftwork.errors import ConfigError, GraftworkError, ParallelismError
 from graftwork.executors import docker, local, slurm
-from graftwork.executors.paths import mounts, resolved
-from graftwork.executors.placement import check_placement, count_devices, fitted, placed
+from graftwork.executors.placing.paths import mounts, resolved
+from graftwork.executors.placing.placement import check_placement, count_devices, fitted, placed
 from graftwork.inference import generate
 from graftwork.recipes import llama2_7b, llama2_70b, smollm2_135m
 

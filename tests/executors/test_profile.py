@@ -8,9 +8,9 @@ from pydantic import ValidationError
 
 from graftwork.cli.profile import profile as verb
 from graftwork.errors import ConfigError, LaunchError
-from graftwork.executors.checkup import check_up
-from graftwork.executors.profile import FIELDS, VARIABLE, Profile, Ssh, find_profile, read_profile, settings
-from graftwork.executors.profile_text import TEXT
+from graftwork.executors.cluster.checkup import check_up
+from graftwork.executors.cluster.profile import FIELDS, VARIABLE, Profile, Ssh, find_profile, read_profile, settings
+from graftwork.executors.cluster.profile_text import TEXT
 
 TWO = """\
 small:

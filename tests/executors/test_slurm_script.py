@@ -15,7 +15,7 @@ import pytest
 
 from graftwork.errors import ConfigError, LaunchError
 from graftwork.executors import launch, slurm
-from graftwork.executors.script import script_of
+from graftwork.executors.submission.script import script_of
 from graftwork.recipes import llama2_7b
 from tests.helpers.tasks import write_ranks
 

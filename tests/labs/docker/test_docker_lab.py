@@ -18,7 +18,7 @@ from graftwork.cli.context import GraftContext
 from graftwork.errors import LaunchError
 from graftwork.executors import launch
 from graftwork.executors.docker import DEVICE
-from graftwork.executors.life_line import held, is_held, pass_on, passed_on
+from graftwork.executors.process.life_line import held, is_held, pass_on, passed_on
 from graftwork.training import finetune
 from tests.cli.test_end_to_end import overrides, summary
 from tests.labs.docker.conftest import ROOT, docker

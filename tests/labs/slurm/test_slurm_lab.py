@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,12 @@ def test_a_cancelled_run_saves_its_state_and_the_same_recipe_goes_on(
     task = recipe(place, "cancelled", pause=paused(tmp_path))
     experiment = executors.launch(task, slurm(), name="cancelled", wait=False)
     reached(tmp_path, experiment)
-    go(tmp_path)
-    done = nemorun("cancel", experiment)
+    job = job_of(experiment)
+    with ThreadPoolExecutor() as beside:
+        cancelling = beside.submit(nemorun, "cancel", experiment)
+        wait_until(lambda: slurm_lab.ask("squeue", "-h", "-j", job, "-o", "%T") != "RUNNING", "scancel", LIMIT)
+        go(tmp_path)
+        done = cancelling.result()
     assert done.returncode == 0 and "CANCELLED" in done.stdout, done.stdout + done.stderr
     assert not (place / "cancelled" / "summary.json").exists()
     executors.launch(task, slurm(), name="cancelled", tail=False)
@@ -176,7 +181,8 @@ def test_one_crashed_rank_ends_the_job_with_its_own_words(slurm_lab: SlurmLab, p
     experiment = executors.launch(task, slurm(nodes=2, ntasks_per_node=2), name="crashed", wait=False)
     with pytest.raises(LaunchError) as told:
         jobs.attach(experiment)
-    assert "a bug in the middle of a step" in str(told.value).splitlines()[-1]
+    cause = "the cause, on rank 3: ZeroDivisionError: a bug in the middle of a step"
+    assert str(told.value).splitlines()[-1] == cause
     assert nemorun("attach", experiment).returncode == 1
 
 

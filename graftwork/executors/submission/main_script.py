@@ -5,25 +5,9 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-import nemo_run as run
-
 from graftwork.errors import ConfigError
 
 _GUARD = "if __name__ == '__main__':"
-
-
-class Experiment(run.Experiment):
-    """NeMo Run's experiment, which takes the launching script along only where ``takes_script`` says so."""
-
-    takes_script = False
-
-    def _save_experiment(self, exist_ok: bool = False) -> None:
-        super()._save_experiment(exist_ok=True)  # a container's life line is there already
-
-    def _save_jobs(self) -> None:
-        super()._save_jobs()
-        if not self.takes_script:
-            Path(self._exp_dir, "__main__.py").unlink(missing_ok=True)
 
 
 def needs_script(task: str) -> bool:

@@ -8,7 +8,7 @@ import nemo_run as run
 import torch
 
 from graftwork.errors import ConfigError, quoted
-from graftwork.executors.placement import ON_GPUS
+from graftwork.executors.placing.placement import ON_GPUS
 
 
 def build(recipe: run.Partial) -> Callable[[], object]:

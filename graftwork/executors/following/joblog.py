@@ -8,8 +8,8 @@ import nemo_run as run
 from nemo_run.core.tunnel.client import Tunnel
 from nemo_run.run.job import Job
 
-from graftwork.executors.accounting import ask
-from graftwork.executors.outcome import log_lines
+from graftwork.executors.following.accounting import ask
+from graftwork.executors.following.outcome import log_lines
 
 
 class JobLog(Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
-from graftwork.executors.outcome import RANK_PREFIX, USER_ERROR
+from graftwork.executors.following.outcome import RANK_PREFIX, USER_ERROR
 
 
 class LiveLog(io.TextIOBase):

@@ -10,8 +10,9 @@ import nemo_run as run
 from nemo_run.core.execution.docker import DockerJobRequest
 from torchx.schedulers.local_scheduler import PopenRequest
 
-from graftwork.executors.launch import Job, task_name, without_ranks
-from graftwork.executors.placement import placed
+from graftwork.executors.placing.placement import placed
+from graftwork.executors.submission.experiment import without_ranks
+from graftwork.executors.submission.job import Job, task_name
 
 
 def script_of(recipe: run.Partial, executor: run.Executor, name: str = "graftwork") -> str:

@@ -9,7 +9,7 @@ import nemo_run as run
 from nemo_run.core.tunnel.client import Tunnel
 
 from graftwork.errors import LaunchError, quoted
-from graftwork.executors.outcome import TaskState
+from graftwork.executors.following.outcome import TaskState
 
 _WAITS = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING", "STOPPED"})
 _RUNS = frozenset({"RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING"})

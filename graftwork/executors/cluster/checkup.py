@@ -10,9 +10,9 @@ from pathlib import Path
 from nemo_run.config import get_nemorun_home
 
 from graftwork.errors import GraftworkError, quoted, suggest
-from graftwork.executors.packaging import code
-from graftwork.executors.profile import Profile
-from graftwork.executors.refusals import explain_text
+from graftwork.executors.cluster.packaging import code
+from graftwork.executors.cluster.profile import Profile
+from graftwork.executors.placing.refusals import explain_text
 
 SECONDS = 60
 """How long a command may take."""

@@ -9,8 +9,8 @@ from typing import Protocol
 import nemo_run as run
 
 from graftwork.errors import ConfigError, LaunchError, quoted, suggest
-from graftwork.executors import life_line
-from graftwork.executors.task import LAUNCHER
+from graftwork.executors.process import life_line
+from graftwork.executors.process.task import LAUNCHER
 
 ANSWER_SECONDS = 60
 

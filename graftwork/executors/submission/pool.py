@@ -8,12 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import nemo_run as run
 from nemo_run.run.job import Job
 
-from graftwork.errors import LaunchError
-from graftwork.executors.containers import life_lines, prepare_container
-from graftwork.executors.launch import without_ranks
-from graftwork.executors.main_script import Experiment, needs_script
-from graftwork.executors.relay import Relay
-from graftwork.executors.task import LAUNCHER
+from graftwork.executors.following.relay import Relay
+from graftwork.executors.process.task import LAUNCHER
+from graftwork.executors.submission.containers import life_lines, prepare_container
+from graftwork.executors.submission.experiment import Experiment
 
 Told = Callable[[str, str, str], None]
 """Hears of a task by its name: its state, ``RUNNING`` or how it ended, and the directory with its logs."""
@@ -47,23 +45,8 @@ class Pool(Experiment):
         self.told(job.id, job.state.name, job.executor.job_dir)
 
 
-def pool(title: str, executor: run.Executor, parallel: int, told: Told) -> Pool:
-    """Return an experiment without tasks that prints nothing itself."""
-    made = Pool(
-        title,
-        executor=executor,
-        log_level="WARNING",
-        clean_mode=True,
-        enable_goodbye_message=False,
-        skip_status_at_exit=True,
-    )
-    made.parallel, made.told = parallel, told
-    return made
-
-
 def add(experiment: Pool, task: run.Partial, executor: run.Executor, name: str) -> None:
     """Add one task; a local one does not outlive this process."""
-    experiment.takes_script |= needs_script(task.recipe)
     prepare_container(executor)
     if isinstance(executor, run.LocalExecutor):
         executor.env_vars[LAUNCHER] = str(os.getpid())
@@ -72,11 +55,8 @@ def add(experiment: Pool, task: run.Partial, executor: run.Executor, name: str) 
 
 def start(experiment: Pool) -> None:
     """Run all tasks to their end; raises LaunchError when one cannot be started."""
-    try:
-        with without_ranks(), life_lines(experiment.jobs):
-            experiment.run()
-    except OSError as error:
-        raise LaunchError(f"could not start {experiment._title!r} on {experiment.executor.info()}: {error}") from error
+    with life_lines(experiment.jobs):
+        experiment.start()
 
 
 def _enter(context: contextvars.Context) -> None:

@@ -8,6 +8,7 @@ from typing import NotRequired, TypedDict
 from graftwork import errors
 from graftwork.endings import Interrupted, stop_told
 from graftwork.errors import GraftworkError, LaunchError
+from graftwork.executors.process.task import CRASHED
 
 TAIL_LINES = 15
 RANK_PREFIX = re.compile(r"^\[[a-z]+(\d+)\]:\s?")
@@ -57,7 +58,9 @@ def failure(task: str, outcome: str, directory: Path) -> GraftworkError | Interr
     if (stop := stop_told(lines)) and not any(line.startswith("Traceback ") for line in lines):
         return stop
     shown = "\n".join("  " + line for line in lines[-TAIL_LINES:]) or "  (no output)"
-    return LaunchError(f"{told}; its log is in {directory} and ends with:\n{shown}")
+    first = next((found for found in map(CRASHED.match, lines) if found), None)
+    cause = f"\nthe cause, on rank {first[1]}: {first[2]}" if first else ""
+    return LaunchError(f"{told}; its log is in {directory} and ends with:\n{shown}{cause}")
 
 
 def log_lines(directory: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -15,8 +16,8 @@ from fiddle.experimental import serialization
 
 from graftwork.endings import say, stoppable
 from graftwork.errors import ConfigError, GraftworkError, LaunchError, TrainingError, quoted
-from graftwork.executors import life_line
-from graftwork.executors.here import build
+from graftwork.executors.process import life_line
+from graftwork.executors.process.here import build
 from graftwork.recipes.show import show, with_text
 
 BAD_INPUT, FAILED_RUN = 2, 1
@@ -27,6 +28,9 @@ LAUNCHER = "GRAFTWORK_LAUNCHER"
 
 Its process id, or the file of its life line: a container sees no processes of others.
 """
+
+CRASHED = re.compile(r"graftwork: rank (\d+) crashed: (.+)$")
+"""The line in which a rank tells at once of an error that nobody expects: those of its peers are its consequences."""
 
 GRACE_SECONDS = 60.0
 """How long a task whose launcher has died may take to save its state."""
@@ -65,8 +69,15 @@ def perform(recipe: str, shown: list[str]) -> None:
             # torchrun and launch read it: the kind, then the sentence, as the last line of a traceback would have it
             say(f"{type(error).__module__}.{type(error).__qualname__}: {' '.join(sentence(error).split())}")
             raise SystemExit(exit_code(error)) from error
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        except Exception as error:
+            say(f"graftwork: rank {_rank()} crashed: {type(error).__name__}: {' '.join(str(error).split())}")
+            raise
+    if _rank() == "0":
         tell(result)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
 
 
 def exit_code(error: GraftworkError) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from graftwork.cache import cache_directory
 from graftwork.errors import ConfigError, ParallelismError
-from graftwork.executors.paths import mounts, resolved
+from graftwork.executors.placing.paths import mounts, resolved
 from graftwork.layout import Dimensions, Layout
 
 ON_GPUS = ("gpu", "cuda")

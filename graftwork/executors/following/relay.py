@@ -11,8 +11,8 @@ from types import FrameType
 import nemo_run as run
 
 from graftwork.endings import NOTHING_SAVED, STOPPED_AT_ONCE, STOPPING, Interrupted, code_of, say
-from graftwork.executors import life_line
-from graftwork.executors.live import LiveLog
+from graftwork.executors.following.live import LiveLog
+from graftwork.executors.process import life_line
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

@@ -5,7 +5,6 @@ finds none, and calls the job UNKNOWN for ever.
 """
 
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +12,11 @@ from typing import Optional
 
 import nemo_run as run
 
-from graftwork.errors import ConfigError, LaunchError
-from graftwork.executors.accounting import Account, accounts
-from graftwork.executors.launch import without_ranks
-from graftwork.executors.main_script import Experiment, needs_script
-from graftwork.executors.pool import Told
-from graftwork.executors.refusals import explain_submission
-from graftwork.executors.slurm import base_directory
-from graftwork.executors.task import perform
+from graftwork.errors import ConfigError
+from graftwork.executors.following.accounting import Account, accounts
+from graftwork.executors.process.task import perform
+from graftwork.executors.submission.experiment import Experiment
+from graftwork.executors.submission.pool import Told
 
 ELEMENT = "SLURM_ARRAY_TASK_ID"
 POLL_SECONDS = 5.0
@@ -56,30 +52,13 @@ class Array:
         self.task = run.Partial(
             perform_one, recipes=[task.recipe for task in tasks], shown=[line for task in tasks for line in task.shown]
         )
-        self.experiment = Experiment(
-            name,
-            executor=self.executor,
-            base_dir=base_directory(self.executor),
-            log_level="WARNING",
-            clean_mode=True,
-            enable_goodbye_message=False,
-            skip_status_at_exit=True,
-        )
-        self.experiment.takes_script = any(needs_script(task.recipe) for task in tasks)
+        self.experiment = Experiment.quiet(name, self.executor)
+        self.experiment.reckon_with(self.task.recipes)
 
     def submit(self) -> None:
         """Submit the array; raises LaunchError when Slurm does not take it."""
         self.experiment.add(self.task, executor=self.executor, name=self.name)
-        try:
-            with without_ranks():
-                self.experiment.run(detach=True)
-        except Exception as error:
-            reason = explain_submission(error)
-            if not reason and not isinstance(error, OSError):
-                raise
-            shutil.rmtree(self.experiment._exp_dir, ignore_errors=True)
-            where = self.executor.info()
-            raise LaunchError(f"could not start {self.name!r} on {where}: {reason or error}") from error
+        self.experiment.start(detach=True)
         self.job = self.experiment.jobs[0].handle.rpartition("://")[2].split("/")[1]
 
     def follow(self, names: Sequence[str], told: Told) -> None:

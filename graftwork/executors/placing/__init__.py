@@ -1,0 +1,1 @@
+"""Making a recipe and an executor fit each other, before anything starts."""
