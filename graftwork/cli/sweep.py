@@ -14,6 +14,7 @@ from graftwork.cli.recipe_file import check_recipe_files
 from graftwork.errors import ConfigError, GraftworkError, LaunchError, quoted
 from graftwork.executors.process.here import check_values
 from graftwork.executors.process.task import quiet_lightning
+from graftwork.executors.submission.script import script_of, script_of_array
 from graftwork.executors.sweep import sweep as launch_sweep
 from graftwork.recipes import show
 from graftwork.recipes.grid import grid
@@ -53,22 +54,32 @@ class SweepContext(GraftContext):
         check_complete(task)
         quiet_lightning()
         recipes = grid(task, self._values(task))
+        name = self.name if self.name and self.name != finetune.__name__ else "sweep"
         for recipe in recipes:
             check_values(recipe)
         if self.dryrun:
             typer.echo(show(task))
             typer.echo(_listed(recipes))
+            if self.executor is not None:
+                typer.echo("\n" + self._script(recipes, name))
             return
         typer.echo(_listed(recipes))
         self.plan(recipes)
         self.confirm(task)
-        name = self.name if self.name and self.name != finetune.__name__ else "sweep"
         try:
             launch_sweep(recipes, self.executor, name, self.parallel, wait=not self.detach)
         except LaunchError:
             _tell_results(recipes)
             raise
         _tell_results(recipes)
+
+    def _script(self, recipes: Sequence[run.Partial], name: str) -> str:
+        """Return what is submitted: one job array, or the first of as many commands as there are runs."""
+        if isinstance(self.executor, run.SlurmExecutor):
+            return script_of_array(recipes, self.executor, name, self.parallel)
+        assert self.executor is not None
+        first = Path(recipes[0].trainer.default_root_dir).name
+        return f"{first}, and the others likewise:\n{script_of(recipes[0], self.executor, name)}"
 
     def _values(self, task: run.Partial) -> dict[str, list[object]]:
         """Return the values of every axis as NeMo Run reads them, each axis on the first values of those before it."""

@@ -13,10 +13,13 @@ from typing import Any
 import nemo_run as run
 import pytest
 
+import graftwork.cli  # noqa: F401  registers recipes and methods
+from graftwork.cli.sweep import SweepContext
+from graftwork.cli.sweep import sweep as typed_sweep
 from graftwork.errors import ConfigError, LaunchError
-from graftwork.executors import launch, slurm
-from graftwork.executors.submission.script import script_of
-from graftwork.recipes import llama2_7b
+from graftwork.executors import launch, slurm, sweep
+from graftwork.executors.submission.script import script_of, script_of_array
+from graftwork.recipes import grid, llama2_7b
 from tests.helpers.tasks import write_ranks
 
 # NeMo Run's commands leave their pipes open.
@@ -103,6 +106,19 @@ def test_a_submission_submits_this_very_script(commands: Path, tmp_path: Path) -
     submitted = (tmp_path / "submitted").read_text()
     assert normal(submitted, tmp_path) == normal(shown, tmp_path)
     assert f"{tmp_path}/jobs/experiments/train/" in submitted
+
+
+def test_a_sweep_submits_this_very_array(commands: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.jsonl").write_text("")
+    executor = slurm(account="a", job_dir=str(tmp_path / "jobs"))
+    recipes = grid(recipe(), {"optim.lr": [1e-4, 1e-3, 1e-2]})
+    shown = script_of_array(recipes, executor, "rates", parallel=2)
+    assert "#SBATCH --array=0-2%2" in shown
+    sweep(recipes, executor, "rates", parallel=2, wait=False)
+    assert normal((tmp_path / "submitted").read_text(), tmp_path) == normal(shown, tmp_path)
+    typed = ["sweep.optim.lr=[1e-4,1e-3]", "parallel=1", "run.executor=slurm", "run.executor.account=a"]
+    SweepContext(name="sweep", factory="llama2_7b", dryrun=True).cli_execute(typed_sweep, typed)
+    assert "#SBATCH --array=0-1%1" in capsys.readouterr().out
 
 
 def test_a_refusal_is_one_sentence_and_leaves_nothing(commands: Path, tmp_path: Path) -> None:

@@ -1,17 +1,19 @@
 """What a submission says, word for word: the batch script, the docker command, or the command on this machine."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import nemo_run as run
 from nemo_run.core.execution.docker import DockerJobRequest
 from torchx.schedulers.local_scheduler import PopenRequest
 
 from graftwork.executors.placing.placement import placed
-from graftwork.executors.submission.experiment import without_ranks
+from graftwork.executors.process.task import as_task
+from graftwork.executors.submission.array import Array
+from graftwork.executors.submission.experiment import Experiment, without_ranks
 from graftwork.executors.submission.job import Job, task_name
 
 
@@ -23,9 +25,22 @@ def script_of(recipe: run.Partial, executor: run.Executor, name: str = "graftwor
     """
     recipe, executor = placed(recipe, executor)
     job = Job(recipe, executor, task_name(name), wait=True, tail=False, plugins=())
-    directory = Path(job.experiment._exp_dir)
-    with job.experiment as experiment, without_ranks():
-        experiment.add(job.task, executor=job.executor, name=job.name)
+    return _text(job.experiment, job.task, job.executor, job.name)
+
+
+def script_of_array(
+    recipes: Sequence[run.Partial], executor: run.SlurmExecutor, name: str = "sweep", parallel: Optional[int] = None
+) -> str:
+    """Return the batch script of the job array that ``sweep`` would submit; as ``script_of`` otherwise."""
+    fitting = [placed(recipe, executor) for recipe in recipes]
+    array = Array([as_task(recipe) for recipe, _ in fitting], [one for _, one in fitting], task_name(name), parallel)
+    return _text(array.experiment, array.task, array.executor, array.name)
+
+
+def _text(experiment: Experiment, task: run.Partial, executor: run.Executor, name: str) -> str:
+    directory = Path(experiment._exp_dir)
+    with experiment, without_ranks():
+        experiment.add(task, executor=executor, name=name)
         experiment.dryrun(log=False)
         request = experiment.jobs[0]._dryrun_info.request
     with suppress(OSError):
