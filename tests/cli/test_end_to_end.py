@@ -4,57 +4,29 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from graftwork.cli.context import GraftContext
 from graftwork.inference import evaluate, generate
 from graftwork.training import finetune
-from tests.helpers.tiny_hf import make_tiny
-from tests.helpers.tiny_run import write_data
-from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.helpers import tiny_recipe
+from tests.helpers.tiny_recipe import make_place, summary
 
 NEMORUN = str(Path(sys.executable).with_name("nemorun"))
 ROOT = Path(__file__).parents[2]
-SHAPE = {
-    "num_layers": 4,
-    "hidden_size": 48,
-    "ffn_hidden_size": 80,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "vocab_size": 300,
-    "max_position_embeddings": 128,
-    "rotary_base": 10000.0,
-    "layernorm_epsilon": 1e-6,
-    "tie_embeddings": False,
-}
+STACK = ["peft=[lora(dim=4),ptuning(virtual_tokens=3)]"]
+TALK = ("litlogger", "GPU available", "Tip:")
+"""Lightning's own words, which nobody needs."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base checkpoint with its tokenizer, and a training file."""
-    root = write_data(tmp_path_factory.mktemp("e2e"))
-    tiny_tokenizer(make_tiny("llama", root / "base", vocab_size=300), 300)
-    return root
+    return make_place(tmp_path_factory.mktemp("e2e"))
 
 
 def overrides(place: Path) -> list[str]:
-    return [
-        *(f"model.shape.{name}={value}" for name, value in SHAPE.items()),
-        f"model.checkpoint={place / 'base'}",
-        f"data.train={place / 'train.jsonl'}",
-        f"data.cache_dir={place / 'cache'}",
-        "data.validation_fraction=0.25",
-        "data.seq_length=64",
-        "data.micro_batch_size=4",
-        "trainer.max_steps=4",
-        "trainer.val_check_interval=2",
-        "optim.lr=2e-3",
-        "model.dtype=fp32",
-        "optim.warmup_steps=1",
-        "peft=[lora(dim=4),ptuning(virtual_tokens=3)]",
-    ]
+    return [*tiny_recipe.overrides(place, 4), "data.micro_batch_size=4", *STACK]
 
 
 def context(place: Path, name: str) -> GraftContext:
@@ -73,12 +45,12 @@ def nemorun(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([NEMORUN, "graft", *args], capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL)
 
 
-def summary(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())
-
-
-def test_the_same_recipe_gives_the_same_losses_here_and_on_an_executor(here: Path, place: Path) -> None:
+def test_the_same_recipe_gives_the_same_losses_here_and_on_an_executor(
+    here: Path, place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     context(place, "there").cli_execute(finetune, [*overrides(place), "run.executor=local"])
+    said = capfd.readouterr()
+    assert "step 4" in said.out and not [words for words in TALK if words in said.out + said.err]
     ours, theirs = summary(here), summary(place / "there")
     same = ("train_loss", "val_loss", "steps", "trainable_parameters", "total_parameters")
     assert {k: ours[k] for k in same} == {k: theirs[k] for k in same}

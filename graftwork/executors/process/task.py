@@ -61,10 +61,11 @@ def perform(recipe: str, shown: list[str]) -> None:
     Exits as the command line does: 2 for bad input, 1 for a failed run, 75, 130 or 143 when it was asked to stop.
     """
     watch_parents()
-    quiet_lightning()
     with stoppable():
         try:
-            result = build(serialization.load_json(recipe))()
+            task = serialization.load_json(recipe)
+            quiet_lightning()  # its import, which the recipe is the reason for, makes it talk
+            result = build(task)()
         except GraftworkError as error:
             # torchrun and launch read it: the kind, then the sentence, as the last line of a traceback would have it
             say(f"{type(error).__module__}.{type(error).__qualname__}: {' '.join(sentence(error).split())}")

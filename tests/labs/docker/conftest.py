@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tiny_hf import make_tiny
-from tests.helpers.tiny_run import write_data
-from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.helpers.tiny_recipe import make_place
 from tests.labs.docker.base_image import LABEL, base_image
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
@@ -51,8 +49,7 @@ def docker_lab(docker_daemon: None) -> str:
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base checkpoint with its tokenizer, and a training file, in one directory to mount."""
-    root = write_data(tmp_path_factory.mktemp("inputs"))
-    tiny_tokenizer(make_tiny("llama", root / "base", vocab_size=300), 300)
+    root = make_place(tmp_path_factory.mktemp("inputs"))
     for path in (root, *root.rglob("*")):  # other users read them too
         path.chmod(0o755 if path.is_dir() else 0o644)
     return root

@@ -20,7 +20,8 @@ from graftwork.executors import launch
 from graftwork.executors.docker import DEVICE
 from graftwork.executors.process.life_line import held, is_held, pass_on, passed_on
 from graftwork.training import finetune
-from tests.cli.test_end_to_end import overrides, summary
+from tests.cli.test_end_to_end import overrides
+from tests.helpers.tiny_recipe import summary
 from tests.labs.docker.conftest import ROOT, docker
 
 # NeMo Run leaves pipes and sockets of its commands for Python to close.

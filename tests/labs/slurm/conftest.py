@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tiny_hf import make_tiny
-from tests.helpers.tiny_run import write_data
-from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.helpers.tiny_recipe import make_place
 from tests.labs.slurm.lab import SlurmLab, absent
 
 ROOT = Path(__file__).parents[3]
@@ -45,6 +43,4 @@ def slurm_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base checkpoint with its tokenizer, and a training file."""
-    root = write_data(tmp_path_factory.mktemp("place"))
-    tiny_tokenizer(make_tiny("llama", root / "base", vocab_size=300), 300)
-    return root
+    return make_place(tmp_path_factory.mktemp("place"))

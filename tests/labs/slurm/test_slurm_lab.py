@@ -1,6 +1,5 @@
 """Real Slurm, two nodes: the recipe of one process gives its losses there, and a job that is disturbed its weights."""
 
-import json
 import os
 import re
 import signal
@@ -15,9 +14,10 @@ import pytest
 from graftwork import executors
 from graftwork.errors import LaunchError
 from graftwork.executors import jobs
+from tests.helpers.tiny_recipe import summary
 from tests.labs.slurm.lab import SlurmLab, wait_until
+from tests.labs.slurm.lab_recipe import STEPS, over_ranks, overrides, paused, recipe
 from tests.labs.slurm.pause import go
-from tests.labs.slurm.tiny_recipe import STEPS, over_ranks, overrides, paused, recipe
 
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore:unclosed|subprocess:ResourceWarning")]
 
@@ -35,10 +35,6 @@ def nemorun(*arguments: str, limit: float = LIMIT) -> subprocess.CompletedProces
 
 def slurm(**options: Any) -> Any:
     return executors.slurm(**{"account": "root", "time": "00:15:00", **options})
-
-
-def summary(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())
 
 
 def job_of(experiment: str) -> str:

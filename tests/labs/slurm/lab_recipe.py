@@ -5,41 +5,16 @@ from pathlib import Path
 import nemo_run as run
 
 from graftwork import recipes
+from tests.helpers import tiny_recipe
 from tests.labs.slurm.pause import Pause
 
-SHAPE = {
-    "num_layers": 4,
-    "hidden_size": 48,
-    "ffn_hidden_size": 80,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "vocab_size": 300,
-    "max_position_embeddings": 128,
-    "rotary_base": 10000.0,
-    "layernorm_epsilon": 1e-6,
-    "tie_embeddings": False,
-}
 STEPS = 6
 
 
 def overrides(place: Path) -> list[str]:
     """Return the recipe as the command line takes it."""
-    return [
-        *(f"model.shape.{name}={value}" for name, value in SHAPE.items()),
-        f"model.checkpoint={place / 'base'}",
-        "model.dtype=fp32",
-        f"data.train={place / 'train.jsonl'}",
-        f"data.cache_dir={place / 'cache'}",
-        "data.validation_fraction=0.25",
-        "data.seq_length=64",
-        "data.micro_batch_size=2",
-        f"trainer.max_steps={STEPS}",
-        f"trainer.val_check_interval={STEPS // 2}",
-        "trainer.accelerator=cpu",
-        "optim.lr=2e-3",
-        "optim.warmup_steps=1",
-        "peft[0].dim=4",
-    ]
+    more = ["data.micro_batch_size=2", "trainer.accelerator=cpu", "peft[0].dim=4"]
+    return [*tiny_recipe.overrides(place, STEPS), *more]
 
 
 def over_ranks() -> list[str]:
