@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 import nemo_run as run
+from nemo_run.cli import api
 
 NAMESPACE = "graft"
 
@@ -88,6 +90,12 @@ def register(arguments: Sequence[str]) -> None:
             run.cli.entrypoint(_unread(_name(place)), namespace=NAMESPACE, help=words)
 
 
+def _say(*words: object, **options: Any) -> None:
+    """Print what NeMo Run's command line prints, without what it says first: a result may be read by a program."""
+    if words != ("Configuring global options",):
+        print(*words, **options)
+
+
 def _is_asked(verb: str, arguments: Sequence[str]) -> bool:
     return Path(arguments[0]).name != "nemorun" or verb in arguments[2:]
 
@@ -104,4 +112,5 @@ def _unread(name: str) -> Callable[[], None]:
     return verb
 
 
+api.print = _say
 register(sys.argv)

@@ -128,5 +128,6 @@ def test_help_in_the_shell_lists_recipes_and_executors() -> None:
 def test_a_dry_run_in_the_shell_prints_every_field_and_runs_nothing(tmp_path: Path) -> None:
     done = nemorun("finetune", "--factory", f"llama2_70b(dir={tmp_path})", "peft=[lora(dim=4),ia3]", "--dryrun")
     assert done.returncode == 0, done.stderr
+    assert "global options" not in done.stdout
     assert "peft[0].dim = 4" in done.stdout and "peft[1] = graftwork.peft.ia3.IA3" in done.stdout
     assert not list(tmp_path.iterdir())

@@ -110,6 +110,11 @@ ENDED = {
     "a killed rank": (f"[default0]:RuntimeError: lost a peer\n{EPILOGUE}", LaunchError, "rank 1 was ended by SIGKILL"),
     "a stop": (f"[default0]:{SAVED}\n[default1]:{SAVED}\n", Interrupted, "^stopped after step 3, .*code 75"),
     "a bug": (f"[default0]:{SAVED}\n[default1]:Traceback (most\n[default1]:KeyError: 1\n", LaunchError, "KeyError: 1"),
+    "a crash without torchrun": (
+        "step 1\ngraftwork: rank 3 crashed: KeyError: 1\n[rank3]: Traceback (most\n[rank3]: KeyError: 1\n",
+        LaunchError,
+        "\nthe cause, on rank 3: KeyError: 1$",
+    ),
     "a crash": (
         "[default1]:graftwork: rank 1 crashed: KeyError: 1\n[default0]:graftwork: rank 0 crashed: RuntimeError: peer\n",
         LaunchError,

@@ -11,8 +11,10 @@ from graftwork.errors import GraftworkError, LaunchError
 from graftwork.executors.process.task import CRASHED
 
 TAIL_LINES = 15
-RANK_PREFIX = re.compile(r"^\[[a-z]+(\d+)\]:\s?")
-"""What torchrun puts before a line of the rank with that number on its machine."""
+RANK_PREFIX = re.compile(r"^\[default(\d+)\]:\s?")
+"""What torchrun puts before a line of the rank with that number on its machine.
+
+Not torch's own ``[rank0]:``, which stands before the lines of a traceback alone."""
 
 USER_ERROR = re.compile(r"graftwork\.errors\.(\w+): (.+)$")
 _ENDED_BADLY = ("FAILED", "CANCELLED")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nemo_run.config import get_nemorun_home
 
-from graftwork import executors
+from graftwork import executors, recipes
 from graftwork.errors import LaunchError
 from graftwork.executors import jobs
 from tests.helpers.tiny_recipe import summary
+from tests.helpers.transcript import Transcript
 from tests.labs.slurm.lab import SlurmLab, wait_until
-from tests.labs.slurm.lab_recipe import STEPS, over_ranks, overrides, paused, recipe
+from tests.labs.slurm.lab_recipe import STEPS, over_ranks, paused, recipe
 from tests.labs.slurm.pause import go
 
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore:unclosed|subprocess:ResourceWarning")]
@@ -27,10 +30,9 @@ LIMIT = 600.0
 """Seconds that a job may take: a loaded machine needs many times what an idle one does."""
 
 
-def nemorun(*arguments: str, limit: float = LIMIT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [NEMORUN, "graft", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=limit
-    )
+def nemorun(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    typed = [NEMORUN, "graft", *arguments]
+    return subprocess.run(typed, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=LIMIT, cwd=cwd)
 
 
 def slurm(**options: Any) -> Any:
@@ -81,28 +83,29 @@ def same_weights(run: Path, here: Path) -> None:
 def test_two_nodes_of_two_ranks_give_one_rank_s_losses_and_are_followed_from_other_shells(
     slurm_lab: SlurmLab, place: Path, here: Path
 ) -> None:
-    on_slurm = ["run.executor=slurm", "run.executor.account=root", "run.executor.time=00:15:00"]
-    started = nemorun(
-        "finetune", "--factory", f"smollm2_135m(dir={place},name=four)", *overrides(place), *over_ranks(), *on_slurm,
-        "--detach", "--yes",
-    )  # fmt: skip
-    assert started.returncode == 0, started.stderr
-    found = re.search(r"finetune_\d+", started.stdout)
-    assert found, started.stdout
+    recipes.save(recipe(place, "four", *over_ranks()), place / "four.yaml")
+    shell = Transcript({str(place): "/shared", get_nemorun_home(): "~/.nemo_run"})
+
+    def typed(*arguments: str) -> str:
+        done = nemorun(*arguments, cwd=place)
+        assert done.returncode == 0, done.stderr
+        shell.add(shlex.join(["nemorun", "graft", *arguments]), done.stdout)
+        return done.stdout
+
+    submitted = typed("finetune", "--file", "four.yaml", "run.executor=slurm", "run.executor.account=root",
+                      "run.executor.time=00:15:00", "--detach", "--yes")  # fmt: skip
+    found = re.search(r"finetune_\d+", submitted)
+    assert found, submitted
     experiment = found[0]
-
-    status = nemorun("status", experiment)
-    assert status.returncode == 0, status.stderr
-    assert re.search(r"finetune  (PENDING|RUNNING|COMPLETING|COMPLETED) ", status.stdout), status.stdout
-
-    followed = nemorun("attach", experiment)
-    assert followed.returncode == 0, followed.stderr
-    assert f"step {STEPS}" in followed.stdout or f"{STEPS}/{STEPS}" in followed.stdout, followed.stdout
+    wait_until(lambda: jobs.states(jobs.find(experiment))[0].state == "RUNNING", "the job to run")
+    assert re.search(r"finetune  RUNNING ", typed("status", experiment))
+    assert f"step {STEPS}/{STEPS}" in typed("attach", experiment)
     same_losses(place / "four", here)
 
     slurm_lab.wait_for(job_of(experiment), "COMPLETED")
     sizes = slurm_lab.ask("sacct", "-j", job_of(experiment), "-X", "-n", "-P", "-o", "NNodes,NodeList")
     assert sizes == "2|n[1-2]"
+    shell.check("cluster.md", "slurm")
 
 
 def test_a_requeued_run_goes_on_and_ends_with_the_weights_of_an_undisturbed_one(
