@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def sentence(error: GraftworkError) -> str:
 
 
 def quiet_lightning() -> None:
-    """Silence what Lightning announces on every start: devices, process groups, adverts."""
+    """Silence what Lightning announces on every start: devices, process groups, adverts, a Slurm that is not used."""
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -1,7 +1,6 @@
 """The tiny recipe as a container run, with a real Docker daemon: the same losses, the user's files, honest ends."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -107,19 +106,6 @@ def test_a_user_nobody_knows_submits_and_owns_the_results(
     written = [path for path in tmp_path.rglob("*") if not path.is_symlink()]
     assert (tmp_path / "run" / "summary.json") in written
     assert {(path.stat().st_uid, path.stat().st_gid) for path in written} == {(STRANGER, STRANGER)}
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """A repository whose graftwork tells that it is not the one that the image holds."""
-    root = tmp_path / "repository"
-    shutil.copytree(ROOT / "graftwork", root / "graftwork", ignore=shutil.ignore_patterns("__pycache__"))
-    with (root / "graftwork" / "__init__.py").open("a") as file:
-        file.write("print('the commit runs', flush=True)\n")
-    git = ["git", "-C", str(root), "-c", "user.name=tests", "-c", "user.email=tests@localhost"]
-    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
-        subprocess.run([*git, *arguments], check=True, capture_output=True)
-    return root
 
 
 @pytest.mark.processes

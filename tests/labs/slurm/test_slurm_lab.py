@@ -20,6 +20,7 @@ from tests.helpers.tiny_recipe import summary
 from tests.helpers.transcript import Transcript
 from tests.labs.slurm.lab import SlurmLab, wait_until
 from tests.labs.slurm.lab_recipe import STEPS, over_ranks, paused, recipe
+from tests.labs.slurm.login_node import PYTHON, login_node
 from tests.labs.slurm.pause import go
 
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore:unclosed|subprocess:ResourceWarning")]
@@ -129,6 +130,22 @@ def test_a_launch_from_python_waits_and_shows_what_rank_0_prints(
     shown = capfd.readouterr().out
     assert str(STEPS) in shown and "[default" not in shown
     same_losses(place / "python", here)
+
+
+@pytest.mark.slow
+def test_the_code_of_the_commit_reaches_a_job_over_ssh(
+    slurm_lab: SlurmLab, place: Path, here: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = tmp_path / "far"
+    far.mkdir()
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("PATH", f"{far / 'bin'}:{os.environ['PATH']}")
+    with login_node(far, slurm_lab) as ssh:
+        setup = [f"export PATH={PYTHON}:$PATH"]
+        executor = slurm(code="git", job_dir=str(tmp_path / "jobs"), setup=setup, **ssh)
+        log = attached(executors.launch(recipe(place, "far"), executor, name="far", wait=False))
+    assert "the commit runs" in log
+    same_weights(place / "far", here)
 
 
 @pytest.mark.slow
