@@ -141,6 +141,8 @@ class RandomRows(pl.LightningDataModule):
         rows, generator = self.cell.rows, torch.Generator().manual_seed(seed)
         count, last = rows.global_batch_size, self.cell.shape.vocab_size
         ids = torch.randint(last, (count, rows.seq_length), generator=generator)
+        virtual = torch.tensor([i for one in self.cell.stack() for slot in one.prompt_slots(0) for i in slot.ids])
+        ids[:, : len(virtual)] = virtual
         size = {"micro_batch_size": rows.micro_batch_size}
         if rows.answer_length is not None:
             answers = torch.randint(last, (count, rows.answer_length), generator=generator)

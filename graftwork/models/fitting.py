@@ -73,7 +73,13 @@ def refuse_accumulation(trainer: pl.Trainer) -> None:
 def refuse_long_rows(trainer: pl.Trainer, context: int) -> None:
     """Raise ConfigError when the data may give rows, virtual tokens included, that are longer than ``context``."""
     length = getattr(getattr(trainer, "datamodule", None), "seq_length", None)
-    if isinstance(length, int) and length > context:
+    if isinstance(length, int):
+        refuse_length(length, context)
+
+
+def refuse_length(length: int, context: int) -> None:
+    """Raise ConfigError for rows of ``length`` tokens where a model's positions reach only ``context``."""
+    if length > context:
         raise ConfigError(
             f"data.seq_length={length} is longer than the model's context: max_position_embeddings={context} is the "
             "most that its positions reach, unless its config.json extends them (rope_scaling and the larger maximum)."

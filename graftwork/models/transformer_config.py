@@ -1,5 +1,6 @@
 """megatron-core's TransformerConfig of a model shape in a parallel layout."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 
@@ -45,7 +46,10 @@ def transformer_config(
     merged = {**model, **layout.transformer_fields(), **_run_fields(given), **given}
     if "cuda_graph_scope" in valid:
         merged.setdefault("cuda_graph_scope", [])  # its default in 0.16 is deprecated and warns
-    return TransformerConfig(**merged)
+    with warnings.catch_warnings():
+        # what 0.19 says of every selective recomputation, where there is no Transformer Engine either
+        warnings.filterwarnings("ignore", message="If you are using transformer_engine as the")
+        return TransformerConfig(**merged)
 
 
 def _run_fields(given: Mapping[str, object]) -> dict[str, object]:

@@ -84,7 +84,7 @@ def _to_download(source: HubModel, shape: Shape) -> BaseFindings:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     needed = shape.total_parameters() * NARROW
-    _check_room(Path(HF_HUB_CACHE), needed, f"{source.name}, about", "set HF_HOME to a directory on another disk")
+    _check_room(Path(HF_HUB_CACHE), needed, f"{source.name} in bf16", "set HF_HOME to a directory on another disk")
     note = (
         f"{source.name} is not on this machine: the first run downloads it from the hub (about {needed / 1e9:.2f} GB "
         f"in bf16); where the job has no network, run before: hf download {source.name}"
@@ -96,4 +96,6 @@ def _check_room(place: Path, needed: int, what: str, mend: str) -> None:
     disk = next(one for one in (place.absolute(), *place.absolute().parents) if one.exists())
     free = shutil.disk_usage(disk).free
     if needed > free:
-        raise CheckpointError(f"the disk of {str(disk)!r} has {free:,} bytes free and {what} needs {needed:,}: {mend}.")
+        raise CheckpointError(
+            f"the disk of {str(disk)!r} has {free / 1e9:.3g} GB free, but {what} needs {needed / 1e9:.3g} GB: {mend}."
+        )

@@ -7,6 +7,7 @@ from graftwork.errors import GraftworkError
 from graftwork.layout import Layout
 from graftwork.models.adapters import refuse_long_prompts
 from graftwork.models.base import Model
+from graftwork.models.fitting import refuse_length
 from graftwork.peft import PEFT
 from graftwork.planning.blueprint import Blueprint
 from graftwork.planning.problem import Problem
@@ -49,6 +50,7 @@ def row_problems(intent: Intent) -> list[Problem]:
     if work.seq_length % intent.layout.pad_to_multiple and not work.packing:
         multiple = intent.layout.pad_to_multiple
         found.append(Problem("data.seq_length", f"{work.seq_length} is no multiple of {multiple}, which ranks divide."))
+    found += _failed([("data.seq_length", lambda: refuse_length(work.seq_length, shape.max_position_embeddings))])
     prompts = {str(one): sum(slot.length for slot in one.prompt_slots(0)) for one in intent.blueprint.transforms}
     least = min(shape.max_position_embeddings, work.seq_length)
     return found + _failed([("data.seq_length", lambda: refuse_long_prompts(prompts, least))])

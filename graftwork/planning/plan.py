@@ -46,21 +46,22 @@ def make_plan(intent: Intent, devices: Sequence[Device] = tuple(DEVICES.values()
     Memory and time are those on ``devices``; without any, only counts and problems are told.
     """
     blueprint = intent.blueprint
-    problems = layout_problems(intent)
+    problems, of_rows = layout_problems(intent), row_problems(intent)
     with world_of_one():
         whole, misfits = fitting(replace(blueprint, recompute=None))
         kept = replace(blueprint, transforms=tuple(whole.stack.transforms.values()))
         trainable, total = count_parameters(whole)
         found: tuple[OnDevice, ...] = ()
         tokens: Flops | None = None
-        if devices and not problems and blueprint.shape.num_moe_experts is None:  # experts' rows depend on values
+        known = blueprint.shape.num_moe_experts is None  # experts' rows depend on values
+        if devices and known and not problems and not of_rows:
             measured = measure(replace(intent, blueprint=kept), whole)
             per_step = intent.workload.micro_batch_size * intent.workload.row_tokens
             tokens = measured.flops.whole.times(1 / per_step)
             found = tuple(on_device(intent, measured, device) for device in devices)
         sites = tuple(report.sites(whole.stack))
     artifact = ARTIFACT * trainable if blueprint.transforms else total * DTYPES[blueprint.dtype].itemsize
-    problems += [*misfits, *row_problems(intent), *([] if misfits else _too_large(found))]
+    problems += [*misfits, *of_rows, *([] if misfits else _too_large(found))]
     return Plan(
         name, intent.layout, intent.world, sites, trainable, total, artifact, tokens, found, problems=tuple(problems)
     )

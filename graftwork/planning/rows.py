@@ -124,8 +124,6 @@ def look_at_rows(
             lengths, found = _lengths(split, rows, encoder, data, shape)
             split, problems = replace(split, lengths=lengths), problems + found
         splits.append(split)
-    if shape is not None and data.seq_length > shape.max_position_embeddings:
-        problems.append(_beyond_positions(data.seq_length, shape.max_position_embeddings, splits))
     repeated, asked = _repeats(reading.rows.get("train", []), reading.rows.get("validation", []))
     notes = [*_repeat_notes(repeated, asked, splits), *_length_notes(splits, data)]
     return RowsFindings(tuple(splits), repeated, asked, tuple(notes)), problems
@@ -243,12 +241,6 @@ def _histogram(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     first, last = min(bars), max(bars)
     ends = itertools.takewhile(lambda end: end <= last, (first * 2**i for i in itertools.count()))
     return tuple((end, bars[end]) for end in ends)
-
-
-def _beyond_positions(seq_length: int, context: int, splits: Sequence[Split]) -> Problem:
-    longest = max((s.lengths.longest for s in splits if s.lengths), default=None)
-    seen = f" (the longest row that was read has {longest} tokens)" if longest is not None else ""
-    return Problem("data.seq_length", f"{seq_length} is more than the {context} positions of the model{seen}.")
 
 
 def _repeats(train: Sequence[_Row], validation: Sequence[_Row]) -> tuple[int, int]:

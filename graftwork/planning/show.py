@@ -100,7 +100,7 @@ def _speed(plan: Figures) -> list[str]:
 def _findings(plan: Figures) -> list[str]:
     lines = []
     if plan.base is not None and plan.base.name is not None:
-        lines.append(f"base {plan.base.name}: {', '.join(plan.base.notes) or plan.base.directory}")
+        lines.append(f"base {plan.base.name}: {', '.join(plan.base.notes) or plan.base.directory or 'not usable'}")
     if plan.rows is not None:
         for split in plan.rows.splits:
             found, more = split.lengths, "" if split.whole else " looked at"

@@ -39,7 +39,7 @@ def plan(recipe: run.Partial, devices: Sequence[str] = tuple(DEVICES)) -> Plan:
 def fit(recipe: run.Partial, devices: str) -> list[Candidate]:
     """Return the layouts with which a recipe fits ``devices``, such as ``8xH100``, fastest first."""
     world, device = parse_fit(devices)
-    model, data = _model(recipe), _data(recipe)
+    model, (data, _) = _model(recipe), _data(recipe)
     return advise(_intent(recipe, model, data, None, None)[0], world, device)
 
 
@@ -51,7 +51,7 @@ def refuse_problems(recipe: run.Partial) -> None:
 
 
 def _plan(recipe: run.Partial, devices: Sequence[str]) -> Plan:
-    model, data = _model(recipe), _data(recipe)
+    model, (data, data_problems) = _model(recipe), _data(recipe)
     transforms = _transforms(recipe)
     base, problems = look_at_base(model.checkpoint, model.shape, model.dtype_name)
     rows, row_problems = None, list[Problem]()
@@ -60,7 +60,7 @@ def _plan(recipe: run.Partial, devices: Sequence[str]) -> Plan:
         rows, row_problems = look_at_rows(data, tokenizer, model.shape, transforms, model.seq2seq)
     intent, found = _intent(recipe, model, data, rows, base.directory)
     made = make_plan(intent, [device_named(name) for name in devices], _title(model))
-    every = (*found, *problems, *made.problems, *row_problems)
+    every = (*found, *data_problems, *problems, *made.problems, *row_problems)
     return replace(made, rows=rows, base=base, problems=tuple(dict.fromkeys(every)))
 
 
@@ -81,9 +81,14 @@ def _model(recipe: run.Partial) -> Model:
     return model
 
 
-def _data(recipe: run.Partial) -> SFTDataModule | None:
-    data = fdl.build(getattr(recipe, "data", None))
-    return data if isinstance(data, SFTDataModule) else None
+def _data(recipe: run.Partial) -> tuple[SFTDataModule | None, list[Problem]]:
+    """Return the rows, None for those of another data module, and what is wrong with their fields."""
+    try:
+        data = fdl.build(getattr(recipe, "data", None))
+    except GraftworkError as error:
+        sentence = str(error).split("\n\nFiddle context")[0]
+        return None, [Problem(f"data.{sentence.split('=')[0]}", sentence)]
+    return (data if isinstance(data, SFTDataModule) else None), []
 
 
 def _transforms(recipe: run.Partial) -> list[PEFT]:

@@ -134,7 +134,7 @@ def test_a_hub_model_is_not_downloaded(tmp_path: Path, checkpoint: Path) -> None
 def test_a_disk_without_room(checkpoint: Path) -> None:
     huge = replace(shape_of(checkpoint), num_layers=10**9)
     _, problems = look_at_base("owner/huge", huge, "bf16")
-    assert [p.field for p in problems] == ["model.checkpoint"] and "bytes free" in problems[0].message
+    assert [p.field for p in problems] == ["model.checkpoint"] and "GB free, but" in problems[0].message
 
 
 def test_random_weights(checkpoint: Path) -> None:
