@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,8 @@ def trace(model: Model, batch: Batch, targets: int, weigh: Weigh = lambda _: 1.0
     with ExitStack() as stack:
         stack.enter_context(_forgotten_gradients(model))
         stack.enter_context(tape)
-        stack.enter_context(_StandIns(targets, tape))
+        stack.enter_context(stand_ins := _StandIns(targets, tape))
+        stack.enter_context(_inside_attention(model, stand_ins))
         output, loss_function = model.forward_step(iter([batch]), model.chunks[0])
         loss, _, _ = loss_function(output)
         del output
@@ -112,7 +113,7 @@ class _StandIns(TorchFunctionMode):
         options = dict(kwargs or {})
         if func is F.scaled_dot_product_attention and _is_fused(options):
             causal = bool(options.get("is_causal"))
-            return _FusedAttention.apply(*args[:3], causal, self._tape)
+            return _FusedAttention.apply(*args[:3], options.get("attn_mask"), causal, self._tape)
         if func is Tensor.nonzero and args[0].is_meta:
             return torch.empty(self._targets, args[0].dim(), dtype=torch.int64, device="meta")
         return func(*args, **options)
@@ -125,13 +126,16 @@ def _is_fused(options: Mapping[str, Any]) -> bool:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what a fused kernel keeps: its arguments, its output and one fp32 number for each query."""
+    """Keeps what a fused kernel keeps: its arguments, the mask too, its output and one fp32 number for each query."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, causal: bool, tape: _Tape) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], causal: bool, tape: _Tape
+    ) -> Tensor:
         """query [b, heads, sq, d], key and value [b, groups, sk, d] -> [b, heads, sq, d]."""
         out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        kept = [one for one in (query, key, value, mask, out) if one is not None]
+        ctx.save_for_backward(*kept, query.new_empty(query.shape[:-1], dtype=torch.float32))
         rows, heads, length, channels = query.shape
         pairs = length * (length + 1) / 2 if causal else length * key.shape[2]
         ctx.flops = 4.0 * rows * heads * channels * pairs  # type: ignore[attr-defined]
@@ -142,9 +146,29 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Make the gradients of query, key and value."""
-        query, key, value, _, _ = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors[:3]
         ctx.tape.add_attention(2 * ctx.flops, forward=False)
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None, None
+
+
+@contextmanager
+def _inside_attention(model: nn.Module, mode: TorchFunctionMode) -> Iterator[None]:
+    """Keep ``mode`` on in every core attention: torch turns modes off in a backward pass, which may recompute it."""
+
+    def enter(*_: object) -> None:
+        mode.__enter__()
+
+    def leave(*_: object) -> None:
+        mode.__exit__(None, None, None)
+
+    cores = [module for name, module in model.named_modules() if name.endswith("core_attention")]
+    hooks = [core.register_forward_pre_hook(enter) for core in cores]
+    hooks += [core.register_forward_hook(leave, always_call=True) for core in cores]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _storages(model: nn.Module) -> set[int]:

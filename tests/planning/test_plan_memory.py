@@ -1,5 +1,6 @@
 """Memory as predicted against memory as measured."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,19 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import memory
+
+STORED = json.loads(memory.RESULTS.read_text())
+
+
+def test_every_run_of_the_grid_was_measured() -> None:
+    assert list(STORED) == [cell.name for cell in memory.CELLS]
+
+
+@pytest.mark.parametrize("cell", memory.CELLS, ids=lambda cell: cell.name)
+def test_a_plan_says_what_was_measured(cell: memory.Cell) -> None:
+    told = memory.predicted(cell)
+    assert told == pytest.approx(STORED[cell.name]["measured"], rel=memory.WORST)
+    assert told == pytest.approx(STORED[cell.name]["predicted"], rel=1e-3), "run make bench-memory: the page is old"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 
 from graftwork import executors
 from graftwork.cli.context import GraftContext
+from graftwork.cli.sweep import SweepContext, sweep
 from graftwork.errors import LaunchError
 from graftwork.executors import launch
 from graftwork.executors.docker import DEVICE
@@ -122,6 +123,16 @@ def test_two_ranks_run_the_code_of_the_commit_and_give_one_rank_s_losses(
     for loss in ("train_loss", "val_loss"):
         assert ranks[loss] == pytest.approx(one[loss], rel=1e-4)
     assert ranks["trainable_parameters"] == one["trainable_parameters"]
+
+
+@pytest.mark.processes
+def test_a_sweep_is_a_container_for_each_run(docker_lab: str, inputs: Path, here: Path, tmp_path: Path) -> None:
+    sweeping = SweepContext(name="sweep", factory=f"smollm2_135m(dir={tmp_path},name=run)", skip_confirmation=True)
+    rates = ["sweep.optim.lr=[2e-3,1e-3]", "parallel=2"]
+    sweeping.cli_execute(sweep, [*command(inputs, tmp_path, *in_container(docker_lab)), *rates])
+    runs = [tmp_path / "run" / name for name in ("lr-0.002", "lr-0.001")]
+    assert summary(runs[0])["val_loss"] == summary(here)["val_loss"] != summary(runs[1])["val_loss"]
+    assert (runs[0] / WEIGHTS).read_bytes() == (here / WEIGHTS).read_bytes()
 
 
 def refused(out: Path, arguments: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
