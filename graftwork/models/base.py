@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 
 from graftwork import parallel
 from graftwork.batch import Batch, Ids, Questions
-from graftwork.data.tokenizer import Tokenizer, checkpoint_tokenizer
-from graftwork.errors import ArtifactError, ConfigError, TrainingError
+from graftwork.data.tokenizer import TextEncoder, Tokenizer, checkpoint_tokenizer
+from graftwork.errors import ArtifactError, CheckpointError, ConfigError, TrainingError
 from graftwork.models.adapters import (
     attach,
     load,
@@ -30,6 +30,7 @@ from graftwork.models.adapters import (
     refuse_taken_names,
     warn_of_other_prompts,
 )
+from graftwork.models.exchange.export import Wanted, export_stack
 from graftwork.models.fitting import ValidationLoss, prompt_format_of, refuse_unfit, schedules_steps, trained_only
 from graftwork.models.generation.answers import Answer, answer, refuse_spread_experts
 from graftwork.models.generation.decoding import Decoding, Options, generate
@@ -272,6 +273,19 @@ class Model(pl.LightningModule):
             raise ArtifactError("The model has no adapters to save; add one with model.add_adapter(...).")
         return artifact.save(self.stack, path, self.base_identity(), names, step, recipe)
 
+    def export_adapters(
+        self, path: str | Path, format: str = "peft", for_: str = "peft", names: Sequence[str] | None = None
+    ) -> Path:
+        """Write the named adapters (default all) for Hugging Face PEFT, or ``for_="vllm"``; call it on every rank.
+
+        One adapter becomes the directory ``path``, several one directory each inside of it. Raises ConfigError for an
+        adapter that has no exact counterpart there, ArtifactError when ``path`` holds anything but an export.
+        """
+        if not self.adapters:
+            raise ArtifactError("The model has no adapters to export; add one with model.add_adapter(...).")
+        wanted = Wanted(format, for_, names, self.base_identity().name)
+        return export_stack(self.stack, self.shape, path, wanted, self._adds_bos)
+
     def prompt_format(self, given: Collection[str] = (), way: Way = None) -> dict[str, Any]:
         """Return how the adapters were trained to be asked: templates, BOS and EOS, without the keys ``given``.
 
@@ -432,6 +446,13 @@ class Model(pl.LightningModule):
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _adds_bos(self) -> bool | None:
+        """Tell whether the tokenizer puts BOS in front of a row; None where there is no tokenizer."""
+        try:
+            return TextEncoder(self.tokenizer, add_eos=False).add_bos
+        except (ConfigError, CheckpointError):
+            return None
 
     def _check_checkpoint(self) -> None:
         if self.checkpoint_dir is not None:
