@@ -28,6 +28,7 @@ from graftwork.models.adapters import (
     prompt_lengths,
     refuse_long_prompts,
     refuse_taken_names,
+    seen,
     warn_of_other_prompts,
 )
 from graftwork.models.exchange.export import Wanted, export_stack
@@ -249,17 +250,17 @@ class Model(pl.LightningModule):
         trainable: bool = True,
         check_base: bool = True,
     ) -> None:
-        """Attach the adapters of an artifact (default all) with their trained values.
+        """Attach the adapters of an artifact (default all), or one of Hugging Face PEFT, with their trained values.
 
-        Adapters of the same name, method and hyper-parameters that are attached already get the values. Raises
-        ArtifactError (one sentence) and leaves the model as it was when the artifact does not fit.
+        Adapters of the same name, method and hyper-parameters that are attached already get the values. That of Hugging
+        Face PEFT has no name; it gets the one of its method, or the one in ``names``. Raises ArtifactError (one
+        sentence) and leaves the model as it was when the artifact does not fit.
         """
         asked = Load(path, names, trainable, check_base)
         if self.chunks:
-            load(self.stack, asked, self.base_identity)
+            load(self.stack, asked, self.shape, self.base_identity)
         else:
-            seen = artifact.read_everywhere(path)  # a wrong path is told at once
-            self._pending.put(replace(asked, checksum=seen.checksum))
+            self._pending.put(replace(asked, checksum=seen(path)))  # a wrong path is told at once
 
     def save_adapters(
         self,
@@ -431,7 +432,7 @@ class Model(pl.LightningModule):
             case Add():
                 self.add_adapter(request.transform, request.trainable)
             case Load():
-                load(self.stack, request, self.base_identity)
+                load(self.stack, request, self.shape, self.base_identity)
             case Freeze():
                 self.freeze()
             case Change():

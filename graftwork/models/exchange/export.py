@@ -125,9 +125,9 @@ def _checked(chosen: Sequence[PEFT], shape: Shape, wanted: Wanted) -> Places:
 def _check_dropout(transform: LoRA) -> None:
     if transform.dropout_position != "pre":
         raise ConfigError(
-            f"{transform} has dropout_position={transform.dropout_position!r}, but Hugging Face PEFT drops values before "
-            "A only, so that training would go on otherwise; export it with for_='vllm', where nothing trains, or "
-            f"{MERGES}."
+            f"{transform} has dropout_position={transform.dropout_position!r}, but Hugging Face PEFT drops values "
+            "before A only, so that training would go on otherwise; export it with for_='vllm', where nothing trains, "
+            f"or {MERGES}."
         )
 
 
@@ -194,6 +194,5 @@ def _shape_of(held: artifact.Artifact) -> Shape:
     try:
         return family_named(base.family).shape_class(**base.shape)  # type: ignore[arg-type]
     except TypeError as error:
-        raise ArtifactError(
-            f"Adapter {held} describes no base of this version: {quoted(str(error), bare=True)}."
-        ) from error
+        reason = quoted(str(error), bare=True)
+        raise ArtifactError(f"Adapter {held} describes no base of this version: {reason}.") from error

@@ -1,7 +1,7 @@
 """LoRA, DoRA and CanonicalLoRA -> pairs of factors, one for each Hugging Face module."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,7 +52,7 @@ def pairs_of(transform: LoRA, places: Places, tensors: Held) -> list[Pair]:
 
 
 def config_of(transform: LoRA, places: Places, pairs: Sequence[Pair], base: str | None) -> dict[str, object]:
-    """Return ``adapter_config.json`` of these pairs: targets, ranks and alphas by names that mean these modules alone."""
+    """Return ``adapter_config.json`` of these pairs: targets, ranks, alphas by names that mean these modules alone."""
     modules = [pair.module for pair in pairs]
     ranks, alphas = ({pair.module: value(pair) for pair in pairs} for value in (_rank, _alpha))
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -96,30 +96,6 @@ def alpha_of(rank: int, scale: float, rslora: bool) -> float:
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * abs(alpha) else alpha
 
 
-def stacked(
-    ranks: Sequence[int], alphas: Sequence[float], rslora: bool, factors: Sequence[Lazy], counts: Sequence[int]
-) -> tuple[int, float, Callable[[], list[Tensor]]]:
-    """Return rank, alpha and the Bs of pairs that become one: their As on top of each other, each B in columns of its own.
-
-    The Bs are [its rows, sum of ranks], zero in the others' columns, so that the one pair is the sum of all; where the
-    scales differ they are folded into them.
-    """
-    rank, scales = sum(ranks), [scale_of(r, a, rslora) for r, a in zip(ranks, alphas)]
-    same = len(set(scales)) == 1
-    alpha = alpha_of(rank, scales[0] if same else 1.0, rslora)
-
-    def make() -> list[Tensor]:
-        found, start = [], 0
-        for own, scale, factor, count in zip(ranks, scales, factors, counts):
-            wide = torch.zeros(count, rank)
-            wide[:, start : start + own] = factor[:] if same else factor[:] * scale
-            found.append(wide)
-            start += own
-        return found
-
-    return rank, alpha, make
-
-
 def _at(transform: LoRA, places: Places, linear: Linear, tensors: Held) -> list[Pair]:
     if linear.leaf == EMBEDDING:
         return [_embedding(transform, places, linear, tensors)]
@@ -148,31 +124,37 @@ def _rows_of(linear: Linear, full: Lazy, index: int) -> Tensor:
 
 def _canonical(transform: CanonicalLoRA, linear: Linear, tensors: Held) -> list[Pair]:
     """Return a pair for each updated part, or one for all of them where they are one module."""
-    held, found = set(tensors.names), []
+    held, found = set(tensors.names), {}
     prefixes = [f"{part}_" for part in linear.parts] or [""]
     for index, (prefix, name, count) in enumerate(zip(prefixes, linear.updates, linear.counts)):
-        if f"{linear.site}.{prefix}{A}" not in held:
-            continue
-        rank, alpha = transform.rank_and_alpha(name)
-        low = tensors.take(f"{linear.site}.{prefix}{A}", rank, linear.inputs)
-        high = tensors.take(f"{linear.site}.{prefix}{B}", count, rank)
-        found.append((index, rank, alpha, low, high))
-    if not linear.fused:
-        return [Pair(linear.modules[index], *rest) for index, *rest in found]
-    return [_one_of(transform, linear, found)]
+        if f"{linear.site}.{prefix}{A}" in held:
+            rank, alpha = transform.rank_and_alpha(name)
+            low = tensors.take(f"{linear.site}.{prefix}{A}", rank, linear.inputs)
+            high = tensors.take(f"{linear.site}.{prefix}{B}", count, rank)
+            found[index] = Pair(linear.modules[0 if linear.fused else index], rank, alpha, low, high)
+    return [one_of(linear, found, transform.use_rslora)] if linear.fused else list(found.values())
 
 
-def _one_of(transform: CanonicalLoRA, linear: Linear, found: Sequence[tuple[int, int, float, Lazy, Lazy]]) -> Pair:
-    indices, ranks, alphas, lows, highs = zip(*found)
-    counts = [linear.counts[index] for index in indices]
-    rank, alpha, make = stacked(ranks, alphas, transform.use_rslora, highs, counts)
+def one_of(linear: Linear, pairs: Mapping[int, Pair], rslora: bool) -> Pair:
+    """Return one pair for the whole linear that is the sum of those of its parts, by index.
 
-    def whole() -> Tensor:
-        made = dict(zip(indices, make()))
-        return torch.cat([made.get(i, torch.zeros(count, rank)) for i, count in enumerate(linear.counts)])
+    Its A is theirs on top of each other; its B holds each of theirs in columns of its own, on the rows of its part, in
+    the order of the parts. Scales that differ are folded into B.
+    """
+    ranks = [pair.rank for pair in pairs.values()]
+    rank, scales = sum(ranks), [scale_of(pair.rank, pair.alpha, rslora) for pair in pairs.values()]
+    fold = len(set(scales)) > 1
+    alpha = alpha_of(rank, 1.0 if fold else scales[0], rslora)
 
-    low = Lazy((rank, linear.inputs), lambda: torch.cat([low[:] for low in lows]))
-    return Pair(linear.modules[0], rank, alpha, low, Lazy((sum(linear.counts), rank), whole))
+    def high() -> Tensor:
+        found, start = [torch.zeros(count, rank) for count in linear.counts], 0
+        for (index, pair), scale in zip(pairs.items(), scales):
+            found[index][:, start : start + pair.rank] = pair.B[:] * (scale if fold else 1.0)
+            start += pair.rank
+        return torch.cat(found)
+
+    low = Lazy((rank, linear.inputs), lambda: torch.cat([pair.A[:] for pair in pairs.values()]))
+    return Pair(linear.modules[0], rank, alpha, low, Lazy((sum(linear.counts), rank), high))
 
 
 def _embedding(transform: LoRA, places: Places, linear: Linear, tensors: Held) -> Pair:

@@ -77,7 +77,7 @@ def _check_place(path: Path) -> None:
         ours = file.is_dir() or (file.name in (TENSORS, CONFIG, CARD) and not file.is_symlink())
         if not ours or (file.name == CONFIG and not is_theirs(_parsed(file))):
             raise ArtifactError(
-                f"{quoted(path)} holds {quoted(file.relative_to(path))} and is no exported adapter; name a new directory."
+                f"{quoted(path)} holds {quoted(file.relative_to(path))} and is no exported adapter; name a new one."
             )
 
 

@@ -117,7 +117,7 @@ class Places:
 
 
 def shortest(wanted: Iterable[str], known: Collection[str]) -> list[str]:
-    """Return trailing parts of names that mean the ``wanted`` and no other of the ``known``, each as short as can be."""
+    """Return trailing parts of names, as short as can be, that mean the ``wanted`` and no other of the ``known``."""
     chosen = list(wanted)
     others = {end for name in set(known) - set(chosen) for end in _ends(name)}
     return list(dict.fromkeys(next(end for end in _ends(name) if end not in others) for name in chosen))

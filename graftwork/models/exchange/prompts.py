@@ -1,10 +1,12 @@
-"""PromptTuning and PTuning -> a table of rows; of P-tuning what its encoder has made, which is all that inference needs."""
+"""PromptTuning and PTuning <-> a table of rows; of P-tuning what its encoder has made, all that inference needs."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from graftwork.errors import ConfigError
+from graftwork.models.exchange.fields import Fields
 from graftwork.models.exchange.lazy import Held, Lazy
 from graftwork.models.exchange.piece import common
 from graftwork.models.exchange.places import Places
@@ -22,8 +24,9 @@ def check_placement(transform: PromptMethod, places: Places, bos: bool | None) -
         return
     where = "where a template says" if transform.placement == "template" else "behind BOS"
     raise ConfigError(
-        f"{transform} has placement={transform.placement!r}: its virtual tokens stand {where}, but Hugging Face PEFT puts "
-        'them in front of everything; train it with placement="before_bos", or on rows without BOS (add_bos=False).'
+        f"{transform} has placement={transform.placement!r}: its virtual tokens stand {where}, but Hugging Face PEFT "
+        'puts them in front of everything; train it with placement="before_bos", or on rows without BOS '
+        "(add_bos=False)."
     )
 
 
@@ -54,8 +57,27 @@ def config_of(places: Places, shape: Shape, length: int, base: str | None) -> di
 
 
 def keyed(table: Lazy, places: Places) -> Mapping[str, Lazy]:
-    """Return the table as Hugging Face PEFT calls it; a sequence-to-sequence model has rows for a decoder, never read."""
+    """Return the table as Hugging Face PEFT calls it, with rows for a decoder, never read, where there is one."""
     if not places.seq2seq:
         return {KEY: table}
     length, hidden = table.shape
     return {KEY: Lazy((2 * length, hidden), lambda: torch.cat([table[:], torch.zeros(length, hidden)]))}
+
+
+def arriving(
+    fields: Fields, places: Places, shape: Shape, held: Held, name: str | None
+) -> tuple[PromptTuning, dict[str, Lazy], bool, str]:
+    """Return the PromptTuning that a Hugging Face prompt is here: of P-tuning no encoder is in the file."""
+    length, hidden, stacks = fields.whole("num_virtual_tokens"), fields.whole("token_dim"), 2 if places.seq2seq else 1
+    if hidden != shape.hidden_size:
+        fields.refuse("token_dim", f"the model's hidden size is {shape.hidden_size}")
+    if fields.config.get("num_transformer_submodules", stacks) not in (None, stacks):
+        fields.refuse("num_transformer_submodules", f"a {places.family.name} has {stacks}")
+    table = held.take(KEY, length * stacks, hidden)
+    held.finish()
+    options: dict[str, Any] = {"virtual_tokens": length, "init": "random", "placement": "before_bos"}
+    transform = PromptTuning(**options) if name is None else PromptTuning(name, **options)
+    note = "the file holds no encoder, so its table is what trains from now on" if fields.kind == "P_TUNING" else ""
+    # Hugging Face PEFT never reads the rows behind them, which a decoder would have.
+    rows = Lazy((length, hidden), lambda: table[:length])
+    return transform, {f"{_SITE}.{TABLE}": rows}, False, note

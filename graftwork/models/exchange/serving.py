@@ -29,7 +29,7 @@ FIELDS = (
     "target_modules",
     "task_type",
 )
-"""The fields that vLLM reads, or other readers need."""
+"""The fields that vLLM reads, and those that other readers need."""
 
 
 def refuse_unserved(transform: PEFT, places: Places) -> None:
@@ -41,8 +41,8 @@ def refuse_unserved(transform: PEFT, places: Places) -> None:
         why = why or "it serves LoRA only"
     if why:
         raise ConfigError(
-            f"{transform} cannot be served by vLLM: {why}; merge it and serve the model that export_hf writes, or leave "
-            "for_ at 'peft'."
+            f"{transform} cannot be served by vLLM: {why}; merge it and serve the model that export_hf writes, or "
+            "leave for_ at 'peft'."
         )
 
 
