@@ -101,10 +101,10 @@ def _at(transform: LoRA, places: Places, linear: Linear, tensors: Held) -> list[
         return [_embedding(transform, places, linear, tensors)]
     if isinstance(transform, CanonicalLoRA):
         return _canonical(transform, linear, tensors)
-    rank, alpha = transform.rank_and_alpha(linear.site)
-    low = tensors.take(f"{linear.site}.{A}", rank, linear.inputs)
-    high = tensors.take(f"{linear.site}.{B}", sum(linear.widths), rank)
-    lengths = tensors.take(f"{linear.site}.{MAGNITUDE}", sum(linear.widths)) if isinstance(transform, DoRA) else None
+    rank, alpha = transform.rank_and_alpha(linear.name)
+    low = tensors.take(f"{linear.name}.{A}", rank, linear.inputs)
+    high = tensors.take(f"{linear.name}.{B}", sum(linear.widths), rank)
+    lengths = tensors.take(f"{linear.name}.{MAGNITUDE}", sum(linear.widths)) if isinstance(transform, DoRA) else None
     return [
         Pair(
             module,
@@ -127,10 +127,10 @@ def _canonical(transform: CanonicalLoRA, linear: Linear, tensors: Held) -> list[
     held, found = set(tensors.names), {}
     prefixes = [f"{part}_" for part in linear.parts] or [""]
     for index, (prefix, name, count) in enumerate(zip(prefixes, linear.updates, linear.counts)):
-        if f"{linear.site}.{prefix}{A}" in held:
+        if f"{linear.name}.{prefix}{A}" in held:
             rank, alpha = transform.rank_and_alpha(name)
-            low = tensors.take(f"{linear.site}.{prefix}{A}", rank, linear.inputs)
-            high = tensors.take(f"{linear.site}.{prefix}{B}", count, rank)
+            low = tensors.take(f"{linear.name}.{prefix}{A}", rank, linear.inputs)
+            high = tensors.take(f"{linear.name}.{prefix}{B}", count, rank)
             found[index] = Pair(linear.modules[0 if linear.fused else index], rank, alpha, low, high)
     return [one_of(linear, found, transform.use_rslora)] if linear.fused else list(found.values())
 
@@ -163,10 +163,10 @@ def _embedding(transform: LoRA, places: Places, linear: Linear, tensors: Held) -
             f"{transform} stands at {EMBEDDING}, which encoder and decoder of a {places.family.name} share and Hugging "
             "Face PEFT wraps in one of them only; leave it out of target_modules, or serve the adapter here."
         )
-    rank, alpha = transform.rank_and_alpha(linear.site)
+    rank, alpha = transform.rank_and_alpha(linear.name)
     ((vocabulary, hidden),) = linear.rows.shapes
-    low = tensors.take(f"{linear.site}.{A}", vocabulary, rank)
-    high = tensors.take(f"{linear.site}.{B}", hidden, rank)
+    low = tensors.take(f"{linear.name}.{A}", vocabulary, rank)
+    high = tensors.take(f"{linear.name}.{B}", hidden, rank)
     return Pair(linear.modules[0], rank, alpha, Lazy((rank, vocabulary), lambda: low[:].T), high, embedding=True)
 
 

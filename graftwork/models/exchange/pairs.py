@@ -71,7 +71,7 @@ def _known(places: Places, method: type[LoRA]) -> list[str]:
     linears = places.linears.values()
     if method is CanonicalLoRA:
         return [name for linear in linears for name in linear.updates]
-    return [linear.site for linear in linears]
+    return [linear.name for linear in linears]
 
 
 def _pairs(fields: Fields, places: Places, held: Held) -> dict[str, Pair]:
@@ -113,7 +113,7 @@ def _grouped(pairs: Mapping[str, Pair], places: Places) -> dict[str, Group]:
     found: dict[str, Group] = {}
     for module, pair in pairs.items():
         linear = places.modules[module]
-        found.setdefault(linear.site, {})[linear.modules.index(module)] = pair
+        found.setdefault(linear.name, {})[linear.modules.index(module)] = pair
     return found
 
 
@@ -132,9 +132,9 @@ def _whole(linear: Linear, group: Group) -> Update:
     if first.embedding:
         rank, vocabulary = first.A.shape
         low = Lazy((vocabulary, rank), lambda: first.A[:].T.contiguous())
-        return _named(linear, linear.site, first.rank, first.alpha, low, first.B)
+        return _named(linear, linear.name, first.rank, first.alpha, low, first.B)
     high = Lazy((sum(linear.widths), first.rank), lambda: linear.join([group[i].B[:] for i in sorted(group)]))
-    return _named(linear, linear.site, first.rank, first.alpha, first.A, high)
+    return _named(linear, linear.name, first.rank, first.alpha, first.A, high)
 
 
 def _separate(linear: Linear, group: Group) -> list[Update]:
@@ -159,14 +159,14 @@ def _scaled(linear: Linear, group: Group, rslora: bool) -> Update:
         summed = one_of(linear, group, rslora)
         order = partial(_in_our_order, linear, summed.B)
         name, rank, alpha, tensors = _named(
-            linear, linear.site, summed.rank, summed.alpha, summed.A, Lazy(summed.B.shape, order)
+            linear, linear.name, summed.rank, summed.alpha, summed.A, Lazy(summed.B.shape, order)
         )
 
     def lengths() -> Tensor:
         widths = enumerate(linear.widths)
         return linear.join([_lengths(group[i]) if i in group else torch.full((n,), torch.nan) for i, n in widths])
 
-    return name, rank, alpha, {**tensors, f"{linear.site}.{MAGNITUDE}": Lazy((sum(linear.widths),), lengths)}
+    return name, rank, alpha, {**tensors, f"{linear.name}.{MAGNITUDE}": Lazy((sum(linear.widths),), lengths)}
 
 
 def _lengths(pair: Pair) -> Tensor:
@@ -180,4 +180,4 @@ def _in_our_order(linear: Linear, stacked: Lazy) -> Tensor:
 
 
 def _named(linear: Linear, name: str, rank: int, alpha: float, low: Lazy, high: Lazy, prefix: str = "") -> Update:
-    return name, rank, alpha, {f"{linear.site}.{prefix}{A}": low, f"{linear.site}.{prefix}{B}": high}
+    return name, rank, alpha, {f"{linear.name}.{prefix}{A}": low, f"{linear.name}.{prefix}{B}": high}

@@ -13,6 +13,7 @@ from graftwork.models.weights.ops import KV, QKV, Fused, Gated, Op, Transposed
 from graftwork.peft.cuts import GATED, OUTPUT
 from graftwork.peft.methods.canonical_lora import GATE, UP
 from graftwork.peft.methods.dora import EMBEDDING
+from graftwork.peft.sites import Place
 
 LINEARS = ("linear_qkv", "linear_q", "linear_kv", "linear_proj", GATED, "linear_fc2", EMBEDDING, OUTPUT)
 """The last part of the name of everything that a low-rank update can stand at."""
@@ -27,14 +28,13 @@ _WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
-class Linear:
-    """One linear of ours (or the embedding), by its global name, and the Hugging Face modules that it is made of.
+class Linear(Place):
+    """One linear of ours (or the embedding) and the Hugging Face modules that it is made of.
 
     ``parts``: names of the linears that were fused into it, none for a single one. ``rows`` lays out anything that has
     one row per output, [outputs, ...].
     """
 
-    site: str
     modules: tuple[str, ...]
     parts: tuple[str, ...]
     rows: Op
@@ -43,11 +43,6 @@ class Linear:
     def fused(self) -> bool:
         """Whether they are fused on the Hugging Face side too: several parts in one module."""
         return isinstance(self.rows, Fused)
-
-    @property
-    def leaf(self) -> str:
-        """The last part of its name."""
-        return self.site.rpartition(".")[2]
 
     @property
     def inputs(self) -> int:
@@ -67,10 +62,10 @@ class Linear:
     @property
     def updates(self) -> list[str]:
         """The names that CanonicalLoRA gives to the parts, or to the one linear."""
-        stem = self.site.removesuffix(self.leaf)
+        stem = self.name.removesuffix(self.leaf)
         if self.parts:
             return [stem + part for part in self.parts]
-        return [stem + UP if self.leaf == GATED else self.site]
+        return [stem + UP if self.leaf == GATED else self.name]
 
     def split(self, full: Tensor) -> list[Tensor]:
         """Return the rows [n, ...] of each module of ours [outputs, ...]."""
@@ -95,7 +90,7 @@ class Places:
         if layers > MOST_LAYERS:
             raise ConfigError(f"a model of {layers:,} layers has no adapters to exchange; at most {MOST_LAYERS:,} can.")
         found = (_linear(rule) for rule in mapping.expanded())
-        self.linears = {linear.site: linear for linear in found if linear is not None}
+        self.linears = {linear.name: linear for linear in found if linear is not None}
         self.modules = {module: linear for linear in self.linears.values() for module in linear.modules}
 
     @property

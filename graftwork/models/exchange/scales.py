@@ -1,5 +1,6 @@
 """IA3 <-> a vector for each Hugging Face module: on outputs for keys and values, on inputs for the second linear."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from graftwork.models.exchange.piece import LAYER_PREFIX, common
 from graftwork.models.exchange.places import Linear, Places, shortest
 from graftwork.models.shape import Shape
 from graftwork.peft.methods import IA3
-from graftwork.peft.methods.ia3 import ATTENTION, NORM, SECOND, TARGETS
+from graftwork.peft.methods.ia3 import ATTENTION, FUSED, NORM, SECOND, TARGETS
 
 SCALE = {"k": "scale_k", "v": "scale_v", "ffn": "scale_ffn"}
 PART = {"k": "linear_k", "v": "linear_v"}
@@ -63,7 +64,7 @@ def keyed(vectors: Vectors) -> dict[str, Lazy]:
 def _keys_and_values(linear: Linear, tensors: Held) -> Vectors:
     held, given = set(tensors.names), {}
     for target, part in PART.items():
-        name = f"{linear.site}.{SCALE[target]}"
+        name = f"{linear.name}.{SCALE[target]}"
         if name in held:
             given[part] = tensors.take(name, linear.counts[linear.parts.index(part)])
     if not linear.fused:
@@ -90,26 +91,19 @@ def arriving(
     given = _vectors(fields, places, held)
     scaled = {(module, target): vector for module, found in given.items() for target, vector in found.items()}
     wanted = {module: places.modules[module] for module, _ in scaled}
-    layers: dict[str, set[int]] = {}
-    for linear in wanted.values():
-        stack, _, layer, *_ = linear.site.split(".")
-        layers.setdefault(stack, set()).add(int(layer))
-    kinds = [kind for kind, path in ATTENTION.items() if any(f".{path}." in linear.site for linear in wanted.values())]
+    layers = _layers(wanted.values())
+    kinds = [kind for kind, path in ATTENTION.items() if any(f".{path}." in linear.name for linear in wanted.values())]
     targets = [target for target in TARGETS if any(target == found for _, found in scaled)]
     transform = _transform(places, shape, targets, kinds, layers, name)
     _check_regular(fields, places, transform, set(scaled), layers)
-    return transform, {f"{wanted[m].site}.{SCALE[t]}": vector for (m, t), vector in scaled.items()}, False, ""
+    return transform, {f"{wanted[m].name}.{SCALE[t]}": vector for (m, t), vector in scaled.items()}, False, ""
 
 
 def _transform(
     places: Places, shape: Shape, targets: list[str], kinds: list[str], layers: dict[str, set[int]], name: str | None
 ) -> IA3:
     """Return an IA3 that scales these in these layers."""
-    depths: dict[str, set[int]] = {}
-    for linear in places.linears.values():
-        if linear.leaf == SECOND:
-            stack, _, layer, *_ = linear.site.split(".")
-            depths.setdefault(stack, set()).add(int(layer))
+    depths = _layers(linear for linear in places.linears.values() if linear.leaf == SECOND)
     chosen = {stack: sorted(found) for stack, found in layers.items()}
     options: dict[str, Any] = {
         "targets": targets,
@@ -124,19 +118,28 @@ def _check_regular(
     fields: Fields, places: Places, transform: IA3, scaled: set[tuple[str, str]], layers: dict[str, set[int]]
 ) -> None:
     """Raise ArtifactError unless the same is scaled in every layer and attention that has it, as ours does."""
+    inside = [f"{ATTENTION[kind]}.{FUSED[kind]}" for kind in transform.attention or ()]
     for linear in places.linears.values():
-        stack, _, layer, *rest = linear.site.split(".")
-        if not layer.isdigit() or int(layer) not in layers.get(stack, ()):
+        if linear.layer not in layers.get(linear.part or "", ()):
             continue
-        inside = ".".join(rest)
         for target in transform.targets or ():
-            wanted = target == "ffn" if linear.leaf == SECOND else f"linear_{target}" in linear.parts
-            kind = next((k for k, path in ATTENTION.items() if inside.startswith(f"{path}.")), None)
-            if not wanted or (target != "ffn" and kind not in (transform.attention or ())):
+            if target == "ffn" and linear.leaf == SECOND:
+                module = linear.modules[0]
+            elif target != "ffn" and linear.inside in inside:
+                module = linear.modules[0 if linear.fused else linear.parts.index(PART[target])]
+            else:
                 continue
-            module = linear.modules[0 if linear.fused or target == "ffn" else linear.parts.index(f"linear_{target}")]
             if (module, target) not in scaled:
                 fields.refuse("target_modules", f"IA3 scales the same in each of its layers, but {module} is left out")
+
+
+def _layers(linears: Iterable[Linear]) -> dict[str, set[int]]:
+    """Return the layers of linears by the part of the model."""
+    found: dict[str, set[int]] = {}
+    for linear in linears:
+        if linear.layer is not None:
+            found.setdefault(linear.part or "", set()).add(linear.layer)
+    return found
 
 
 def _vectors(fields: Fields, places: Places, held: Held) -> dict[str, dict[str, Lazy]]:
