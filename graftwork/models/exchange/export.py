@@ -1,7 +1,9 @@
 """Adapters of ours -> Hugging Face PEFT directories, from a model in any layout or from an artifact without one."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from graftwork.peft.artifact.verified import stored_tensors
 from graftwork.peft.methods import IA3, CanonicalAdapter, LoRA, Selective
 from graftwork.peft.methods.prompt_table import PromptMethod
 from graftwork.peft.stack import Stack
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("peft",)
 SERVERS = ("peft", "vllm")
@@ -106,6 +110,24 @@ def named(held: Sequence[PEFT], names: Sequence[str] | None, path: str) -> list[
     return [transform for name, transform in by_name.items() if names is None or name in names]
 
 
+def _warn_of_company(chosen: Sequence[PEFT], tensors: Mapping[str, Readable]) -> None:
+    """Warn when adapters stand at the same modules: each directory is one of them, and not what they do together."""
+    sites: dict[str, set[str]] = {transform.name: set() for transform in chosen}
+    for key in tensors:
+        name, _, rest = key.partition(".")
+        if name in sites:
+            sites[name].add(rest.rpartition(".")[0])
+    for first, second in combinations(sites, 2):
+        if shared := sites[first] & sites[second]:
+            log.warning(
+                "Adapters %r and %r stand at the same modules, such as %s; each is exported alone, and only here do "
+                "they act one around the other.",
+                first,
+                second,
+                min(shared),
+            )
+
+
 def _checked(chosen: Sequence[PEFT], shape: Shape, wanted: Wanted) -> Places:
     """Return where the linears are, once everything that can be refused without a tensor is known to be fine."""
     if not chosen:
@@ -139,6 +161,7 @@ def _pieces(
     formats: Mapping[str, Mapping[str, Any]],
     wanted: Wanted,
 ) -> list[Piece]:
+    _warn_of_company(chosen, tensors)
     found = []
     for transform in chosen:
         prefix = f"{transform.name}."
@@ -191,8 +214,9 @@ def _with_bos(
 
 def _shape_of(held: artifact.Artifact) -> Shape:
     base = held.config.base
+    fields: dict[str, Any] = dict(base.shape)  # checked by the shape itself
     try:
-        return family_named(base.family).shape_class(**base.shape)  # type: ignore[arg-type]
+        return family_named(base.family).shape_class(**fields)
     except TypeError as error:
         reason = quoted(str(error), bare=True)
         raise ArtifactError(f"Adapter {held} describes no base of this version: {reason}.") from error

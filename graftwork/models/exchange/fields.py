@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from graftwork.errors import ArtifactError, quoted, suggest
+from graftwork.errors import ArtifactError, quoted
 from graftwork.peft.method import MOST
 
 Config = Mapping[str, object]
@@ -27,11 +27,12 @@ KNOWN: Mapping[str, frozenset[str]] = {
     | {
         *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
         *("lora_dropout", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias"),
+        "exclude_modules",
         "fan_in_fan_out",  # follows from the module, as Hugging Face PEFT itself sets it
         "megatron_core",  # counts only with megatron_config
         "qalora_group_size",  # counts only with use_qalora
     },
-    "IA3": _COMMON | {"target_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"},
+    "IA3": _COMMON | {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"},
     "PROMPT_TUNING": _COMMON
     | _PROMPT
     # where training began
@@ -63,8 +64,7 @@ class Fields:
 
     def __post_init__(self) -> None:
         if self.kind not in KNOWN:
-            valid = suggest(self.kind, KNOWN)
-            raise ArtifactError(f"{self.where} has peft_type={quoted(self.kind)}, which cannot be loaded; {valid}")
+            self.refuse("peft_type", f"valid: {', '.join(KNOWN)}")
         for field, value in self.config.items():
             if field in VALID:
                 if not any(value is valid or (isinstance(valid, str) and value == valid) for valid in VALID[field]):
@@ -135,11 +135,12 @@ class Fields:
         return set(found)
 
     def targeted(self, modules: Collection[str]) -> set[str]:
-        """Return those of the ``modules`` that target_modules, layers_to_transform and layers_pattern name."""
+        """Return those of the ``modules`` that target_modules, exclude_modules and layers_to_transform choose."""
         targets, layers = set(self.names("target_modules")), self.layers()
+        left = set(self.names("exclude_modules")) if self.config.get("exclude_modules") else set()
         patterns = self.config.get("layers_pattern") or None
         stacks = [patterns] if isinstance(patterns, str) else self.names("layers_pattern") if patterns else []
-        ends = {module for module in modules if any(end in targets for end in _ends(module))}
+        ends = {m for m in modules if not targets.isdisjoint(_ends(m)) and left.isdisjoint(_ends(m))}
         if layers is None:
             return ends
         return {module for module in ends if module in targets or _layer(module, stacks) in layers}
