@@ -5,6 +5,7 @@ from typing import Optional
 import typer
 
 from graftwork.data.tokenizer import TextEncoder, checkpoint_tokenizer
+from graftwork.errors import CheckpointError
 from graftwork.models.exchange.export import Wanted, export_directory
 from graftwork.models.weights.hub import resolve
 
@@ -26,7 +27,11 @@ def export(
     def bos() -> bool | None:
         if base is None:
             return None
-        return TextEncoder(checkpoint_tokenizer(resolve(base)), add_eos=False).add_bos
+        try:
+            tokenizer = checkpoint_tokenizer(resolve(base))
+        except CheckpointError:  # a name of what is elsewhere
+            return None
+        return TextEncoder(tokenizer, add_eos=False).add_bos
 
     for written in export_directory(adapter, output, Wanted("peft", for_, names, base), bos):
         typer.echo(f"wrote {written}")

@@ -82,6 +82,14 @@ def test_an_artifact_is_refused_as_its_model_is(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_starts_from_an_adapter_of_ours(tmp_path: Path) -> None:
+    model = make()
+    model.add_adapter(LoRA(dim=4))
+    model.export_adapters(tmp_path / "theirs")
+    with pytest.raises(GraftworkError, match=r"but a Hugging Face PEFT LORA adapter: load it with model.load_adapters"):
+        export_directory(tmp_path / "theirs", tmp_path / "out", Wanted(), lambda: None)
+
+
 @pytest.mark.parametrize("there", ["notes", "an artifact", "a file"])
 def test_nothing_but_an_export_is_replaced(there: str, tmp_path: Path) -> None:
     model = make()

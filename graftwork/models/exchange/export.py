@@ -22,7 +22,7 @@ from graftwork.peft.artifact import directory as artifact
 from graftwork.peft.artifact.entries import prompt_formats, transforms
 from graftwork.peft.artifact.tensors import bring_together
 from graftwork.peft.artifact.verified import stored_tensors
-from graftwork.peft.methods import IA3, CanonicalAdapter, LoRA, Selective
+from graftwork.peft.methods import IA3, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, PromptTuning, PTuning, Selective
 from graftwork.peft.methods.prompt_table import PromptMethod
 from graftwork.peft.stack import Stack
 
@@ -36,6 +36,9 @@ COUNTERPARTS = {
     Selective: f"it holds tensors of the base itself, which Hugging Face PEFT would keep as whole copies; {MERGES}",
 }
 """Methods that have no counterpart, with what to do instead."""
+
+
+EXPORTED = (LoRA, CanonicalLoRA, DoRA, IA3, PromptTuning, PTuning)
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def _checked(chosen: Sequence[PEFT], shape: Shape, wanted: Wanted) -> Places:
     for transform in chosen:
         if wanted.for_ == "vllm":
             serving.refuse_unserved(transform, places)
-        if not isinstance(transform, (LoRA, IA3, PromptMethod)):
+        if type(transform) not in EXPORTED:  # what is derived from one of them may compute something else
             why = COUNTERPARTS.get(type(transform), f"Hugging Face PEFT has no such method; {MERGES}")
             raise ConfigError(f"{transform} cannot be exported: {why}.")
         if isinstance(transform, LoRA) and wanted.for_ == "peft" and transform.dropout:
