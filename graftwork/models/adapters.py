@@ -8,7 +8,6 @@ from pathlib import Path
 
 from graftwork.errors import ArtifactError, ConfigError, MatchError, quoted
 from graftwork.models.exchange import theirs
-from graftwork.models.exchange.export import named
 from graftwork.models.exchange.incoming import Arrival, converted
 from graftwork.models.exchange.partial import PartialContents
 from graftwork.models.pending import Load
@@ -16,7 +15,7 @@ from graftwork.models.shape import Shape
 from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT
 from graftwork.peft.artifact import directory as artifact
-from graftwork.peft.artifact.entries import prompt_formats, transforms
+from graftwork.peft.artifact.entries import named, prompt_formats, transforms
 from graftwork.peft.artifact.tensors import Contents, filled
 from graftwork.peft.asking import differ
 from graftwork.peft.outline import Outline

@@ -194,9 +194,8 @@ class Model(pl.LightningModule):
         ``like``: the fingerprint that it will be compared with; that of an older version is taken in another way.
         """
         directory = self.checkpoint_dir
-        name = self.checkpoint if self.checkpoint and not Path(self.checkpoint).exists() else None
         return artifact.Base(
-            name=name or (directory.name if directory else "random weights"),
+            name=self._base_name(),
             family=self.shape.family,
             shape=dict(sorted(vars(self.shape).items())),
             fingerprint=fingerprint(directory, like) if directory else f"random:{self.seed}",
@@ -284,7 +283,7 @@ class Model(pl.LightningModule):
         """
         if not self.adapters:
             raise ArtifactError("The model has no adapters to export; add one with model.add_adapter(...).")
-        wanted = Wanted(format, for_, names, self.base_identity().name)
+        wanted = Wanted(format, for_, names, self._base_name())
         return export_stack(self.stack, self.shape, path, wanted, self._adds_bos)
 
     def prompt_format(self, given: Collection[str] = (), way: Way = None) -> dict[str, Any]:
@@ -447,6 +446,12 @@ class Model(pl.LightningModule):
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _base_name(self) -> str:
+        """Return what the base is called: its known name, or that of its directory."""
+        if self.checkpoint and not Path(self.checkpoint).exists():
+            return self.checkpoint
+        return self.checkpoint_dir.name if self.checkpoint_dir else "random weights"
 
     def _adds_bos(self) -> bool | None:
         """Tell whether the tokenizer puts BOS in front of a row; None where there is no tokenizer."""

@@ -1,4 +1,4 @@
-"""Adapters out and in at tensor-parallel size 2 are what one process writes and reads."""
+"""Adapters out and in on several ranks are what one process writes and reads."""
 
 import json
 from pathlib import Path
@@ -22,6 +22,10 @@ from tests.parallel.layouts import Cell
 from tests.parallel.models import model_of
 from tests.peft.hf_lora import tokens
 
+LAYOUTS = {
+    "tp2": Layout(tensor_model_parallel_size=2),
+    "pp2": Layout(pipeline_model_parallel_size=2),
+}
 KINDS = ("lora", "dora", "dora_some", "ia3", "prompt")
 
 
@@ -53,7 +57,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = bare(root)
     head = LoRA(dim=4, target_modules=["output_layer", "word_embeddings", "linear_fc1"])
     prompts = PromptTuning(virtual_tokens=3, placement="before_bos", init="random")
-    model.add_adapter([head, DoRA(dim=4), CanonicalLoRA(dim=4), IA3(), prompts])
+    dora = DoRA(dim=4, target_modules=["linear_qkv", "linear_fc2", "output_layer"])
+    model.add_adapter([head, dora, CanonicalLoRA(dim=4), IA3(), prompts])
     shake(model, 0.05)
     model.save_adapters(root / "artifact")
     model.export_adapters(root / "one")
@@ -61,16 +66,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def both_ways(rank: int, world: int, root: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Export a stack and load every kind at tensor-parallel size 2; return logits, and what was refused."""
-    layout = Layout(tensor_model_parallel_size=2)
+def both_ways(rank: int, world: int, name: str, root: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Export a stack and load every kind in a layout; return logits, and what was refused."""
+    layout = LAYOUTS[name]
     parallel.initialize(layout)
     model, found = bare(root, layout), {}
     model.load_adapters(root / "artifact")
-    model.export_adapters(root / "two")
+    model.export_adapters(root / name)
     refused = []
-    for name in list(model.adapters):
-        model.delete_adapter(name)
+    for adapter in list(model.adapters):
+        model.delete_adapter(adapter)
     for path in ("damaged", "one"):
         try:
             model.load_adapters(root / path)
@@ -84,8 +89,9 @@ def both_ways(rank: int, world: int, root: Path) -> tuple[dict[str, Tensor], lis
 
 
 @pytest.mark.processes
-def test_two_ranks_write_and_read_as_one(root: Path) -> None:
-    (root / "damaged").mkdir()
+@pytest.mark.parametrize("layout", ["tp2", pytest.param("pp2", marks=pytest.mark.slow)])
+def test_two_ranks_write_and_read_as_one(layout: str, root: Path) -> None:
+    (root / "damaged").mkdir(exist_ok=True)
     (root / "damaged" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "bias": "all"}))
     wanted = {}
     for kind in KINDS:
@@ -93,7 +99,7 @@ def test_two_ranks_write_and_read_as_one(root: Path) -> None:
         model.load_adapters(root / kind)
         wanted[kind] = logits(model)
     parallel.destroy()
-    for found, refused in run_ranks(both_ways, 2, root, timeout=300):
+    for found, refused in run_ranks(both_ways, 2, layout, root, timeout=300):
         assert len(refused) == 2 and "bias='all'" in refused[0] and "holds no adapter_config.json" in refused[1]
         for kind in KINDS:
             assert (found[kind] - wanted[kind]).abs().max() <= 1e-5 * wanted[kind].abs().max(), kind
@@ -101,5 +107,5 @@ def test_two_ranks_write_and_read_as_one(root: Path) -> None:
     names = sorted(str(p.relative_to(root / "one")) for p in (root / "one").rglob("*") if p.is_file())
     assert len(names) == 2 * 5
     for name in names:
-        for other in ("two", "without"):
+        for other in (layout, "without"):
             assert (root / other / name).read_bytes() == (root / "one" / name).read_bytes(), (other, name)

@@ -19,7 +19,7 @@ from graftwork.models.weights import family_named
 from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT
 from graftwork.peft.artifact import directory as artifact
-from graftwork.peft.artifact.entries import prompt_formats, transforms
+from graftwork.peft.artifact.entries import named, prompt_formats, transforms
 from graftwork.peft.artifact.tensors import bring_together
 from graftwork.peft.artifact.verified import stored_tensors
 from graftwork.peft.methods import IA3, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, PromptTuning, PTuning, Selective
@@ -97,20 +97,6 @@ def export_directory(
         except OSError as error:
             raise CheckpointError(f"{quoted(path)} cannot be written: {error.strerror}.") from error
     return [Path(path) / piece.place for piece in pieces]
-
-
-def named(held: Sequence[PEFT], names: Sequence[str] | None, path: str) -> list[PEFT]:
-    """Return the named transforms, inner to outer as they were saved, in whatever order they are named.
-
-    Raises ArtifactError for a name that the artifact does not hold, and when none is named.
-    """
-    by_name = {transform.name: transform for transform in held}
-    for name in names or ():
-        if name not in by_name:
-            raise ArtifactError(f"{path} has no adapter {name!r}; {suggest(name, by_name)}")
-    if names is not None and not names:
-        raise ArtifactError(f"No adapter of {path} was named; leave names out for all of them.")
-    return [transform for name, transform in by_name.items() if names is None or name in names]
 
 
 def _warn_of_company(chosen: Sequence[PEFT], tensors: Mapping[str, Readable]) -> None:
