@@ -11,7 +11,9 @@ from graftwork import models
 from graftwork.cli.context import GraftContext
 from graftwork.cli.export import export
 from graftwork.errors import ConfigError
+from graftwork.inference import generate
 from graftwork.peft import CanonicalAdapter, LoRA, PromptTuning
+from tests.contracts.methods import shake
 from tests.helpers.tiny_hf import make_tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -40,6 +42,21 @@ def test_named_adapters_go_out(place: Path, capsys: pytest.CaptureFixture[str]) 
     ours, served = (json.loads((place / p / "adapter_config.json").read_text()) for p in ("peft", "served"))
     assert (ours["r"], served["r"], ours["base_model_name_or_path"]) == (4, 8, "base")
     assert served["base_model_name_or_path"] == "org/model"
+
+
+def test_what_went_out_answers_as_what_stayed(place: Path) -> None:
+    """``adapter=`` takes a directory of Hugging Face PEFT as it takes ours."""
+    model = models.load(place / "base")
+    model.add_adapter(LoRA(dim=4))
+    shake(model, 0.1)
+    model.save_adapters(place / "stays")
+    verb(f"adapter={place / 'stays'}", f"output={place / 'went'}")
+    asked = {"prompts": ["a warm film", "a dull film"], "max_new_tokens": 6}
+    base, *found = (
+        [answer["output"] for answer in generate(str(place / "base"), adapter=adapter, **asked)]
+        for adapter in (None, str(place / "stays"), str(place / "went"))
+    )
+    assert found[0] == found[1] != base
 
 
 def test_a_base_that_is_here_tells_whether_rows_begin_with_bos(place: Path) -> None:

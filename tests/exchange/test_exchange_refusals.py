@@ -1,6 +1,7 @@
 """What cannot be the same on the other side is refused by name, and model and disk stay as they were."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,15 @@ from tests.exchange.test_peft_in import CONFIG, TENSORS, config_of
 from tests.helpers.tiny_t5 import tiny
 
 Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+
+
+class Other(LoRA):
+    """A method of a user's own, which may compute anything."""
+
+
 OUT: dict[str, tuple[Callable[[], Model], PEFT, dict[str, Any], str]] = {
     "a bottleneck": (make, CanonicalAdapter(dim=4), {}, "Hugging Face PEFT has no bottleneck adapters; serve it here"),
+    "a user's own": (make, Other(dim=4), {}, "Other 'lora' cannot be exported: Hugging Face PEFT has no such method"),
     "the base's own": (make, Selective(patterns=["norm"]), {}, "holds tensors of the base itself.*; merge it"),
     "keys behind a norm": (lambda: make("qk_norm"), IA3(), {}, 'scales keys behind k_layernorm.*"pre_norm"'),
     "dropout behind B": (
@@ -80,6 +88,16 @@ def test_an_artifact_is_refused_as_its_model_is(tmp_path: Path) -> None:
     with pytest.raises(GraftworkError, match="CanonicalAdapter 'canonical_adapter' cannot be exported"):
         export_directory(tmp_path / "adapter", tmp_path / "out", Wanted(), lambda: None)
     assert not (tmp_path / "out").exists()
+
+
+def test_company_at_the_same_modules_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make()
+    model.add_adapter([LoRA(dim=4), IA3(targets=["ffn"]), LoRA("proj", dim=4, target_modules=["linear_proj"])])
+    with caplog.at_level(logging.WARNING, logger="graftwork"):
+        model.export_adapters(tmp_path / "out", names=["ia3", "proj"])
+        assert not caplog.records
+        model.export_adapters(tmp_path / "out", names=["lora", "ia3"])
+    assert "'lora' and 'ia3' stand at the same modules, such as decoder.layers.0.mlp.linear_fc2" in caplog.text
 
 
 def test_an_export_starts_from_an_adapter_of_ours(tmp_path: Path) -> None:

@@ -3,13 +3,18 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from graftwork import models
 from graftwork.models.weights.ops import QKV, Gated
 from graftwork.peft import IA3, PEFT, CanonicalLoRA, DoRA, LoRA, PromptTuning, PTuning
+from tests.contracts.methods import shake
 from tests.exchange.desk import EVERY, Desk, equal, factors
+from tests.peft.hf_lora import tokens
 
 LATE = [1]
 METHODS: dict[str, PEFT] = {
@@ -113,3 +118,19 @@ def test_the_comparison_notices_a_mistake(
         config["alpha_pattern"] = {"o_proj": 4}
     (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(config))
     assert not llama.same(llama.logits(llama.theirs(tmp_path / "out")), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("for_", ["peft", "vllm"])
+def test_the_pretrained_model(for_: str, tmp_path: Path) -> None:
+    model = models.load("smollm2_135m", dtype="fp32")
+    model.add_adapter(CanonicalLoRA(dim=8))
+    shake(model, 0.01)
+    model.eval().export_adapters(tmp_path / "out", for_=for_)
+    base = AutoModelForCausalLM.from_pretrained(model.checkpoint_dir, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    with torch.no_grad():
+        found, wanted = theirs(tokens()).logits, model(tokens())
+        with model.adapters_disabled():
+            assert (model(tokens()) - wanted).abs().max() > 0.05 * wanted.abs().max()
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()

@@ -36,9 +36,8 @@ COUNTERPARTS = {
     Selective: f"it holds tensors of the base itself, which Hugging Face PEFT would keep as whole copies; {MERGES}",
 }
 """Methods that have no counterpart, with what to do instead."""
-
-
 EXPORTED = (LoRA, CanonicalLoRA, DoRA, IA3, PromptTuning, PTuning)
+"""Methods that have one."""
 
 
 @dataclass(frozen=True)
