@@ -27,6 +27,10 @@ HELP = {
     "graftwork.inference:evaluate": """Loss, exact match and closed-set accuracy on rows with known answers.
 
     nemorun graft evaluate base=smollm2_135m adapter=runs/default/adapter data=test.jsonl baseline=True""",
+    "graftwork.cli.export:export": """Write an adapter as Hugging Face PEFT or vLLM load it; no model is built.
+
+    nemorun graft export adapter=runs/default/adapter output=peft
+    nemorun graft export adapter=runs/default/adapter output=served for_=vllm""",
     "graftwork.cli.profile:profile": """Describe a cluster in cluster.yaml, and try the description out.
 
     nemorun graft profile init

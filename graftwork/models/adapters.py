@@ -1,15 +1,21 @@
 """Adapters of a model: what its public methods do to the stack, with artifacts read and checked."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import combinations
+from pathlib import Path
 
-from graftwork.errors import ArtifactError, ConfigError, MatchError, quoted, suggest
+from graftwork.errors import ArtifactError, ConfigError, MatchError, quoted
+from graftwork.models.exchange import theirs
+from graftwork.models.exchange.incoming import Arrival, converted
+from graftwork.models.exchange.partial import PartialContents
 from graftwork.models.pending import Load
+from graftwork.models.shape import Shape
 from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT
 from graftwork.peft.artifact import directory as artifact
-from graftwork.peft.artifact.entries import prompt_formats, transforms
+from graftwork.peft.artifact.entries import named, prompt_formats, transforms
 from graftwork.peft.artifact.tensors import Contents, filled
 from graftwork.peft.asking import differ
 from graftwork.peft.outline import Outline
@@ -25,32 +31,87 @@ def attach(stack: Stack, transforms: Iterable[PEFT], trainable: bool) -> None:
             stack.add(transform, trainable)
 
 
-def load(stack: Stack, asked: Load, identity: Callable[[str | None], artifact.Base]) -> None:
+def seen(path: str | Path) -> str | None:
+    """Return the checksum of the adapters at ``path``, ours or Hugging Face's; raises ArtifactError for none."""
+    if theirs.recognised(path):
+        with theirs.opened(path) as found:
+            return found.checksum
+    return artifact.read_everywhere(path).checksum
+
+
+def load(stack: Stack, asked: Load, shape: Shape, identity: Callable[[str | None], artifact.Base]) -> None:
     """Attach the adapters of an artifact with their trained values; those attached already get the values.
 
-    ``identity`` tells what base this is, with a fingerprint of the kind of the given one. Raises ArtifactError on every
-    rank, and leaves the model as it was, when the artifact does not fit.
+    ``identity`` tells what base this is, with a fingerprint of the kind of the given one; an adapter of Hugging Face
+    PEFT remembers none, and only has to fit ``shape``. Raises ArtifactError on every rank, and leaves the model as it
+    was, when the artifact does not fit.
     """
+    if theirs.recognised(asked.path):
+        _load_theirs(stack, asked, shape)
+        return
     with artifact.opened(asked.path) as held:
-        if asked.checksum not in (None, held.config.checksum):
-            raise ArtifactError(
-                f"Adapter {held} is not the one that was there when load_adapters was called; "
-                "put that one back, or make the model anew and load this one."
-            )
+        _check_seen(asked, held.config.checksum)
         chosen = agreed(lambda: _checked(stack, asked, held, identity))
         names = [transform.name for transform in chosen]
         contents = agreed(lambda: Contents.of(held.file, held.config, names))
-        outlines = stack.outlines(chosen)  # nothing is allocated before the file is known to hold it
-        expected = stack.host.everywhere(key for outline in outlines for key in outline.keys)
-        agreed(lambda: contents.check(outlines, expected))
-        agreed(lambda: _check_order(stack, outlines, held))
-        with stack.all_or_nothing():
-            for transform in chosen:
-                if transform.name not in stack.transforms:
-                    stack.add(transform, asked.trainable, loaded=True)
-            with filled(stack, contents):
-                stack.prompt_formats |= prompt_formats(held.config, names)
+        with _attached(stack, chosen, contents, asked.trainable, lambda outlines: _check_order(stack, outlines, held)):
+            stack.prompt_formats |= prompt_formats(held.config, names)
             _keep_tasks(stack, chosen)
+
+
+def _load_theirs(stack: Stack, asked: Load, shape: Shape) -> None:
+    """Attach an adapter of Hugging Face PEFT, which has no name of its own: ``asked.names`` may give it one."""
+    with theirs.opened(asked.path) as held:
+        _check_seen(asked, held.checksum)
+        arrival = agreed(lambda: _arrived(stack, asked, held, shape))
+        transform = arrival.transform
+        contents = (PartialContents if arrival.partial else Contents)(str(held), arrival.tensors, [transform.name])
+        with _attached(stack, [transform], contents, asked.trainable):
+            pass
+
+
+@contextmanager
+def _attached(
+    stack: Stack,
+    chosen: Sequence[PEFT],
+    contents: Contents,
+    trainable: bool,
+    check: Callable[[Sequence[Outline]], None] = lambda outlines: None,
+) -> Iterator[None]:
+    """Attach and fill transforms around the block, all of them or, when anything raises, none."""
+    outlines = stack.outlines(chosen)  # nothing is allocated before the file is known to hold it
+    expected = stack.host.everywhere(key for outline in outlines for key in outline.keys)
+    agreed(lambda: contents.check(outlines, expected))
+    agreed(lambda: check(outlines))
+    with stack.all_or_nothing():
+        for transform in chosen:
+            if transform.name not in stack.transforms:
+                stack.add(transform, trainable, loaded=True)
+        with filled(stack, contents):
+            yield
+
+
+def _check_seen(asked: Load, checksum: str | None) -> None:
+    if asked.checksum not in (None, checksum):
+        raise ArtifactError(
+            f"Adapter {quoted(asked.path)} is not the one that was there when load_adapters was called; "
+            "put that one back, or make the model anew and load this one."
+        )
+
+
+def _arrived(stack: Stack, asked: Load, held: theirs.Theirs, shape: Shape) -> Arrival:
+    """Return what a Hugging Face adapter is here, once it fits what is attached."""
+    if asked.names is not None and len(asked.names) != 1:
+        raise ArtifactError(f"{held} holds one adapter; names takes the one name that it is to have here.")
+    arrival = converted(held, shape, asked.names[0] if asked.names else None)
+    refuse_long_prompts(prompt_lengths([arrival.transform]), shape.max_position_embeddings)
+    _check_free(stack, arrival.transform, str(held))
+    if arrival.partial and arrival.transform.name in stack.transforms:
+        raise ArtifactError(
+            f"The model already has an adapter named {arrival.transform.name!r}, and {held} does not say all of its "
+            "values; delete it first."
+        )
+    return arrival
 
 
 def _keep_tasks(stack: Stack, loaded: Sequence[PEFT]) -> None:
@@ -106,17 +167,21 @@ def _checked(
     stack: Stack, asked: Load, held: artifact.Artifact, identity: Callable[[str | None], artifact.Base]
 ) -> list[PEFT]:
     """Return the transforms to load, once they fit what is attached and the base is the one they were trained on."""
-    chosen = _named(transforms(held.config, asked.path), asked.names, str(held))
+    chosen = named(transforms(held.config, asked.path), asked.names, str(held))
     for loaded in chosen:
-        attached = stack.transforms.get(loaded.name)
-        if attached is not None and not attached.holds(loaded):
-            raise ArtifactError(
-                f"The model already has another adapter named {loaded.name!r}: {_brief(attached)}, while {held} "
-                f"holds {_brief(loaded)}; delete or rename one of them."
-            )
+        _check_free(stack, loaded, str(held))
     if asked.check_base:
         artifact.check_base(held, identity(held.config.base.fingerprint))
     return chosen
+
+
+def _check_free(stack: Stack, loaded: PEFT, held: str) -> None:
+    attached = stack.transforms.get(loaded.name)
+    if attached is not None and not attached.holds(loaded):
+        raise ArtifactError(
+            f"The model already has another adapter named {loaded.name!r}: {_brief(attached)}, while {held} "
+            f"holds {_brief(loaded)}; delete or rename one of them."
+        )
 
 
 def _check_order(stack: Stack, outlines: Sequence[Outline], held: artifact.Artifact) -> None:
@@ -134,17 +199,6 @@ def _check_order(stack: Stack, outlines: Sequence[Outline], held: artifact.Artif
                 f"{held} was saved with {outer!r} inside of {inner!r} at {min(shared)!r}, but here {inner!r} would "
                 f"stand inside; delete {inner!r} and load it after {outer!r}."
             )
-
-
-def _named(transforms: Iterable[PEFT], names: Sequence[str] | None, path: str) -> list[PEFT]:
-    """Return the named transforms, inner to outer as they were saved, in whatever order they are named."""
-    held = {transform.name: transform for transform in transforms}
-    for name in names or ():
-        if name not in held:
-            raise ArtifactError(f"{path} has no adapter {name!r}; {suggest(name, held)}")
-    if names is not None and not names:
-        raise ArtifactError(f"No adapter of {path} was named to be loaded; leave names out for all of them.")
-    return [transform for name, transform in held.items() if names is None or name in names]
 
 
 def _brief(transform: PEFT) -> str:

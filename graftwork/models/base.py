@@ -20,16 +20,18 @@ from torch.optim import Optimizer
 
 from graftwork import parallel
 from graftwork.batch import Batch, Ids, Questions
-from graftwork.data.tokenizer import Tokenizer, checkpoint_tokenizer
-from graftwork.errors import ArtifactError, ConfigError, TrainingError
+from graftwork.data.tokenizer import TextEncoder, Tokenizer, checkpoint_tokenizer
+from graftwork.errors import ArtifactError, CheckpointError, ConfigError, TrainingError
 from graftwork.models.adapters import (
     attach,
     load,
     prompt_lengths,
     refuse_long_prompts,
     refuse_taken_names,
+    seen,
     warn_of_other_prompts,
 )
+from graftwork.models.exchange.export import Wanted, export_stack
 from graftwork.models.fitting import ValidationLoss, prompt_format_of, refuse_unfit, schedules_steps, trained_only
 from graftwork.models.generation.answers import Answer, answer, refuse_spread_experts
 from graftwork.models.generation.decoding import Decoding, Options, generate
@@ -192,9 +194,8 @@ class Model(pl.LightningModule):
         ``like``: the fingerprint that it will be compared with; that of an older version is taken in another way.
         """
         directory = self.checkpoint_dir
-        name = self.checkpoint if self.checkpoint and not Path(self.checkpoint).exists() else None
         return artifact.Base(
-            name=name or (directory.name if directory else "random weights"),
+            name=self._base_name(),
             family=self.shape.family,
             shape=dict(sorted(vars(self.shape).items())),
             fingerprint=fingerprint(directory, like) if directory else f"random:{self.seed}",
@@ -248,17 +249,17 @@ class Model(pl.LightningModule):
         trainable: bool = True,
         check_base: bool = True,
     ) -> None:
-        """Attach the adapters of an artifact (default all) with their trained values.
+        """Attach the adapters of an artifact (default all), or one of Hugging Face PEFT, with their trained values.
 
-        Adapters of the same name, method and hyper-parameters that are attached already get the values. Raises
-        ArtifactError (one sentence) and leaves the model as it was when the artifact does not fit.
+        Adapters of the same name, method and hyper-parameters that are attached already get the values. That of Hugging
+        Face PEFT has no name; it gets the one of its method, or the one in ``names``. Raises ArtifactError (one
+        sentence) and leaves the model as it was when the artifact does not fit.
         """
         asked = Load(path, names, trainable, check_base)
         if self.chunks:
-            load(self.stack, asked, self.base_identity)
+            load(self.stack, asked, self.shape, self.base_identity)
         else:
-            seen = artifact.read_everywhere(path)  # a wrong path is told at once
-            self._pending.put(replace(asked, checksum=seen.checksum))
+            self._pending.put(replace(asked, checksum=seen(path)))  # a wrong path is told at once
 
     def save_adapters(
         self,
@@ -271,6 +272,19 @@ class Model(pl.LightningModule):
         if not self.adapters:
             raise ArtifactError("The model has no adapters to save; add one with model.add_adapter(...).")
         return artifact.save(self.stack, path, self.base_identity(), names, step, recipe)
+
+    def export_adapters(
+        self, path: str | Path, format: str = "peft", for_: str = "peft", names: Sequence[str] | None = None
+    ) -> Path:
+        """Write the named adapters (default all) for Hugging Face PEFT, or ``for_="vllm"``; call it on every rank.
+
+        One adapter becomes the directory ``path``, several one directory each inside of it. Raises ConfigError for an
+        adapter that has no exact counterpart there, ArtifactError when ``path`` holds anything but an export.
+        """
+        if not self.adapters:
+            raise ArtifactError("The model has no adapters to export; add one with model.add_adapter(...).")
+        wanted = Wanted(format, for_, names, self._base_name())
+        return export_stack(self.stack, self.shape, path, wanted, self._adds_bos)
 
     def prompt_format(self, given: Collection[str] = (), way: Way = None) -> dict[str, Any]:
         """Return how the adapters were trained to be asked: templates, BOS and EOS, without the keys ``given``.
@@ -417,7 +431,7 @@ class Model(pl.LightningModule):
             case Add():
                 self.add_adapter(request.transform, request.trainable)
             case Load():
-                load(self.stack, request, self.base_identity)
+                load(self.stack, request, self.shape, self.base_identity)
             case Freeze():
                 self.freeze()
             case Change():
@@ -432,6 +446,19 @@ class Model(pl.LightningModule):
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _base_name(self) -> str:
+        """Return what the base is called: its known name, or that of its directory."""
+        if self.checkpoint and not Path(self.checkpoint).exists():
+            return self.checkpoint
+        return self.checkpoint_dir.name if self.checkpoint_dir else "random weights"
+
+    def _adds_bos(self) -> bool | None:
+        """Tell whether the tokenizer puts BOS in front of a row; None where there is no tokenizer."""
+        try:
+            return TextEncoder(self.tokenizer, add_eos=False).add_bos
+        except (ConfigError, CheckpointError):
+            return None
 
     def _check_checkpoint(self) -> None:
         if self.checkpoint_dir is not None:

@@ -210,7 +210,7 @@ def test_full_disk_leaves_no_export(tmp_path: Path, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("graftwork.models.weights.writer._write_file", full)
+    monkeypatch.setattr("graftwork.models.weights.writer.write_file", full)
     with pytest.raises(CheckpointError, match="the disk is full"):
         export_weights(module, shape, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]

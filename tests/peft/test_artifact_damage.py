@@ -110,10 +110,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         with_config(lambda c: c["adapters"][0]["hyperparameters"].update(dim=0)),
         "dim must be a whole number above 0",
     ),
-    "Hugging Face adapter": (
-        hugging_face,
-        "is no adapter of graftwork but a Hugging Face PEFT LORA adapter.*import-hf",
-    ),
+    "Hugging Face adapter of another base": (hugging_face, r"has shape \[4, 48\], but the model needs \[4, 32\]"),
     "unknown tensor": (
         with_tensors(lambda t: t.update({"lora.x": torch.ones(1)})),
         "holds 1 tensors its stack does not have, e.g. 'lora.x'",

@@ -36,7 +36,11 @@ class Op(Protocol):
         ...
 
     def write(self, full: Tensor) -> list[Tensor]:
-        """Return the Hugging Face tensors of the full core tensor."""
+        """Return the Hugging Face tensors of the full core tensor; other widths than ``shapes`` say pass as well."""
+        ...
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the full core tensor of Hugging Face tensors: the inverse of ``write``."""
         ...
 
 
@@ -58,6 +62,10 @@ class Copy:
     def write(self, full: Tensor) -> list[Tensor]:
         """Return the Hugging Face tensors."""
         return [full]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the full core tensor of Hugging Face tensors: the inverse of ``write``."""
+        return tensors[0]
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,11 @@ class Gated:
     def write(self, full: Tensor) -> list[Tensor]:
         """Return the Hugging Face tensors."""
         return list(GatedRows.split(full))
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the full core tensor of Hugging Face tensors: the inverse of ``write``."""
+        gate, up = tensors
+        return GatedRows.join(gate, up)
 
 
 @dataclass(frozen=True)
@@ -121,8 +134,12 @@ class QKV:
 
     def write(self, full: Tensor) -> list[Tensor]:
         """Return the Hugging Face tensors."""
-        # The last dimension may differ from ``tail``: adapters pass [rows, rank] through the same layout.
         return list(self.rows.split(full))
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the full core tensor of Hugging Face tensors: the inverse of ``write``."""
+        query, key, value = tensors
+        return self.rows.join(query, key, value)
 
 
 @dataclass(frozen=True)
@@ -157,6 +174,11 @@ class KV:
         """Return the Hugging Face tensors."""
         return list(self.rows.split(full))
 
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the full core tensor of Hugging Face tensors: the inverse of ``write``."""
+        key, value = tensors
+        return self.rows.join(key, value)
+
 
 @dataclass(frozen=True)
 class Fused:
@@ -187,6 +209,10 @@ class Fused:
         """Return the Hugging Face tensors."""
         return [torch.cat(self.inner.write(full))]
 
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the full core tensor of Hugging Face tensors: the inverse of ``write``."""
+        return self.inner.join(tensors[0].split([shape[0] for shape in self.inner.shapes]))
+
 
 @dataclass(frozen=True)
 class Transposed:
@@ -211,3 +237,7 @@ class Transposed:
     def write(self, full: Tensor) -> list[Tensor]:
         """Return the Hugging Face tensors."""
         return [tensor.T for tensor in self.inner.write(full)]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the full core tensor of Hugging Face tensors: the inverse of ``write``."""
+        return self.inner.join([tensor.T for tensor in tensors])

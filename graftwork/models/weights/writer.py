@@ -37,14 +37,15 @@ def write_sharded(directory: Path, entries: list[Entry], tensors: Iterator[Tenso
     shards = _shards(entries, shard_bytes)
     names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     for name, shard in zip(names, shards):
-        _write_file(directory / name, shard, tensors)
+        write_file(directory / name, shard, tensors)
     if len(shards) > 1:
         places = {entry.name: name for name, shard in zip(names, shards) for entry in shard}
         index = {"metadata": {"total_size": sum(e.size for e in entries)}, "weight_map": places}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: Path, entries: list[Entry], tensors: Iterator[Tensor]) -> None:
+def write_file(path: Path, entries: list[Entry], tensors: Iterator[Tensor]) -> None:
+    """Write ``tensors``, in the order of ``entries``, to one safetensors file."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:

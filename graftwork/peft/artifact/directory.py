@@ -156,7 +156,7 @@ def _checked_format(config: object, where: str) -> dict[str, object]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         kind = config.get("peft_type") if isinstance(config, dict) else None
         theirs = (
-            f" but a Hugging Face PEFT {quoted(kind, bare=True)} adapter, which needs import-hf (not in this version)"
+            f" but a Hugging Face PEFT {quoted(kind, bare=True)} adapter: load it with model.load_adapters and save it"
         )
         raise ArtifactError(f"{where} is no adapter of graftwork{theirs if kind else ''}.")
     schema = config.get("schema")

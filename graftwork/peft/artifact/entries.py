@@ -41,6 +41,20 @@ def transforms(config: ArtifactConfig, path: object) -> list[PEFT]:
     return found
 
 
+def named(held: Sequence[PEFT], names: Sequence[str] | None, path: str) -> list[PEFT]:
+    """Return the named transforms, inner to outer as they were saved, in whatever order they are named.
+
+    Raises ArtifactError for a name that the artifact does not hold, and when none is named.
+    """
+    by_name = {transform.name: transform for transform in held}
+    for name in names or ():
+        if name not in by_name:
+            raise ArtifactError(f"{path} has no adapter {name!r}; {suggest(name, by_name)}")
+    if names is not None and not names:
+        raise ArtifactError(f"No adapter of {path} was named; leave names out for all of them.")
+    return [transform for name, transform in by_name.items() if names is None or name in names]
+
+
 def prompt_formats(config: ArtifactConfig, names: Sequence[str]) -> dict[str, PromptFormat]:
     """Return, by name, how the named adapters of an artifact were trained to be asked, where that is known."""
     prompts = {entry.name: entry.prompt for entry in config.adapters}

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,10 +13,10 @@ from torch import Tensor
 from graftwork.errors import ArtifactError, quoted
 from graftwork.parallel.collective import agreed, gather_objects
 from graftwork.parallel.record import record_of
-from graftwork.parallel.sharding import Sharding
+from graftwork.parallel.sharding import Sharding, Source
 from graftwork.parallel.state import dp_group, expert_dp_group, tp_rank
 from graftwork.peft.artifact.config import ArtifactConfig
-from graftwork.peft.artifact.verified import StoredTensor, VerifiedFile, stored_tensors
+from graftwork.peft.artifact.verified import VerifiedFile, stored_tensors
 from graftwork.peft.outline import Outline
 from graftwork.peft.stack import Stack
 from graftwork.peft.trained import TrainedTensor
@@ -40,12 +41,21 @@ def bring_together(stack: Stack, names: Sequence[str]) -> dict[str, Tensor] | No
     return None if sent is None else _joined(sent)
 
 
+class Shaped(Source, Protocol):
+    """A tensor that is read by slices and tells its shape beforehand."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        ...
+
+
 @dataclass(frozen=True)
 class Contents:
     """The tensors in an artifact's file that belong to adapters ``names``; ``path`` is what an error calls it."""
 
     path: str
-    stored: Mapping[str, StoredTensor]
+    stored: Mapping[str, Shaped]
     names: Sequence[str]
 
     @classmethod

@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,9 @@ from graftwork.errors import ArtifactError, quoted
 from graftwork.jsonfile import MAX_BYTES, parse_json, validated
 
 BLOCK = 1 << 20
-DTYPE = "F32"
-_LENGTH, _ITEM = 8, 4  # bytes of the header's length, of a value
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Number formats whose values fp32 holds exactly, as safetensors names them."""
+_LENGTH = 8  # bytes of the header's length
 
 Natural = Annotated[int, Field(ge=0)]
 
@@ -78,11 +79,12 @@ class VerifiedFile:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One fp32 tensor of a verified safetensors file, read by slices: only what the slice's rows touch."""
+    """One tensor of a verified safetensors file, read by slices, as fp32: only what the slice's rows touch."""
 
     file: VerifiedFile
     shape: tuple[int, ...]
     start: int
+    dtype: torch.dtype = torch.float32
 
     def get_shape(self) -> list[int]:
         """Return the shape of the whole tensor."""
@@ -92,10 +94,11 @@ class StoredTensor:
         """Return a part of the tensor: a slice of the first dimension, or one of every dimension."""
         rows, rest = (index[0], index[1:]) if isinstance(index, tuple) else (index, ())
         kept = range(self.shape[0])[rows] if self.shape else range(1)
-        width = _ITEM * math.prod(self.shape[1:])
+        width = self.dtype.itemsize * math.prod(self.shape[1:])
         data = self.file.read(self.start + kept.start * width, self.start + kept.stop * width)
         shape = (len(kept), *self.shape[1:]) if self.shape else ()
-        tensor = torch.frombuffer(data, dtype=torch.float32).reshape(shape) if data else torch.empty(shape)
+        held = torch.frombuffer(data, dtype=self.dtype).reshape(shape) if data else torch.empty(shape)
+        tensor = held.float()
         return tensor[(slice(None), *rest)] if rest else tensor
 
 
@@ -117,10 +120,11 @@ class _Headers(RootModel[dict[str, _Header]]):
     """A safetensors header without its metadata."""
 
 
-def stored_tensors(file: VerifiedFile) -> dict[str, StoredTensor]:
+def stored_tensors(file: VerifiedFile, formats: Sequence[str] = ("F32",)) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name, no value read yet.
 
-    Raises ArtifactError when the header is damaged, holds another dtype than fp32, or its tensors do not fill the file.
+    Raises ArtifactError when the header is damaged, holds another of the ``DTYPES`` than ``formats``, or its tensors do
+    not fill the file.
     """
     what = f"{quoted(file.path)} cannot be read: its header"
     length = int.from_bytes(file.read(0, _LENGTH), "little") if file.size >= _LENGTH else 0
@@ -131,20 +135,23 @@ def stored_tensors(file: VerifiedFile) -> dict[str, StoredTensor]:
     if isinstance(raw, dict) and (metadata := raw.pop("__metadata__", None)) is not None:
         validated(metadata, _Metadata, what, ArtifactError)  # tells nothing that is read
     headers = validated(raw, _Headers, what, ArtifactError).root
-    _check_offsets(headers, file, file.size - data)
-    return {key: StoredTensor(file, tuple(h.shape), data + h.data_offsets[0]) for key, h in headers.items()}
+    _check_offsets(headers, file, file.size - data, formats)
+    return {
+        key: StoredTensor(file, tuple(h.shape), data + h.data_offsets[0], DTYPES[h.dtype]) for key, h in headers.items()
+    }
 
 
-def _check_offsets(headers: Mapping[str, _Header], file: VerifiedFile, size: int) -> None:
+def _check_offsets(headers: Mapping[str, _Header], file: VerifiedFile, size: int, formats: Sequence[str]) -> None:
     """Raise unless the tensors lie one after the other, each as long as its shape says, to the end of the file."""
     end = 0
     for key, header in sorted(headers.items(), key=lambda item: item[1].data_offsets):
-        if header.dtype != DTYPE:
+        if header.dtype not in formats:
             raise ArtifactError(
-                f"Tensor {quoted(key)} in {quoted(file.path)} is stored as {header.dtype!r}; an adapter's are {DTYPE}."
+                f"Tensor {quoted(key)} in {quoted(file.path)} is stored as {header.dtype!r}; an adapter's are "
+                f"{', '.join(formats)}."
             )
         start, stop = header.data_offsets
-        if start != end or stop - start != _ITEM * math.prod(header.shape):
+        if start != end or stop - start != DTYPES[header.dtype].itemsize * math.prod(header.shape):
             raise ArtifactError(
                 f"Tensor {quoted(key)} in {quoted(file.path)} does not lie where its shape says; the file is damaged."
             )

@@ -289,11 +289,14 @@ class LoRA(PEFT):
 
     def low_rank(self, site_name: str) -> LowRank:
         """Return rank and scale of the site, after ``rank_pattern`` and ``alpha_pattern``."""
-        dim = _first(self.rank_pattern, site_name, self.dim)
-        alpha = _first(self.alpha_pattern, site_name, self.alpha)
+        dim, alpha = self.rank_and_alpha(site_name)
         scale = alpha / dim**0.5 if self.use_rslora else alpha / dim
         init = self.lora_A_init_method, self.lora_B_init_method
         return LowRank(dim, scale, self.dropout, self.dropout_position, *init)
+
+    def rank_and_alpha(self, site_name: str) -> tuple[int, float]:
+        """Return rank and alpha of the site, after ``rank_pattern`` and ``alpha_pattern``."""
+        return _first(self.rank_pattern, site_name, self.dim), _first(self.alpha_pattern, site_name, self.alpha)
 
     def lr_scale(self, parameter_name: str) -> float:
         """LoRA+: B's share of the learning rate."""

@@ -1,0 +1,210 @@
+"""Adapters of ours -> Hugging Face PEFT directories, from a model in any layout or from an artifact without one."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from graftwork.errors import ArtifactError, CheckpointError, ConfigError, quoted, suggest
+from graftwork.models.exchange import low_rank, prompts, scales, serving
+from graftwork.models.exchange.lazy import Held, Readable
+from graftwork.models.exchange.piece import Piece, write
+from graftwork.models.exchange.places import Places
+from graftwork.models.shape import Shape
+from graftwork.models.weights import family_named
+from graftwork.parallel.collective import agreed
+from graftwork.peft import PEFT
+from graftwork.peft.artifact import directory as artifact
+from graftwork.peft.artifact.entries import named, prompt_formats, transforms
+from graftwork.peft.artifact.tensors import bring_together
+from graftwork.peft.artifact.verified import stored_tensors
+from graftwork.peft.methods import IA3, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, PromptTuning, PTuning, Selective
+from graftwork.peft.methods.prompt_table import PromptMethod
+from graftwork.peft.stack import Stack
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("peft",)
+SERVERS = ("peft", "vllm")
+MERGES = "merge it (merge_adapters, export_hf), or serve it here"
+COUNTERPARTS = {
+    CanonicalAdapter: "Hugging Face PEFT has no bottleneck adapters; serve it here",
+    Selective: f"it holds tensors of the base itself, which Hugging Face PEFT would keep as whole copies; {MERGES}",
+}
+"""Methods that have no counterpart, with what to do instead."""
+EXPORTED = (LoRA, CanonicalLoRA, DoRA, IA3, PromptTuning, PTuning)
+"""Methods that have one."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to export: format and reader, whose names these are, and the Hugging Face name of the base."""
+
+    format: str = "peft"
+    for_: str = "peft"
+    names: Sequence[str] | None = None
+    base: str | None = None
+
+    def __post_init__(self) -> None:
+        for field, value, valid in (("format", self.format, FORMATS), ("for_", self.for_, SERVERS)):
+            if value not in valid:
+                raise ConfigError(f"{field} is {quoted(value)}; {suggest(str(value), valid)}")
+
+
+def export_stack(stack: Stack, shape: Shape, path: str | Path, wanted: Wanted, bos: Callable[[], bool | None]) -> Path:
+    """Write the named adapters of a model (default all), from every rank together.
+
+    One adapter becomes the directory ``path``, several one directory each inside of it, and so do the tasks of a
+    prompt. ``bos`` tells whether the tokenizer puts BOS in front of a row. Raises, on every rank, MatchError for an
+    unknown name, ConfigError for what has no exact counterpart, ArtifactError or CheckpointError when it cannot be
+    written.
+    """
+    asked = set(stack.known(wanted.names))
+    chosen = [transform for name, transform in stack.transforms.items() if name in asked]
+    places = agreed(lambda: _checked(chosen, shape, wanted))
+    tensors = bring_together(stack, [transform.name for transform in chosen])
+    formats = _with_bos(chosen, stack.prompt_formats, bos)
+
+    def put() -> None:
+        if tensors is not None:
+            write(Path(path), _pieces(chosen, places, shape, tensors, formats, wanted))
+
+    def explain(problem: Exception) -> CheckpointError:
+        return CheckpointError(f"The adapter was not exported to {quoted(path)}: {quoted(str(problem), bare=True)}.")
+
+    agreed(put, catch=(OSError, SafetensorError), explain=explain)
+    return Path(path)
+
+
+def export_directory(
+    adapter: str | Path, path: str | Path, wanted: Wanted, bos: Callable[[], bool | None]
+) -> list[Path]:
+    """Write the adapters of an artifact as ``export_stack`` does, without a model; return the directories."""
+    with artifact.opened(adapter) as held:
+        chosen = named(transforms(held.config, held.path), wanted.names, str(held))
+        shape = _shape_of(held)
+        places = _checked(chosen, shape, wanted)
+        formats = _with_bos(chosen, prompt_formats(held.config, [transform.name for transform in chosen]), bos)
+        wanted = replace(wanted, base=wanted.base or held.config.base.name)
+        pieces = _pieces(chosen, places, shape, stored_tensors(held.file), formats, wanted)
+        try:
+            write(Path(path), pieces)
+        except OSError as error:
+            raise CheckpointError(f"{quoted(path)} cannot be written: {error.strerror}.") from error
+    return [Path(path) / piece.place for piece in pieces]
+
+
+def _warn_of_company(chosen: Sequence[PEFT], tensors: Mapping[str, Readable]) -> None:
+    """Warn when adapters stand at the same modules: each directory is one of them, and not what they do together."""
+    sites: dict[str, set[str]] = {transform.name: set() for transform in chosen}
+    for key in tensors:
+        name, _, rest = key.partition(".")
+        if name in sites:
+            sites[name].add(rest.rpartition(".")[0])
+    for first, second in combinations(sites, 2):
+        if shared := sites[first] & sites[second]:
+            log.warning(
+                "Adapters %r and %r stand at the same modules, such as %s; each is exported alone, and only here do "
+                "they act one around the other.",
+                first,
+                second,
+                min(shared),
+            )
+
+
+def _checked(chosen: Sequence[PEFT], shape: Shape, wanted: Wanted) -> Places:
+    """Return where the linears are, once everything that can be refused without a tensor is known to be fine."""
+    if not chosen:
+        raise ArtifactError("No adapter was named to be exported; leave names out for all of them.")
+    places = Places(shape)
+    for transform in chosen:
+        if wanted.for_ == "vllm":
+            serving.refuse_unserved(transform, places)
+        if type(transform) not in EXPORTED:  # what is derived from one of them may compute something else
+            why = COUNTERPARTS.get(type(transform), f"Hugging Face PEFT has no such method; {MERGES}")
+            raise ConfigError(f"{transform} cannot be exported: {why}.")
+        if isinstance(transform, LoRA) and wanted.for_ == "peft" and transform.dropout:
+            _check_dropout(transform)
+    return places
+
+
+def _check_dropout(transform: LoRA) -> None:
+    if transform.dropout_position != "pre":
+        raise ConfigError(
+            f"{transform} has dropout_position={transform.dropout_position!r}, but Hugging Face PEFT drops values "
+            "before A only, so that training would go on otherwise; export it with for_='vllm', where nothing trains, "
+            f"or {MERGES}."
+        )
+
+
+def _pieces(
+    chosen: Sequence[PEFT],
+    places: Places,
+    shape: Shape,
+    tensors: Mapping[str, Readable],
+    formats: Mapping[str, Mapping[str, Any]],
+    wanted: Wanted,
+) -> list[Piece]:
+    _warn_of_company(chosen, tensors)
+    found = []
+    for transform in chosen:
+        prefix = f"{transform.name}."
+        mine = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        held = Held(mine, f"Adapter {transform.name!r}")
+        if isinstance(transform, LoRA):
+            found.append(_low_rank(transform, places, held, wanted))
+        elif isinstance(transform, IA3):
+            vectors = scales.vectors_of(transform, places, held)
+            config = scales.config_of(transform, places, vectors, wanted.base)
+            found.append(Piece(transform.name, config, scales.keyed(vectors)))
+        elif isinstance(transform, PromptMethod):
+            prompts.check_placement(transform, places, formats.get(transform.name, {}).get("add_bos"))
+            found += _prompts(transform, places, shape, held, wanted)
+    return [replace(found[0], place="")] if len(found) == 1 else found
+
+
+def _low_rank(transform: LoRA, places: Places, held: Held, wanted: Wanted) -> Piece:
+    pairs = low_rank.pairs_of(transform, places, held)
+    served = wanted.for_ == "vllm"
+    if served:
+        pairs = serving.padded(transform, places, pairs)
+    config = low_rank.config_of(transform, places, pairs, wanted.base)
+    if served:
+        config = {field: config[field] for field in serving.FIELDS}
+    return Piece(transform.name, config, {key: lazy for pair in pairs for key, lazy in pair.tensors().items()})
+
+
+def _prompts(transform: PromptMethod, places: Places, shape: Shape, held: Held, wanted: Wanted) -> list[Piece]:
+    return [
+        Piece(
+            f"{transform.name}/{task}".rstrip("/"),
+            prompts.config_of(places, shape, table.shape[0], wanted.base),
+            prompts.keyed(table, places),
+        )
+        for task, table in prompts.tables_of(transform, shape, held).items()
+    ]
+
+
+def _with_bos(
+    chosen: Sequence[PEFT], known: Mapping[str, Mapping[str, Any]], bos: Callable[[], bool | None]
+) -> dict[str, Mapping[str, Any]]:
+    """Return prompt formats that say whether rows have BOS, also where the data left it to the tokenizer."""
+    found = {t.name: known.get(t.name, {}) for t in chosen if isinstance(t, PromptMethod)}
+    return {
+        name: given if given.get("add_bos") is not None else {**given, "add_bos": bos()}
+        for name, given in found.items()
+    }
+
+
+def _shape_of(held: artifact.Artifact) -> Shape:
+    base = held.config.base
+    fields: dict[str, Any] = dict(base.shape)  # checked by the shape itself
+    try:
+        return family_named(base.family).shape_class(**fields)
+    except TypeError as error:
+        reason = quoted(str(error), bare=True)
+        raise ArtifactError(f"Adapter {held} describes no base of this version: {reason}.") from error
