@@ -1,4 +1,4 @@
-"""Tests that install packages and start daemons: `make test-all` runs them."""
+"""Tests that install packages and start daemons, or say why they cannot; `make test-all` runs the longer ones too."""
 
 import shutil
 import subprocess
@@ -7,14 +7,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.is_relative_to(here) and item.path.name != "test_dockerfile.py":
-            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -87,6 +87,7 @@ def test_a_container_gives_the_losses_and_the_adapter_of_this_process(
     assert (here / WEIGHTS).read_bytes() == (tmp_path / "run" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_user_nobody_knows_submits_and_owns_the_results(
     docker_lab: str, inputs: Path, here: Path, tmp_path: Path
@@ -109,6 +110,7 @@ def test_a_user_nobody_knows_submits_and_owns_the_results(
     assert {(path.stat().st_uid, path.stat().st_gid) for path in written} == {(STRANGER, STRANGER)}
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_ranks_run_the_code_of_the_commit_and_give_one_rank_s_losses(
     docker_lab: str, inputs: Path, here: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -125,6 +127,7 @@ def test_two_ranks_run_the_code_of_the_commit_and_give_one_rank_s_losses(
     assert ranks["trainable_parameters"] == one["trainable_parameters"]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_sweep_is_a_container_for_each_run(docker_lab: str, inputs: Path, here: Path, tmp_path: Path) -> None:
     sweeping = SweepContext(name="sweep", factory=f"smollm2_135m(dir={tmp_path},name=run)", skip_confirmation=True)
@@ -145,6 +148,7 @@ def refused(out: Path, arguments: list[str], capfd: pytest.CaptureFixture[str]) 
     return int(str(ended.value.code)), lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_what_a_recipe_reads_cannot_be_written_to(docker_lab: str, inputs: Path) -> None:
     config = inputs / "base" / "config.json"
@@ -221,6 +225,7 @@ def until(true: Callable[[], bool], process: subprocess.Popen[str] | None = None
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_container_saves_its_state_and_ends_with_its_launcher(

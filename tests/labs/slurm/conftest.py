@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.tiny_recipe import make_place
-from tests.labs.slurm.lab import SlurmLab, absent
+from tests.labs.slurm.lab import NoPackagesError, SlurmLab, absent
 
 ROOT = Path(__file__).parents[3]
 
@@ -30,7 +30,10 @@ def slurm_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
     """Two nodes that are up; jobs find this repository's tests too."""
     if reason := absent():
         pytest.skip(f"no Slurm is started here: {reason}.")
-    lab = SlurmLab(tmp_path_factory.mktemp("slurm"))
+    try:
+        lab = SlurmLab(tmp_path_factory.mktemp("slurm"))
+    except NoPackagesError as error:
+        pytest.skip(f"no Slurm is started here: {error}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(lab.config))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))

@@ -14,6 +14,8 @@ from pathlib import Path
 SCRIPT = Path(__file__).with_name("slurm_up.sh")
 UP_SECONDS, DOWN_SECONDS = 400, 60
 PORTS = 5
+NO_PACKAGES = 3
+"""Exit code of the script where apt-get installs nothing."""
 
 
 def absent() -> str:
@@ -25,6 +27,10 @@ def absent() -> str:
     if shutil.which("slurmctld") and shutil.which("slurmdbd") and shutil.which("munged"):
         return ""
     return "" if shutil.which("apt-get") else "neither Slurm nor apt-get, which would install it, is here"
+
+
+class NoPackagesError(RuntimeError):
+    """Slurm is not here and cannot be installed."""
 
 
 class SlurmLab:
@@ -41,6 +47,8 @@ class SlurmLab:
             )  # fmt: skip
         if not self._is_ready():
             self.close()
+            if self._script.returncode == NO_PACKAGES:
+                raise NoPackagesError(f"apt-get could not install it: {self.errors.read_text()[-500:]}")
             raise RuntimeError(f"Slurm did not start: {self.errors.read_text()[-2000:] or 'it took too long'}")
 
     def _is_ready(self) -> bool:

@@ -67,8 +67,9 @@ install_packages() { # policy-rc.d keeps apt from starting daemons, the lock one
   [ $missing = 1 ] || return 0
   if [ ! -e $policy ]; then own=1; printf '#!/bin/sh\nexit 101\n' >$policy; chmod +x $policy; fi
   export DEBIAN_FRONTEND=noninteractive
-  { apt-get -qq update; apt-get -qq install -y --no-install-recommends munge slurmctld slurmd slurm-client slurmdbd \
-    slurm-wlm-mysql-plugin mariadb-server; } >"$LAB/log/apt.log" 2>&1 </dev/null || { tail -n 5 "$LAB/log/apt.log" >&2; return 1; }
+  local wait="-o DPkg::Lock::Timeout=300"
+  { apt-get -qq $wait update; apt-get -qq $wait install -y --no-install-recommends munge slurmctld slurmd slurm-client slurmdbd \
+    slurm-wlm-mysql-plugin mariadb-server; } >"$LAB/log/apt.log" 2>&1 </dev/null || { tail -n 5 "$LAB/log/apt.log" >&2; exit 3; }
   if [ $own = 1 ]; then rm -f $policy; fi
 }
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import nemo_run as run
+import pytest
 
 from graftwork.executors import slurm
 from tests.helpers.sweeps import Place, Rate, learn
@@ -76,6 +77,7 @@ def test_an_array_is_followed_and_gone_on_with(slurm_lab: SlurmLab, tmp_path: Pa
     assert len(elements(slurm_lab, job_of(again.stdout))) == 2, "what is finished is not submitted again"
 
 
+@pytest.mark.slow
 def test_an_array_can_be_left_and_holds_to_its_limit(slurm_lab: SlurmLab, tmp_path: Path) -> None:
     axes: dict[str, list[object]] = {"optim.lr": [0.1, 0.2, 0.3]}
     done = launch(tmp_path, axes, recipe="seconds=600.0", sweep="parallel=1, wait=False")
@@ -91,6 +93,7 @@ def test_an_array_can_be_left_and_holds_to_its_limit(slurm_lab: SlurmLab, tmp_pa
     assert len(list(tmp_path.glob("*/checkpoints"))) == 1, "the run that was going on has saved its state"
 
 
+@pytest.mark.slow
 def test_what_slurm_refuses_is_one_sentence_and_leaves_nothing(slurm_lab: SlurmLab, tmp_path: Path) -> None:
     done = launch(tmp_path / "runs", {"optim.lr": [0.1, 0.2]}, executor='partition="nosuch"')
     assert done.returncode == 1 and re.search(

@@ -191,7 +191,6 @@ def test_a_cancelled_run_saves_its_state_and_the_same_recipe_goes_on(
     same_weights(place / "cancelled", here)
 
 
-@pytest.mark.slow
 def test_one_crashed_rank_ends_the_job_with_its_own_words(slurm_lab: SlurmLab, place: Path, tmp_path: Path) -> None:
     task = recipe(place, "crashed", *over_ranks(), pause=paused(tmp_path, crash=3))
     experiment = executors.launch(task, slurm(nodes=2, ntasks_per_node=2), name="crashed", wait=False)
