@@ -42,6 +42,8 @@ BASE, TEMPLATE = "smollm2_135m", "Review: {input} Sentiment:"
 RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
 PAGE = ROOT / "docs" / "methods.md"
 BEGIN, END = "<!-- figures: written by `make bench-methods` -->", "<!-- end of figures -->"
+TOKENS = 128
+"""Of the packed row that is a step."""
 FIGURES = ("loss", "exact_match", "accuracy")
 STACKS: dict[str, Callable[[], list[PEFT]]] = {
     "LoRA": lambda: [LoRA(dim=8, alpha=16)],
@@ -66,7 +68,7 @@ def rows_of(data: Path, seed: int) -> SFTDataModule:
         validation=str(data / "validation.jsonl"),
         test=str(data / "test.jsonl"),
         prompt_template=TEMPLATE,
-        seq_length=128,
+        seq_length=TOKENS,
         packing=True,
         global_batch_size=1,
         micro_batch_size=1,
@@ -121,12 +123,12 @@ def markdown(results: dict[str, Any]) -> str:
     """Return the results as a Markdown table: the mean over the seeds, with the standard deviation."""
     base, steps, rows = (results[key] for key in ("base", "steps", "rows"))
     lines = [
-        f"{steps} steps of 1 row of 128 tokens, packed with movie reviews, on SmolLM2-135M; defaults of each method, "
+        f"{steps} steps of 1 row of {TOKENS} tokens, packed with movie reviews, on SmolLM2-135M; defaults of each method, "
         f"mean ± standard deviation over the seeds, {rows} held-out reviews. "
         f"The base says a right answer in {100 * base['exact_match']:.0f} %, "
         f"and of the two labels prefers the right one in {100 * base['accuracy']:.0f} % (loss {base['loss']:.2f}).",
         "",
-        "| stack | lr | trained | artifact | seeds | exact match | two-way accuracy | loss | CPU s a step |",
+        "| stack | lr | trained | artifact | seeds | exact match | two-way accuracy | loss | tokens a CPU second |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     measured = [name for name in STACKS if results["stacks"].get(name)]
@@ -138,10 +140,10 @@ def _line(name: str, runs: Sequence[dict[str, Any]]) -> str:
     rates = ", ".join(f"{lr:g}" for lr in first["lr"])
     size = f"{first['artifact_bytes'] / 1e6:.2f} MB"
     match, accuracy = (_spread([100 * r[figure] for r in runs], ".1f") + " %" for figure in ("exact_match", "accuracy"))
-    speed = statistics.mean(r["cpu_seconds_per_step"] for r in runs)
+    speed = TOKENS / statistics.mean(r["cpu_seconds_per_step"] for r in runs)
     loss = _spread([r["loss"] for r in runs], ".3f")
     trained = f"{first['trainable_parameters']:,}"
-    return f"| {name} | {rates} | {trained} | {size} | {len(runs)} | {match} | {accuracy} | {loss} | {speed:.2f} |"
+    return f"| {name} | {rates} | {trained} | {size} | {len(runs)} | {match} | {accuracy} | {loss} | {speed:.0f} |"
 
 
 def _spread(values: Sequence[float], form: str) -> str:

@@ -44,7 +44,7 @@ def test_figures_are_means_with_their_spread(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(methods, "RESULTS", tmp_path / "methods.json")
     methods.write(RESULTS, page)
     text = page.read_text()
-    line = "| LoRA + IA3 | 0.0002, 0.01 | 1,234 | 1.50 MB | 2 | 85.0 ± 7.1 % | 75.0 ± 0.0 % | 0.500 ± 0.000 | 2.00 |"
+    line = "| LoRA + IA3 | 0.0002, 0.01 | 1,234 | 1.50 MB | 2 | 85.0 ± 7.1 % | 75.0 ± 0.0 % | 0.500 ± 0.000 | 64 |"
     assert line in text and "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     methods.write(RESULTS, page)
     assert page.read_text() == text
