@@ -123,8 +123,8 @@ def markdown(results: dict[str, Any]) -> str:
     """Return the results as a Markdown table: the mean over the seeds, with the standard deviation."""
     base, steps, rows = (results[key] for key in ("base", "steps", "rows"))
     lines = [
-        f"{steps} steps of 1 row of {TOKENS} tokens, packed with movie reviews, on SmolLM2-135M; defaults of each method, "
-        f"mean ± standard deviation over the seeds, {rows} held-out reviews. "
+        f"{steps} steps of 1 row of {TOKENS} tokens, packed with movie reviews, on SmolLM2-135M; defaults of each "
+        f"method, mean ± standard deviation over the seeds, {rows} held-out reviews. "
         f"The base says a right answer in {100 * base['exact_match']:.0f} %, "
         f"and of the two labels prefers the right one in {100 * base['accuracy']:.0f} % (loss {base['loss']:.2f}).",
         "",

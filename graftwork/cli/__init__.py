@@ -12,6 +12,8 @@ from typing import Any
 import nemo_run as run
 from nemo_run.cli import api
 
+from graftwork.cli import heap
+
 NAMESPACE = "graft"
 
 HELP = {
@@ -116,5 +118,7 @@ def _unread(name: str) -> Callable[[], None]:
     return verb
 
 
+if Path(sys.argv[0]).name == "nemorun":
+    heap.starting()
 api.print = _say
 register(sys.argv)

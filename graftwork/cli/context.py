@@ -9,6 +9,7 @@ from typing import ClassVar
 import nemo_run as run
 import typer
 
+from graftwork.cli import heap
 from graftwork.cli.arguments import Options, own_options, words_as_fields
 from graftwork.cli.overrides import (
     PARSE_ERRORS,
@@ -43,6 +44,7 @@ class GraftContext(run.cli.RunContext):
 
     def cli_execute(self, fn: Maker, args: list[str], entrypoint_type: str = "task") -> None:
         """Run ``fn`` with overrides ``args``; exits 2 on bad input and 1 on a failed run."""
+        heap.started()
         with stoppable(), one_line_errors():
             self.options, args = own_options(args, self.takes if fn is finetune else ())
             args = words_as_fields(fn.__name__, args)
