@@ -73,7 +73,8 @@ def _environment(network: str) -> dict[str, str]:
         **torchrun_environment(),
     }
     if network == "host":
-        env["PET_LOCAL_ADDR"] = "127.0.0.1"  # torchrun asks for the container's name, which nobody resolves
+        # torchrun and gloo ask for the container's name, which nobody resolves
+        env |= {"PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     if os.getuid():
         env |= {"HOME": "/tmp", "USER": "graftwork"}  # the image knows neither the user nor a home
     return env

@@ -61,6 +61,7 @@ def test_the_command_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "--label=nemo-run/experiment-id=train_NUMBER",
         "--label=nemo-run/id=train-ID",
         "--label=nemo-run/name=train-NUMBER-train",
+        "--env=GLOO_SOCKET_IFNAME=lo",
         "--env=GRAFTWORK_CACHE=/HERE/cache",
         "'--env=GRAFTWORK_CODE=installed graftwork V'",
         "--env=GRAFTWORK_LAUNCHER=/nemo_run/launcher",

@@ -142,10 +142,12 @@ def test_a_live_log_shows_what_rank_0_says_and_what_else_is_printed() -> None:
     ):
         log.write(f"\x1b[32m-of-a-task/0\x1b[0m {line}")
     log.write("-of-a-task/0 [default0]:no terminal\n")
+    container = LiveLog(stdout, "finetune", ranks=False)
+    container.write("7-finetune/0 step 2\n")
     log.write("printed by the script\n")
     log.silent = True
     log.write("-of-a-task/0 [default0]:step 2\n")
-    assert stdout.getvalue() == "step 1\nno terminal\nprinted by the script\n"
+    assert stdout.getvalue() == "step 1\nno terminal\nstep 2\nprinted by the script\n"
 
 
 def test_after_a_stop_only_ctrl_c_asks_for_more(capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,9 @@ from typing import TextIO
 
 from graftwork.executors.following.outcome import RANK_PREFIX, USER_ERROR
 
+PREFIX = 10
+"""So many characters of a name are shown."""
+
 
 class LiveLog(io.TextIOBase):
     """A stdout that thins out the log of a task that NeMo Run prints; what else is printed passes.
@@ -21,8 +24,11 @@ class LiveLog(io.TextIOBase):
 
     def __init__(self, stdout: TextIO, task: str, ranks: bool) -> None:
         self.stdout, self.ranks, self.silent = stdout, ranks, False
-        # NeMo Run's prefix of a line: the end of the task's name and a number, green on a terminal
-        self._prefix = re.compile(rf"(\x1b\[32m)?{re.escape(task[-10:])}/\d+(\x1b\[0m)? ")
+        # NeMo Run's prefix of a line: the end of the task's (of a container, its longer) name and a number, green on a
+        # terminal
+        end = task[-PREFIX:]
+        before = rf"[\w-]{{0,{PREFIX - len(end)}}}"
+        self._prefix = re.compile(rf"(\x1b\[32m)?{before}{re.escape(end)}/\d+(\x1b\[0m)? ")
         self.encoding = stdout.encoding
 
     def write(self, text: str) -> int:

@@ -1,6 +1,7 @@
 """The tiny recipe as a container run, with a real Docker daemon: the same losses, the user's files, honest ends."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import nemo_run as run
 import pytest
 
-from graftwork import executors
+from graftwork import executors, recipes
 from graftwork.cli.context import GraftContext
 from graftwork.cli.sweep import SweepContext, sweep
 from graftwork.errors import LaunchError
@@ -22,6 +23,7 @@ from graftwork.executors.process.life_line import held, is_held, pass_on, passed
 from graftwork.training import finetune
 from tests.cli.test_end_to_end import overrides
 from tests.helpers.tiny_recipe import summary
+from tests.helpers.transcript import Transcript
 from tests.labs.docker.conftest import ROOT, docker
 
 # NeMo Run leaves pipes and sockets of its commands for Python to close.
@@ -81,7 +83,14 @@ def here(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_container_gives_the_losses_and_the_adapter_of_this_process(
     docker_lab: str, inputs: Path, here: Path, tmp_path: Path
 ) -> None:
-    execute(tmp_path, "run", command(inputs, tmp_path, *in_container(docker_lab)))
+    made = recipes.smollm2_135m.finetune_recipe(dir=str(tmp_path), name="run")
+    recipes.save(run.cli.parse_cli_args(made, command(inputs, tmp_path)), tmp_path / "run.yaml")
+    typed = ["nemorun", "graft", "finetune", "--file", "run.yaml", *in_container(docker_lab), "--yes"]
+    done = subprocess.run([NEMORUN, *typed[1:]], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shell = Transcript({str(tmp_path): "/home/me", docker_lab: "graftwork:cpu"})
+    shell.add(shlex.join(typed), done.stdout)
+    shell.check("docker.md", "docker")
     ours, theirs = summary(here), summary(tmp_path / "run")
     assert {key: ours[key] for key in SAME} == {key: theirs[key] for key in SAME}
     assert (here / WEIGHTS).read_bytes() == (tmp_path / "run" / WEIGHTS).read_bytes()
