@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable
-from typing import ClassVar, Optional, Protocol, TypeVar, Union, runtime_checkable
+from typing import Optional, Protocol, TypeVar, Union, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -40,7 +40,7 @@ class PEFT(pl.Callback):
     before the model is built.
     """
 
-    default_lr: ClassVar[float] = 1e-4
+    default_lr: float = 1e-4
     tasks: Optional[dict[str, int]] = None
     """Number of virtual tokens of each task; None where rows of all tasks are treated alike."""
 

@@ -14,6 +14,8 @@ from graftwork.virtual_tokens import PromptSlot
 ENCODERS = ("mlp", "lstm")
 LAYERS = 2
 """Layers of the LSTM; it reads the slots in both directions."""
+LSTM_LR = 3e-4
+"""Its default learning rate: at that of the MLP some seeds do not learn."""
 
 
 class EncodedPrompt(PromptTable):
@@ -126,6 +128,8 @@ class PTuning(PromptMethod):
         self.init_std = None if init_std is None else self.positive("init_std", init_std)
         self.encoder = self.one_of("encoder", encoder, ENCODERS)
         self.place(virtual_tokens, placement, tasks)
+        if encoder == "lstm":
+            self.default_lr = LSTM_LR
 
     def table(self, birth: Birth, base: nn.Module, slot: PromptSlot, host: Host) -> PromptTable:
         """Return an encoder over the slots of one prompt."""
