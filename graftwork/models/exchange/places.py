@@ -57,7 +57,12 @@ class Linear(Place):
     @property
     def counts(self) -> list[int]:
         """Number of rows of each part, or of the whole."""
-        return [shape[0] for shape in (self.rows.inner if isinstance(self.rows, Fused) else self.rows).shapes]
+        return [shape[0] for shape in self.parted.shapes]
+
+    @property
+    def parted(self) -> Op:
+        """What lays out anything that has one row per output, part by part."""
+        return self.rows.inner if isinstance(self.rows, Fused) else self.rows
 
     @property
     def updates(self) -> list[str]:
