@@ -35,6 +35,9 @@ HELP = {
 
     nemorun graft merge adapter=runs/default/adapter output=merged
     nemorun graft merge adapter=peft base=path/to/base output=merged dtype=bf16""",
+    "graftwork.cli.combine:combine": """Make one adapter, or one merged model, of several adapters and weights.
+
+    nemorun graft combine 'adapters=[runs/a/adapter,runs/b/adapter]' 'weights=[0.7,-0.3]' combine=svd output=both""",
     "graftwork.cli.profile:profile": """Describe a cluster in cluster.yaml, and try the description out.
 
     nemorun graft profile init

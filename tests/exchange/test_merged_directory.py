@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from graftwork import models
 from graftwork.errors import ArtifactError, CheckpointError, GraftworkError, MatchError
-from graftwork.models.merging import changes, merge_directory, write
+from graftwork.models.merging import changes, merge_directory, updates, write
 from graftwork.models.merging.source import Source
 from graftwork.models.weights.ops import QKV
 from graftwork.peft import IA3, PEFT, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, PromptTuning, PTuning, Selective
@@ -29,7 +29,9 @@ METHODS: dict[str, list[PEFT]] = {
     "lora": [LoRA(dim=4, alpha=8)],
     "lora_by_pattern": [LoRA(dim=4, use_rslora=True, layers=[1], rank_pattern={"mlp.linear_fc2": 2})],
     "lora_of_the_head": [LoRA(dim=4, target_modules=["output_layer", "linear_proj"])],
-    "canonical": [CanonicalLoRA(dim=4, rank_pattern={"linear_q": 2}, alpha_pattern={"linear_v": 7})],
+    "canonical": [
+        CanonicalLoRA(dim=4, rank_pattern={"linear_q": 2, "linear_fc1_up": 3}, alpha_pattern={"linear_v": 7})
+    ],
     "canonical_qv": [CanonicalLoRA(dim=4, target_modules=["linear_q", "linear_v"])],
     "dora": [DoRA(dim=4, use_rslora=True)],
     "ia3": [IA3(key_position="pre_norm")],
@@ -118,7 +120,7 @@ def test_the_comparison_notices_a_mistake(
     wanted = llama.logits(model)
     model.save_adapters(tmp_path / "adapter")
     if mistake == "no scale":
-        monkeypatch.setattr(changes, "scale_of", lambda rank, alpha, rslora: 1.0)
+        monkeypatch.setattr(updates, "scale_of", lambda rank, alpha, rslora: 1.0)
     if mistake == "keys as values":
         write = QKV.write
         monkeypatch.setattr(QKV, "write", lambda op, full: [write(op, full)[i] for i in (0, 2, 1)])
@@ -243,7 +245,8 @@ def test_what_cannot_be_merged_is_refused_by_name(case: str, tmp_path: Path) -> 
 
 
 def test_a_method_of_a_user_s_own_is_refused(tmp_path: Path) -> None:
-    source = Source("'x'", tmp_path, make().shape, [Other(dim=4)], {})
+    model = make()
+    source = Source("'x'", tmp_path, model.shape, [Other(dim=4)], {}, model.base_identity())
     with pytest.raises(MatchError, match="Other 'lora' cannot be merged: only its own code knows what it does"):
         changes.changes_of(source)
 

@@ -8,7 +8,7 @@ import pytest
 
 from graftwork import models
 from graftwork.errors import CheckpointError
-from graftwork.models.merging import merge_directory
+from graftwork.models.merging import Blend, combine_directories, merge_directory
 from graftwork.peft import LoRA
 from tests.contracts.methods import shake
 from tests.helpers.moments import die_at, live, name_of, watched
@@ -60,6 +60,26 @@ def test_the_disk_fails_at_every_call(number: int, place: Path, tmp_path: Path) 
         assert not (root / "merged").exists() and not files(root)
         merge(place, root)
         assert files(root) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
+def test_the_disk_fails_while_adapters_are_combined(number: int, place: Path, tmp_path: Path) -> None:
+    """What was there stays: an adapter may be replaced."""
+    root, adapters = tmp_path / "root", [place / "adapter"] * 2
+    combine_directories(adapters, root / "both", Blend([1, 1]))
+    before = files(root)
+    with watched(root) as calls:
+        combine_directories(adapters, root / "both", Blend([1, 1]))
+    renamed = next(moment for moment, call in enumerate(calls) if call.startswith("os.fsync"))
+    for moment in range(renamed + 1):
+
+        def fail(at: int, call: str, moment: int = moment) -> None:
+            if at >= moment and not call.startswith(("os.remove", "os.rmdir")):
+                raise OSError(number, "the disk says no")
+
+        with watched(root, fail), pytest.raises(CheckpointError) as caught:
+            combine_directories(adapters, root / "both", Blend([2, 1]))
+        assert "\n" not in str(caught.value) and files(root) == before
 
 
 def merged(rank: int, world_size: int, root: Path, place: Path, named: str | None) -> list[str]:

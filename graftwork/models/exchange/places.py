@@ -108,6 +108,11 @@ class Places:
         """Whether Hugging Face stores its weights [in, out] (GPT-2's Conv1D)."""
         return self.family.name == "gpt2"
 
+    def updates(self, apart: bool) -> list[str]:
+        """Return the names of all low-rank updates; ``apart``: one for each linear that was fused (CanonicalLoRA's)."""
+        linears = self.linears.values()
+        return [name for linear in linears for name in (linear.updates if apart else (linear.name,))]
+
     def linear(self, site: str) -> Linear:
         """Return one of ours; raises MatchError for a name that is none."""
         if site not in self.linears:

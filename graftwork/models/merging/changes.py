@@ -9,10 +9,11 @@ from torch import Tensor
 
 from graftwork.errors import MatchError
 from graftwork.models.exchange.lazy import Held, Lazy
-from graftwork.models.exchange.low_rank import MAGNITUDE, A, B, scale_of
+from graftwork.models.exchange.low_rank import MAGNITUDE
 from graftwork.models.exchange.places import Linear, Places
 from graftwork.models.exchange.scales import PART, SCALE
 from graftwork.models.merging.source import Source
+from graftwork.models.merging.updates import updates_at
 from graftwork.models.weights import mapping_for
 from graftwork.peft import PEFT
 from graftwork.peft.cuts import OUTPUT, Region, Replicated
@@ -120,54 +121,34 @@ def _replace(transform: Selective, source: Source, held: Held, found: Changes) -
         found.replaced[core] = (str(transform), held.take(core, *shape))
 
 
-def _lora(transform: LoRA, linear: Linear, held: Held) -> Change:
-    rank, alpha = transform.rank_and_alpha(linear.name)
-    low, high = _factors(f"{linear.name}.", held, (rank, linear.inputs), sum(linear.widths))
-    scale = scale_of(rank, alpha, transform.use_rslora)
+def _low_rank(transform: LoRA, linear: Linear, held: Held) -> Change:
+    updates = updates_at(transform, linear, held)
 
     def changed(weight: Tensor, own: Tensor) -> Tensor:
-        return weight + scale * (high[:] @ low[:])
-
-    return Change(str(transform), changed)
-
-
-def _dora(transform: DoRA, linear: Linear, held: Held) -> Change:
-    outputs, (rank, alpha) = sum(linear.widths), transform.rank_and_alpha(linear.name)
-    low, high = _factors(f"{linear.name}.", held, (rank, linear.inputs), outputs)
-    lengths = held.take(f"{linear.name}.{MAGNITUDE}", outputs)
-    scale, cut = scale_of(rank, alpha, transform.use_rslora), Replicated(linear.inputs, outputs, Region())
-
-    def changed(weight: Tensor, own: Tensor) -> Tensor:
-        norm, magnitude = cut.norm(own, (high[:] * scale, low[:])), lengths[:]
-        # NaN: Hugging Face PEFT changes nothing in these rows, which keep the length that the base has
-        known = torch.where(magnitude.isnan(), cut.norm(own), magnitude)
-        return (weight + scale * (high[:] @ low[:])) * rescaling(known, norm)[:, None]
-
-    return Change(str(transform), changed)
-
-
-def _canonical(transform: CanonicalLoRA, linear: Linear, held: Held) -> Change:
-    if not linear.parts:
-        return _lora(transform, linear, held)
-    mine: dict[int, tuple[float, Lazy, Lazy]] = {}
-    for index, (part, name, count) in enumerate(zip(linear.parts, linear.updates, linear.counts)):
-        if f"{linear.name}.{part}_{A}" in held.names:
-            rank, alpha = transform.rank_and_alpha(name)
-            factors = _factors(f"{linear.name}.{part}_", held, (rank, linear.inputs), count)
-            mine[index] = (scale_of(rank, alpha, transform.use_rslora), *factors)
-
-    def changed(weight: Tensor, own: Tensor) -> Tensor:
+        if updates[0].part is None:
+            return weight + updates[0].change()
         parts = linear.parted.write(weight)
-        for index, (scale, low, high) in mine.items():
-            parts[index] = parts[index] + scale * (high[:] @ low[:])
+        for update in updates:
+            assert update.part is not None
+            parts[update.part] = parts[update.part] + update.change()
         return linear.parted.join(parts)
 
     return Change(str(transform), changed)
 
 
-def _factors(stem: str, held: Held, low: tuple[int, int], outputs: int) -> tuple[Lazy, Lazy]:
-    """Return A [rank, inputs] and B [outputs, rank]."""
-    return held.take(f"{stem}{A}", *low), held.take(f"{stem}{B}", outputs, low[0])
+def _dora(transform: DoRA, linear: Linear, held: Held) -> Change:
+    (update,) = updates_at(transform, linear, held)
+    outputs = sum(linear.widths)
+    lengths = held.take(f"{linear.name}.{MAGNITUDE}", outputs)
+    cut = Replicated(linear.inputs, outputs, Region())
+
+    def changed(weight: Tensor, own: Tensor) -> Tensor:
+        norm, magnitude = cut.norm(own, (update.high[:] * update.scale, update.low[:])), lengths[:]
+        # NaN: Hugging Face PEFT changes nothing in these rows, which keep the length that the base has
+        known = torch.where(magnitude.isnan(), cut.norm(own), magnitude)
+        return (weight + update.change()) * rescaling(known, norm)[:, None]
+
+    return Change(str(transform), changed)
 
 
 def _scaled(transform: IA3, linear: Linear, held: Held) -> Change:
@@ -194,8 +175,8 @@ def _row_scale(linear: Linear, vectors: Mapping[str, Lazy]) -> Tensor:
 
 
 MERGED: Mapping[type[PEFT], Callable[..., Change]] = {
-    LoRA: _lora,
-    CanonicalLoRA: _canonical,
+    LoRA: _low_rank,
+    CanonicalLoRA: _low_rank,
     DoRA: _dora,
     IA3: _scaled,
 }

@@ -53,8 +53,8 @@ def merge_directory(
     CheckpointError when the base cannot be read, a value would not be finite or the disk is full; then there is no
     ``output``.
     """
-    wanted = _dtype(dtype)
-    _check_place(Path(output))
+    wanted = known_dtype(dtype)
+    check_place(Path(output))
     with opened(adapter, base, names, check_base) as source:
         write_merged(source, changes_of(source), Path(output), wanted)
     return Path(output)
@@ -62,16 +62,18 @@ def merge_directory(
 
 def write_merged(source: Source, changes: Changes, output: Path, dtype: torch.dtype | None) -> None:
     """Write the base of a source, changed; ``dtype`` None is each tensor's own."""
+    base = source.directory
+    assert base is not None, "a source that was opened alone has no weights"
     mapping = mapping_for(source.shape, tensor_parallel=1)
-    with open_checkpoint(mapping, source.directory) as files:
+    with open_checkpoint(mapping, base) as files:
         parts = [Part(rule, dtype or _stored(rule, files)) for rule in mapping.expanded() if not rule.alias]
         parts.sort(key=lambda part: -part.dtype.itemsize)  # the order that the file format needs
         entries = [entry for part in parts for entry in part.entries]
         try:
             with atomic_directory(output) as temporary:
                 write_sharded(temporary, entries, _tensors(parts, files, changes), _shard_bytes(files, entries))
-                _write_config(temporary, source.directory, dtype)
-                copy_companions(source.directory, temporary)
+                _write_config(temporary, base, dtype)
+                copy_companions(base, temporary)
         except (OSError, SafetensorError) as error:
             reason = quoted(getattr(error, "strerror", None) or str(error), bare=True)
             raise CheckpointError(f"The merged model was not written to {quoted(output)}: {reason}.") from error
@@ -117,13 +119,14 @@ def _write_config(target: Path, base: Path, dtype: torch.dtype | None) -> None:
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def known_dtype(name: str | None) -> torch.dtype | None:
+    """Return the dtype of a name, None for none; raises ConfigError for another name."""
     if name is not None and name not in DTYPES:
         raise ConfigError(f"dtype is {quoted(name)}; {suggest(name, DTYPES)}")
     return None if name is None else DTYPES[name]
 
 
-def _check_place(output: Path) -> None:
+def check_place(output: Path) -> None:
     """Refuse to replace anything: a whole directory would be lost, and may be the base."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ArtifactError(f"{quoted(output)} is there already; name a new directory for the merged model.")
