@@ -47,5 +47,5 @@ def test_a_merged_model_of_two(place: Path) -> None:
     held = load_file(place / "merged" / "model.safetensors")
     assert {t.dtype for t in held.values()} == {torch.bfloat16}
     with pytest.raises(ConfigError, match="dtype='bf16' counts only with merged=True"):
-        verb(place, "weights=[1,1]", "dtype=bf16", f"output={place / 'other'}")
+        combine([str(place / "a")], [1.0], str(place / "other"), dtype="bf16")
     assert not (place / "other").exists()

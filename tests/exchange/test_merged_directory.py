@@ -1,6 +1,5 @@
 """A base with adapters folded in, written without a model: what ``merge_adapters`` and PEFT's own merge give."""
 
-import gc
 import json
 import shutil
 import weakref
@@ -24,6 +23,7 @@ from tests.exchange.desk import EVERY, Desk
 from tests.exchange.test_peft_in import config_of
 from tests.helpers.tiny_hf import make_tiny, tiny_model
 from tests.helpers.tiny_tokenizer import CHATML, tiny_tokenizer
+from tests.peft.hf_lora import tokens
 
 METHODS: dict[str, list[PEFT]] = {
     "lora": [LoRA(dim=4, alpha=8)],
@@ -197,6 +197,32 @@ def test_the_base_s_dtype_stays(dtype: str, tmp_path: Path) -> None:
     assert identical(tensors(tmp_path / "merged"), wanted)
 
 
+def test_tensors_of_the_base_keep_the_bits_they_were_trained_with(tmp_path: Path) -> None:
+    """Trained in fp32 on a bf16 base, and merged in fp32: nothing of theirs is rounded."""
+    base = make_tiny("llama", tmp_path / "base", dtype="bfloat16")
+    model = adapted(base, tmp_path / "adapter", Selective(patterns=["linear_fc2.weight"]), dtype="fp32")
+    merge_directory(tmp_path / "adapter", tmp_path / "merged", base, dtype="fp32")
+    model.export_hf(tmp_path / "exported")
+    assert identical(tensors(tmp_path / "merged"), tensors(tmp_path / "exported"))
+    merge_directory(tmp_path / "adapter", tmp_path / "narrow", base)
+    wanted = {name: t.bfloat16() for name, t in tensors(tmp_path / "exported").items()}
+    assert identical(tensors(tmp_path / "narrow"), wanted)
+
+
+def test_a_base_of_older_names_with_a_head_beside_the_embedding(tmp_path: Path) -> None:
+    """GPT-2's first files leave out a prefix; a tied head may be there twice. transformers loads what is written."""
+    base = make_tiny("gpt2", tmp_path / "base")
+    held = {name.removeprefix("transformer."): t for name, t in load_file(base / "model.safetensors").items()}
+    save_file({**held, "lm_head.weight": held["wte.weight"].clone()}, base / "model.safetensors", {"format": "pt"})
+    model = adapted(base, tmp_path / "adapter", LoRA(dim=4))
+    merge_directory(tmp_path / "adapter", tmp_path / "merged", base)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found, wanted = theirs(tokens()).logits, model(tokens())
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert "lm_head.weight" not in tensors(tmp_path / "merged")
+
+
 def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_tiny("llama", tmp_path / "base")
     adapted(base, tmp_path / "adapter", LoRA(dim=4))
@@ -206,7 +232,6 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
 
     def watched(*given: Any) -> Tensor:
         nonlocal most
-        gc.collect()
         most = max(most, sum(ref() is not None for ref in alive))
         tensor = read(*given)
         alive.append(weakref.ref(tensor))

@@ -64,9 +64,10 @@ class Changes:
         mine = [c.who for c in self.linears.get(site, ()) if leaf == "weight" or (leaf == "bias" and c.bias)]
         return mine + ([self.replaced[core][0]] if core in self.replaced else [])
 
-    def applied(self, core: str, stored: Tensor) -> Tensor:
-        """Return a tensor of ours [outputs, ...] in fp32, as the adapters make it of the base's."""
-        own = self.replaced[core][1][:].to(stored.dtype) if core in self.replaced else stored
+    def applied(self, core: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor of ours [outputs, ...] in ``dtype``, as the adapters make it of the base's."""
+        wide = max(stored.dtype, dtype, key=lambda one: one.itemsize)  # what a model that holds it would round it to
+        own = self.replaced[core][1][:].to(wide) if core in self.replaced else stored
         site, _, leaf = core.rpartition(".")
         value = own.float()
         for change in self.linears.get(site, ()):
@@ -74,7 +75,7 @@ class Changes:
                 value = change.weight(value, own)
             elif leaf == "bias" and change.bias is not None:
                 value = change.bias(value)
-        return value
+        return value.to(dtype)
 
 
 def changes_of(source: Source) -> Changes:

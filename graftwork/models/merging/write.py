@@ -84,7 +84,7 @@ def _tensors(parts: Sequence[Part], files: TensorFiles, changes: Changes) -> Ite
     for part in parts:
         rule, who = part.rule, changes.touched(part.rule.core)
         if who:
-            full = changes.applied(rule.core, read(rule, files, 0, 1)).to(part.dtype)
+            full = changes.applied(rule.core, read(rule, files, 0, 1), part.dtype)
             if not full.isfinite().all():
                 raise MatchError(f"{who[0]} cannot be merged: {rule.core} would hold NaN or Inf.")
             yield from rule.op.write(full)
