@@ -141,6 +141,7 @@ def _made(desk: Desk, directory: Path, seed: int) -> Any:
     """Save an adapter of PEFT whose values depend on ``seed``, and return a fresh base."""
     config = config_of("lora", desk.family)
     config.r, config.lora_alpha = 4, 4 * seed
+    torch.manual_seed(seed)  # PEFT draws A from the global generator; singular values that are close would be swapped
     model = peft.get_peft_model(deepcopy(desk.base), config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
