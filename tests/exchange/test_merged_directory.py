@@ -355,3 +355,19 @@ def test_random_weights_are_in_no_directory(tmp_path: Path) -> None:
     model.save_adapters(tmp_path / "adapter")
     with pytest.raises(ArtifactError, match="was trained on random weights, which no directory holds"):
         merge_directory(tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.slow
+def test_the_pretrained_model(tmp_path: Path) -> None:
+    """Without ``base``: the adapter names it."""
+    model = models.load("smollm2_135m", dtype="fp32")
+    model.add_adapter([CanonicalLoRA(dim=8), DoRA(dim=4)])
+    shake(model, 0.01)
+    model.eval().save_adapters(tmp_path / "adapter")
+    merge_directory(tmp_path / "adapter", tmp_path / "merged", dtype="fp32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        found, wanted = theirs(tokens()).logits, model(tokens())
+        with model.adapters_disabled():
+            assert (model(tokens()) - wanted).abs().max() > 0.05 * wanted.abs().max()
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
