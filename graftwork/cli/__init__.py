@@ -33,6 +33,13 @@ HELP = {
 
     nemorun graft export adapter=runs/default/adapter output=peft
     nemorun graft export adapter=runs/default/adapter output=served for_=vllm""",
+    "graftwork.cli.merge:merge": """Fold an adapter into its base: a Hugging Face checkpoint; no model is built.
+
+    nemorun graft merge adapter=runs/default/adapter output=merged
+    nemorun graft merge adapter=peft base=path/to/base output=merged dtype=bf16""",
+    "graftwork.cli.combine:combine": """Make one adapter, or one merged model, of several adapters and weights.
+
+    nemorun graft combine 'adapters=[runs/a/adapter,runs/b/adapter]' 'weights=[0.7,-0.3]' combine=svd output=both""",
     "graftwork.cli.profile:profile": """Describe a cluster in cluster.yaml, and try the description out.
 
     nemorun graft profile init

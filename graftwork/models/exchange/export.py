@@ -86,7 +86,7 @@ def export_directory(
     """Write the adapters of an artifact as ``export_stack`` does, without a model; return the directories."""
     with artifact.opened(adapter) as held:
         chosen = named(transforms(held.config, held.path), wanted.names, str(held))
-        shape = _shape_of(held)
+        shape = shape_of(held)
         places = _checked(chosen, shape, wanted)
         formats = _with_bos(chosen, prompt_formats(held.config, [transform.name for transform in chosen]), bos)
         wanted = replace(wanted, base=wanted.base or held.config.base.name)
@@ -200,7 +200,8 @@ def _with_bos(
     }
 
 
-def _shape_of(held: artifact.Artifact) -> Shape:
+def shape_of(held: artifact.Artifact) -> Shape:
+    """Return the shape of the base that an artifact remembers; raises ArtifactError for one that is unknown here."""
     base = held.config.base
     fields: dict[str, Any] = dict(base.shape)  # checked by the shape itself
     try:

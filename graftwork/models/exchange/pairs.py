@@ -45,7 +45,7 @@ def arriving(
     else:
         method, note = CanonicalLoRA, "q, k, v, gate and up keep pairs of their own"
         updates = [u for site, group in groups.items() for u in _separate(places.linears[site], group)]
-    known = _known(places, method)
+    known = places.updates(method is CanonicalLoRA)
     options = {**_options(fields, updates, known), "use_rslora": rslora, "lora_A_init_method": "kaiming"}
     transform = method(**options) if name is None else method(name, **options)
     partial_rows = any(len(group) < len(places.linears[site].modules) for site, group in groups.items())
@@ -64,14 +64,6 @@ def _options(fields: Fields, updates: Iterable[Update], known: list[str]) -> dic
         "rank_pattern": patterns(ranks, dim) or None,
         "alpha_pattern": patterns(alphas, alpha) or None,
     }
-
-
-def _known(places: Places, method: type[LoRA]) -> list[str]:
-    """Return the names of all updates that a model has for a method."""
-    linears = places.linears.values()
-    if method is CanonicalLoRA:
-        return [name for linear in linears for name in linear.updates]
-    return [linear.name for linear in linears]
 
 
 def _pairs(fields: Fields, places: Places, held: Held) -> dict[str, Pair]:

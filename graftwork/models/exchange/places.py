@@ -57,7 +57,12 @@ class Linear(Place):
     @property
     def counts(self) -> list[int]:
         """Number of rows of each part, or of the whole."""
-        return [shape[0] for shape in (self.rows.inner if isinstance(self.rows, Fused) else self.rows).shapes]
+        return [shape[0] for shape in self.parted.shapes]
+
+    @property
+    def parted(self) -> Op:
+        """What lays out anything that has one row per output, part by part."""
+        return self.rows.inner if isinstance(self.rows, Fused) else self.rows
 
     @property
     def updates(self) -> list[str]:
@@ -102,6 +107,11 @@ class Places:
     def transposed(self) -> bool:
         """Whether Hugging Face stores its weights [in, out] (GPT-2's Conv1D)."""
         return self.family.name == "gpt2"
+
+    def updates(self, apart: bool) -> list[str]:
+        """Return the names of all low-rank updates; ``apart``: one for each linear that was fused (CanonicalLoRA's)."""
+        linears = self.linears.values()
+        return [name for linear in linears for name in (linear.updates if apart else (linear.name,))]
 
     def linear(self, site: str) -> Linear:
         """Return one of ours; raises MatchError for a name that is none."""

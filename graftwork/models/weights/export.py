@@ -22,9 +22,11 @@ COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "spiece.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
     "generation_config.json",
@@ -78,10 +80,11 @@ def _write(
         write_sharded(temporary, entries, _hf_tensors(tensors), shard_bytes)
         _write_config(temporary, shape, entries, source)
         if source is not None:
-            _copy_companions(Path(source), temporary)
+            copy_companions(Path(source), temporary)
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the files of a checkpoint that go with its weights unchanged: tokenizer, chat template, generation."""
     for name in COPIED:
         if (source / name).is_file():
             shutil.copy(source / name, target / name)

@@ -23,9 +23,11 @@ from graftwork.jsonfile import parse_json, read_bytes, refuse_outside, validated
 from graftwork.parallel.collective import agreed, all_gather_objects
 from graftwork.peft.artifact.card import model_card
 from graftwork.peft.artifact.config import FORMAT, SCHEMA, ArtifactConfig
-from graftwork.peft.artifact.entries import entries_of, transforms
+from graftwork.peft.artifact.entries import entries_of, entry_of, transforms
 from graftwork.peft.artifact.tensors import bring_together
 from graftwork.peft.artifact.verified import VerifiedFile
+from graftwork.peft.asking import PromptFormat
+from graftwork.peft.method import PEFT
 from graftwork.peft.stack import Stack
 
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -64,12 +66,28 @@ def save(
 
     def write() -> None:
         if tensors is not None:
-            _write(Path(path).resolve(), tensors, _config(stack, chosen, base, step, recipe))
+            config = _config(entries_of(stack, chosen), list(stack.transforms), base, step, recipe)
+            _write(Path(path).resolve(), tensors, config)
 
     def explain(problem: Exception) -> CheckpointError:
         return CheckpointError(f"The adapter was not saved to {quoted(path)}: {quoted(str(problem), bare=True)}.")
 
     agreed(write, catch=(OSError, ValueError, SafetensorError), explain=explain)
+    return Path(path)
+
+
+def put(path: str | Path, transform: PEFT, tensors: Mapping[str, Tensor], base: Base, prompt: PromptFormat) -> Path:
+    """Write one adapter that no model holds to directory ``path`` in one step; ``tensors`` by full name, fp32.
+
+    Raises as ``save`` does.
+    """
+    config = _config([entry_of(transform, prompt)], [transform.name], base, None, None)
+    try:
+        _write(Path(path).resolve(), tensors, config)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The adapter was not saved to {quoted(path)}: {quoted(str(error), bare=True)}."
+        ) from error
     return Path(path)
 
 
@@ -167,14 +185,14 @@ def _checked_format(config: object, where: str) -> dict[str, object]:
     return config
 
 
-def _write(path: Path, tensors: dict[str, Tensor], config: dict[str, object]) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor], config: dict[str, object]) -> None:
     _check_place(path)
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"The adapter was not saved: tensor {key!r} holds NaN or Inf.")
     known = _as_read(config, path)
     with atomic_directory(path) as directory:
-        save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
+        save_file(dict(tensors), directory / TENSORS, metadata={"format": "pt"})
         checked = config | {"checksum": _checksum(config, directory / TENSORS)}
         (directory / CONFIG).write_text(json.dumps(checked, indent=2, sort_keys=True) + "\n")
         (directory / CARD).write_text(model_card(known, tensors), encoding="utf-8")
@@ -205,13 +223,15 @@ def _check_place(path: Path) -> None:
         )
 
 
-def _config(stack: Stack, names: Sequence[str], base: Base, step: int | None, recipe: str | None) -> dict[str, object]:
+def _config(
+    entries: Sequence[dict[str, object]], order: Sequence[str], base: Base, step: int | None, recipe: str | None
+) -> dict[str, object]:
     return {
         "format": FORMAT,
         "peft_type": "GRAFTWORK",
         "schema": SCHEMA,
-        "adapters": entries_of(stack, names),
-        "stack": list(stack.transforms),
+        "adapters": list(entries),
+        "stack": list(order),
         "base": {"name": base.name, "family": base.family, "shape": base.shape, "fingerprint": base.fingerprint},
         "dtype": "float32",
         "step": step,

@@ -17,15 +17,17 @@ _STRICT = ConfigDict(strict=True)
 
 
 def entries_of(stack: Stack, names: Sequence[str]) -> list[dict[str, object]]:
-    """Return what rebuilds the named adapters, and how they were trained to be asked, as plain data."""
-    return [
-        {
-            "method": type(stack.transforms[name]).__name__,
-            "hyperparameters": stack.transforms[name].hyperparameters(),
-            "prompt": dict(stack.prompt_formats.get(name, {})),
-        }
-        for name in names
-    ]
+    """Return the entries of the named adapters of a model."""
+    return [entry_of(stack.transforms[name], stack.prompt_formats.get(name, {})) for name in names]
+
+
+def entry_of(transform: PEFT, prompt: PromptFormat) -> dict[str, object]:
+    """Return what rebuilds an adapter, and how it was trained to be asked, as plain data."""
+    return {
+        "method": type(transform).__name__,
+        "hyperparameters": transform.hyperparameters(),
+        "prompt": dict(prompt),
+    }
 
 
 def transforms(config: ArtifactConfig, path: object) -> list[PEFT]:

@@ -41,8 +41,7 @@ class DoRALinear(LoRALinear):
 
     def scale(self) -> Tensor:
         """Return ``m / |W + sBA|`` of this rank's rows in fp32; 1 for a row of zeros (of a padded vocabulary)."""
-        norm = self.norm()
-        return torch.where(norm > 0, self.magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny), 1.0)
+        return rescaling(self.magnitude, self.norm())
 
     def forward(self, inner: Inner, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor | None, ...]:
         """Scale the sum of the first output of ``inner``, without a bias, and the update."""
@@ -134,6 +133,11 @@ class DoRA(LoRA):
             )
         assert update.cut is not None
         return DoRALinear(birth, module, update.cut, plan)
+
+
+def rescaling(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """Return what brings rows of length ``norm`` to their ``magnitude``; 1 for a row of zeros."""
+    return torch.where(norm > 0, magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny), 1.0)
 
 
 @contextmanager
