@@ -61,6 +61,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2,
     "gpt2_untied": {**_GPT2, "tie_word_embeddings": False, "n_inner": 80},
     "nemotron": {**_COMMON, "model_type": "nemotron"},
+    "mixtral": {**_COMMON, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral_of_five": {**_COMMON, "model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 3},
 }
 
 

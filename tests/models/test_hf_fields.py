@@ -87,6 +87,11 @@ WINDOWS: dict[str, list[Any]] = {
     "layer_types": [["full_attention", "sliding_attention"], ["full_attention", "full_attention"]],
 }
 NORM: list[Any] = [1e-2, 0.0, ABSENT]
+ROUTED: dict[str, list[Any]] = {
+    "num_experts_per_tok": [1, 3, 4, ABSENT],
+    "output_router_logits": [True],
+    "router_aux_loss_coef": [0.5],
+}
 CLASSIFIER = {"summary_type": ["mean"], "summary_use_proj": [False], "summary_activation": ["tanh"]}
 CLASSIFIER |= {"summary_proj_to_labels": [False], "summary_first_dropout": [0.3]}
 T5_FIELDS: dict[str, list[Any]] = {
@@ -121,6 +126,15 @@ FLIPS: dict[str, dict[str, list[Any]]] = {
     "mt5": T5_FIELDS,
     "llama": {**ROTARY, "rms_norm_eps": NORM, "attention_bias": [True], "mlp_bias": [True], "pretraining_tp": [2]},
     "mistral": {**ROTARY, "rms_norm_eps": NORM, "sliding_window": [16, None, 100, 4096, ABSENT]},
+    "mixtral": {
+        **ROTARY,
+        **ROUTED,
+        "rms_norm_eps": NORM,
+        "sliding_window": [16, None, 100, 4096, ABSENT],
+        "num_local_experts": [6, 1, ABSENT],
+        "num_experts": [4, 6],
+        "router_jitter_noise": [0.1],
+    },
     "qwen2": {**ROTARY, **WINDOWS, "rms_norm_eps": NORM},
     "qwen3": {**ROTARY, **WINDOWS, "rms_norm_eps": NORM, "attention_bias": [True]},
     "nemotron": {**ROTARY, "norm_eps": NORM, "attention_bias": [True], "mlp_bias": [True]},

@@ -12,7 +12,7 @@ from graftwork.errors import ConfigError, MatchError
 from graftwork.models import shapes
 from graftwork.models.weights import Mapping, Rule, mapping_for, read_config, shape_from_hf
 from graftwork.models.weights.load import base_parameters, open_checkpoint, read
-from graftwork.models.weights.ops import QKV, Copy, Fused, Gated, Op, Transposed
+from graftwork.models.weights.ops import QKV, Copy, Fused, Gated, Op, Transposed, Whole
 from graftwork.models.weights.writer import Entry, write_sharded
 from graftwork.parallel.sharding import Sharding, Source
 from tests.helpers.core import build
@@ -31,6 +31,7 @@ OPS: dict[str, Op] = {
     "c_attn": Transposed(Fused(QKV(heads=4, groups=4, channels=2, tail=(HIDDEN,)))),
     "c_attn_bias": Fused(QKV(heads=4, groups=4, channels=2, tail=())),
     "c_proj": Transposed(Copy(Sharding((HIDDEN, 8), dim=1))),
+    "expert": Whole(Gated(8, (HIDDEN,))),
 }
 
 
@@ -188,9 +189,13 @@ def test_two_stacks_have_layers_of_their_own() -> None:
             mapping.rule(unknown)
 
 
-def test_moe_has_no_mapping() -> None:
-    with pytest.raises(ConfigError, match="mixture-of-experts checkpoints have no weight mapping"):
+def test_experts_belong_to_their_families() -> None:
+    with pytest.raises(
+        ConfigError, match="no Hugging Face llama model has num_moe_experts=4; None is valid, or .*'mix"
+    ):
         mapping_for(shapes.llama2_7b(num_moe_experts=4))
+    with pytest.raises(ConfigError, match="no Hugging Face mixtral model has num_moe_experts=None; a number is valid"):
+        mapping_for(shapes.llama2_7b(family="mixtral"))
 
 
 def test_writing_keeps_one_tensor_in_memory(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ class Places:
 
     def __init__(self, shape: Shape) -> None:
         self.family = family_named(shape.family)
+        if shape.num_moe_experts is not None:
+            raise ConfigError("adapters of a mixture of experts cannot be exchanged; num_moe_experts=None is valid.")
         # An untied head has a module of its own; so has a tied one, though not a tensor.
         mapping = mapping_for(replace(shape, tie_embeddings=False), tensor_parallel=1)
         layers = sum(mapping.layers.values())

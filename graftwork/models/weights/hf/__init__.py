@@ -19,6 +19,7 @@ from graftwork.models.weights.hf.family import (
 from graftwork.models.weights.hf.gpt2 import GPT2
 from graftwork.models.weights.hf.llama import Llama
 from graftwork.models.weights.hf.mistral import Mistral
+from graftwork.models.weights.hf.mixtral import Mixtral
 from graftwork.models.weights.hf.mt5 import MT5
 from graftwork.models.weights.hf.nemotron import Nemotron
 from graftwork.models.weights.hf.qwen2 import Qwen2
@@ -32,6 +33,7 @@ for _family in (
     Qwen3(),
     GPT2(),
     Nemotron(),
+    Mixtral(),
     T5(),
     MT5(),
 ):
