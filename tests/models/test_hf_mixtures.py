@@ -31,7 +31,7 @@ from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import layout_of
 from tests.helpers.tiny_hf import ODD_VOCABULARY, make_tiny, oracle, tiny_model
 
-MIXTURES = ["mixtral"]
+MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe"]
 TOLERANCE = 2e-5
 
 
@@ -63,7 +63,7 @@ def test_any_number_of_experts(experts: int, chosen: int, tmp_path: Path) -> Non
 def test_the_comparison_would_notice_another_routing(family: str, change: str, tmp_path: Path) -> None:
     directory = make_tiny(family, tmp_path / "hf")
     _, shape = loaded(directory)
-    value = 3 if change == "moe_router_topk" else not shape.moe_router_pre_softmax
+    value = 4 if change == "moe_router_topk" else not shape.moe_router_pre_softmax
     other = build(replace(shape, **{change: value}))
     load_weights(other, shape, directory)
     with torch.no_grad():
