@@ -56,6 +56,12 @@ def test_older_and_newer_rotary_settings_are_the_same() -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling has low_freq_factor=None; only 1.0"),
         ({"attention_bias": True}, "attention_bias and mlp_bias differ"),
         ({"model_type": "mistral", "sliding_window": 64}, "sliding_window=64 is not supported"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [2.0]}},
+            "the rope settings of config.json have 'short_factor', which is not supported",
+        ),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not supported"),
+        ({"model_type": "phi3", "sliding_window": 64}, "sliding_window=64 is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window=True of config.json is not supported; valid: False"),
         ({"num_attention_heads": 5}, "config.json describes no valid model: Shape.num_attention_heads=5 must divide"),
         ({"hidden_size": None}, "config.json describes no valid model"),

@@ -37,6 +37,7 @@ ROPE: list[Any] = [
     {"rope_theta": 500.0, "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
     {"full_attention": {"rope_theta": 500.0, "rope_type": "default"}},
 ]
+LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.5] * 6, "long_factor": [2.0] * 6}
 EVERY: dict[str, list[Any]] = {
     "transformers_version": ["4.30.0"],
     "architectures": [["Other"], None],
@@ -149,6 +150,16 @@ FLIPS: dict[str, dict[str, list[Any]]] = {
     },
     "qwen2": {**ROTARY, **WINDOWS, "rms_norm_eps": NORM},
     "qwen3": {**ROTARY, **WINDOWS, "rms_norm_eps": NORM, "attention_bias": [True]},
+    "phi3": {
+        **ROTARY,
+        "rms_norm_eps": NORM,
+        "rope_parameters": [*ROPE, LONGROPE, {**LONGROPE, "type": "su"}],
+        "rope_scaling": [*ROPE, LONGROPE],
+        "sliding_window": [16, None, 100, 4096, ABSENT],
+        "original_max_position_embeddings": [64, 128],
+        "resid_pdrop": [0.3],
+        "embd_pdrop": [0.3],
+    },
     "qwen3_moe": {**QWEN_MOE, "attention_bias": [True], "num_local_experts": [6, 5]},
     "qwen2_moe": {
         **QWEN_MOE,

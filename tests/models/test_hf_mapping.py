@@ -30,6 +30,7 @@ OPS: dict[str, Op] = {
     "qkv_bias": QKV(heads=8, groups=4, channels=2, tail=()),
     "c_attn": Transposed(Fused(QKV(heads=4, groups=4, channels=2, tail=(HIDDEN,)))),
     "c_attn_bias": Fused(QKV(heads=4, groups=4, channels=2, tail=())),
+    "gate_up_proj": Fused(Gated(8, (HIDDEN,))),
     "c_proj": Transposed(Copy(Sharding((HIDDEN, 8), dim=1))),
     "expert": Whole(Gated(8, (HIDDEN,))),
 }

@@ -22,6 +22,7 @@ from graftwork.models.weights.hf.mistral import Mistral
 from graftwork.models.weights.hf.mixtral import Mixtral
 from graftwork.models.weights.hf.mt5 import MT5
 from graftwork.models.weights.hf.nemotron import Nemotron
+from graftwork.models.weights.hf.phi3 import Phi3
 from graftwork.models.weights.hf.qwen2 import Qwen2
 from graftwork.models.weights.hf.qwen2_moe import Qwen2MoE
 from graftwork.models.weights.hf.qwen3 import Qwen3
@@ -35,6 +36,7 @@ for _family in (
     Qwen3(),
     GPT2(),
     Nemotron(),
+    Phi3(),
     Mixtral(),
     Qwen3MoE(),
     Qwen2MoE(),

@@ -23,10 +23,12 @@ FIXED = {"use_sliding_window": (None, False)}
 class LlamaLike(Family):
     """Separate q, k, v (and gate, up) projections, rotary positions; RMSNorm and SwiGLU unless overridden.
 
-    ``rotary_base``: transformers' own rope_theta for a config that has none.
+    ``rotary_base``: transformers' own rope_theta for a config that has none; ``rotated``: its own part of each head
+    that is rotated, None where that is always the whole.
     """
 
     rotary_base: ClassVar[float] = 10000.0
+    rotated: ClassVar[float | None] = None
     used = USED | {"rms_norm_eps"}
     fixed = {"hidden_act": ("silu",), **FIXED}
     defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
@@ -35,7 +37,7 @@ class LlamaLike(Family):
         """Return the Shape fields of a model with RMSNorm, SwiGLU and biases everywhere or nowhere."""
         return {
             **read_sizes(config),
-            **read_rope(config, base=self.rotary_base),
+            **read_rope(config, self.rotated, self.rotary_base),
             "layernorm_epsilon": number(config, "rms_norm_eps"),
             "add_bias_linear": linear_bias(config),
         }
@@ -58,7 +60,7 @@ class LlamaLike(Family):
             rules=(
                 rules.embedding(shape, padded, embedding + "weight"),
                 *rules.norm(shape, rules.QKV_NORM, layer + "input_layernorm."),
-                *rules.qkv(shape, *(f"{attention}{x}_proj." for x in "qkv")),
+                *self.qkv(shape, attention),
                 *rules.qk_norms(shape, attention + "q_norm.", attention + "k_norm."),
                 *rules.attention_output(shape, attention + "o_proj."),
                 *self.mlp(shape, layer, layer + "post_attention_layernorm."),
@@ -69,6 +71,10 @@ class LlamaLike(Family):
             ignored=(r"^(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$",),
             twins=rules.tied_head(shape, "lm_head.weight", embedding + "weight"),
         )
+
+    def qkv(self, shape: Shape, attention: str) -> tuple[Rule, ...]:
+        """Return the rules of the qkv projection; ``attention`` is where names begin."""
+        return rules.qkv(shape, *(f"{attention}{x}_proj." for x in "qkv"))
 
     def mlp(self, shape: Shape, layer: str, norm: str) -> tuple[Rule, ...]:
         """Return the rules of a layer's MLP and of the ``norm`` in front of it; ``layer`` is where names begin."""
