@@ -29,7 +29,9 @@ def test_shape_survives_both_directions(family: str) -> None:
     assert shape_from_hf(hf_config(shape)) == shape
 
 
-@pytest.mark.parametrize("name", ["llama3_70b", "gpt3_175b", "nemotron4_340b", "smollm2_135m"])
+@pytest.mark.parametrize(
+    "name", ["llama3_70b", "gpt3_175b", "nemotron4_340b", "mixtral_8x7b", "qwen3_30b_a3b", "smollm2_135m"]
+)
 def test_published_shapes_survive(name: str) -> None:
     shape = getattr(shapes, name)()
     assert shape_from_hf(hf_config(shape)) == shape

@@ -153,12 +153,17 @@ def test_bytes_read_by_two_ranks_are_the_file_once_plus_what_is_replicated(size:
     assert sum(spy.elements for spy in spies) == shape.total_parameters() + (size - 1) * replicated
 
 
-@pytest.mark.parametrize("name", ["llama2_70b", "gpt3_175b", "nemotron4_340b"])
+@pytest.mark.parametrize("name", ["llama2_70b", "gpt3_175b", "nemotron4_340b", "qwen3_30b_a3b"])
 def test_big_models_are_mapped_without_building_them(name: str) -> None:
     shape = getattr(shapes, name)()
     mapping = mapping_for(shape, tensor_parallel=8)
     total = sum(torch.Size(rule.op.sharding.shape).numel() for rule in mapping.expanded() if not rule.alias)
     assert total == shape.total_parameters()
+    if shape.num_moe_experts is not None:
+        expert = mapping.rule("decoder.layers.47.mlp.experts.local_experts.127.linear_fc2.weight")
+        assert expert.hf == ("model.layers.47.mlp.experts.127.down_proj.weight",)
+        assert expert.op.sharding.local_shape(8) == (shape.hidden_size, shape.expert_width)
+        return
     fc2 = mapping.rule("decoder.layers.79.mlp.linear_fc2.weight").op.sharding
     assert fc2.local_shape(8)[1] == shape.ffn_hidden_size // 8
 
