@@ -115,6 +115,7 @@ class Shape:
             object.__setattr__(self, "kv_channels", self.hidden_size // self.num_attention_heads)
         self._check_divides("num_query_groups", self.groups, "num_attention_heads", self.num_attention_heads)
         self._check_rotated()
+        self._check_shared_expert()
         if self.num_moe_experts is not None:
             self._complete_experts(self.num_moe_experts)
 
@@ -240,6 +241,8 @@ class Shape:
     def _complete_experts(self, experts: int) -> None:
         chosen = 2 if self.moe_router_topk is None else self.moe_router_topk
         least = 1 if self.moe_router_pre_softmax else 2
+        if experts < least:
+            raise ConfigError(f"Shape.num_moe_experts is {experts}; at least {least} is valid, None for a dense model.")
         if not least <= chosen <= experts:
             why = "" if least == 1 else ", for the softmax over the logits of one expert is 1 and trains no router"
             raise ConfigError(
@@ -247,6 +250,18 @@ class Shape:
             )
         object.__setattr__(self, "moe_router_topk", chosen)
         object.__setattr__(self, "moe_ffn_hidden_size", self.expert_width)
+
+    def _check_shared_expert(self) -> None:
+        shared = self.moe_shared_expert_intermediate_size
+        if shared is None and self.moe_shared_expert_gate:
+            raise ConfigError(
+                "Shape.moe_shared_expert_gate=True needs moe_shared_expert_intermediate_size; it is None."
+            )
+        if shared is not None and (self.num_moe_experts is None or self.add_bias_linear):
+            raise ConfigError(
+                f"Shape.moe_shared_expert_intermediate_size={shared} needs num_moe_experts and add_bias_linear=False; "
+                f"they are {self.num_moe_experts} and {self.add_bias_linear}."
+            )
 
     def _check_rotated(self) -> None:
         rotated = int(self.channels * self.rotary_percent)

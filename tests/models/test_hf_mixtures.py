@@ -121,6 +121,13 @@ def test_what_no_mixture_can_be() -> None:
         ConfigError, match=r"Shape.moe_router_topk is 5; a number from 1 to num_moe_experts=4 is valid\."
     ):
         shapes.llama2_7b(**tiny, num_moe_experts=4, moe_router_topk=5, moe_router_pre_softmax=True)
+    with pytest.raises(ConfigError, match=r"Shape.num_moe_experts is 1; at least 2 is valid, None for a dense model\."):
+        shapes.llama2_7b(**tiny, num_moe_experts=1)
+    with pytest.raises(ConfigError, match="moe_shared_expert_gate=True needs moe_shared_expert_intermediate_size"):
+        shapes.llama2_7b(**tiny, num_moe_experts=4, moe_shared_expert_gate=True)
+    for wrong in ({}, {"num_moe_experts": 4, "add_bias_linear": True}):
+        with pytest.raises(ConfigError, match="size=8 needs num_moe_experts and add_bias_linear=False; they are"):
+            shapes.llama2_7b(**tiny, **wrong, moe_shared_expert_intermediate_size=8)
     before_the_choice = shapes.llama2_7b(**tiny, family="mixtral", num_moe_experts=4, moe_router_pre_softmax=True)
     with pytest.raises(ConfigError, match="no Hugging Face mixtral model has moe_router_pre_softmax=True"):
         hf_config(before_the_choice)

@@ -79,7 +79,7 @@ class Linear(Place):
 class Places:
     """Every linear of a model and its embedding, by our names and by Hugging Face's.
 
-    Raises ConfigError for a shape that no checkpoint has (a mixture of experts, more than ``MOST_LAYERS`` layers).
+    Raises ConfigError for a mixture of experts, and for more than ``MOST_LAYERS`` layers.
     """
 
     def __init__(self, shape: Shape) -> None:
