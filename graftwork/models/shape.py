@@ -22,6 +22,11 @@ SAME_NAME = (
     *("add_bias_linear", "add_qkv_bias", "hidden_dropout", "attention_dropout"),
 )
 """Fields that TransformerConfig knows under the same name."""
+OF_EXPERTS = (
+    *("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+)
+"""Those of a mixture of experts."""
 LARGEST, MOST_HEADS = 10**12, 4096
 """No size is larger; divisors up to here are offered where a number does not divide another."""
 RANGES = {
@@ -54,7 +59,11 @@ class Shape:
 
     ``family`` is the Hugging Face ``model_type``: it names who reads and writes the weights and is checked where the
     families are known. ``num_query_groups`` and ``kv_channels`` default to plain multi-head attention.
-    ``rope_scaling_factor`` is the LLaMA 3.1 frequency scaling. Raises ConfigError for a value that cannot work.
+    ``rope_scaling_factor`` is the LLaMA 3.1 frequency scaling. In a mixture ``moe_router_topk`` of the experts see a
+    token (default 2), each ``moe_ffn_hidden_size`` wide (default ``ffn_hidden_size``), with softmax over the logits of
+    the chosen, or over all logits before the choice (``moe_router_pre_softmax``: their weights do not add up to 1);
+    beside them an expert of ``moe_shared_expert_intermediate_size`` may see every token, weighted by a sigmoid
+    (``moe_shared_expert_gate``). Raises ConfigError for a value that cannot work.
     """
 
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = CHOICES
@@ -90,6 +99,9 @@ class Shape:
     num_moe_experts: Optional[int] = None
     moe_router_topk: Optional[int] = None
     moe_ffn_hidden_size: Optional[int] = None
+    moe_router_pre_softmax: bool = False
+    moe_shared_expert_intermediate_size: Optional[int] = None
+    moe_shared_expert_gate: bool = False
 
     def __post_init__(self) -> None:
         """Fill what follows from other fields, then refuse what cannot work."""
@@ -103,6 +115,9 @@ class Shape:
             object.__setattr__(self, "kv_channels", self.hidden_size // self.num_attention_heads)
         self._check_divides("num_query_groups", self.groups, "num_attention_heads", self.num_attention_heads)
         self._check_rotated()
+        self._check_shared_expert()
+        if self.num_moe_experts is not None:
+            self._complete_experts(self.num_moe_experts)
 
     @property
     def groups(self) -> int:
@@ -118,6 +133,11 @@ class Shape:
     def gated(self) -> bool:
         """Whether fc1 holds a gate beside the up projection."""
         return self.activation in GATED
+
+    @property
+    def expert_width(self) -> int:
+        """Width of one expert of a mixture."""
+        return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
     @property
     def qkv_bias(self) -> bool:
@@ -160,12 +180,7 @@ class Shape:
         own |= {"gated_linear_unit": self.gated, "activation_func": ACTIVATIONS[self.activation]}
         if self.num_moe_experts is None:
             return own
-        return own | {
-            "num_moe_experts": self.num_moe_experts,
-            "moe_router_topk": self.moe_router_topk or 2,
-            "moe_ffn_hidden_size": self.moe_ffn_hidden_size or self.ffn_hidden_size,
-            "moe_token_dispatcher_type": "alltoall",
-        }
+        return own | {name: getattr(self, name) for name in OF_EXPERTS} | {"moe_token_dispatcher_type": "alltoall"}
 
     def _layer_parameters(self) -> int:
         heads, groups, width = self.num_attention_heads, self.groups, self.channels
@@ -177,8 +192,11 @@ class Shape:
     def _mlp_parameters(self) -> int:
         if self.num_moe_experts is None:
             return self._ffn(self.ffn_hidden_size)
-        expert = self._ffn(self.moe_ffn_hidden_size or self.ffn_hidden_size)
-        return self.num_moe_experts * (self.hidden_size + expert)
+        routed = self.num_moe_experts * (self.hidden_size + self._ffn(self.expert_width))
+        if self.moe_shared_expert_intermediate_size is None:
+            return routed
+        gate = self.hidden_size if self.moe_shared_expert_gate else 0
+        return routed + self._ffn(self.moe_shared_expert_intermediate_size) + gate
 
     def _ffn(self, width: int) -> int:
         up = self._linear(self.hidden_size, width * (2 if self.gated else 1), self.add_bias_linear)
@@ -219,6 +237,31 @@ class Shape:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not least <= value <= most:
                 raise ConfigError(f"Shape.{name} is {quoted(value)}; a number from {least:g} to {most:g} is valid.")
+
+    def _complete_experts(self, experts: int) -> None:
+        chosen = 2 if self.moe_router_topk is None else self.moe_router_topk
+        least = 1 if self.moe_router_pre_softmax else 2
+        if experts < least:
+            raise ConfigError(f"Shape.num_moe_experts is {experts}; at least {least} is valid, None for a dense model.")
+        if not least <= chosen <= experts:
+            why = "" if least == 1 else ", for the softmax over the logits of one expert is 1 and trains no router"
+            raise ConfigError(
+                f"Shape.moe_router_topk is {chosen}; a number from {least} to num_moe_experts={experts} is valid{why}."
+            )
+        object.__setattr__(self, "moe_router_topk", chosen)
+        object.__setattr__(self, "moe_ffn_hidden_size", self.expert_width)
+
+    def _check_shared_expert(self) -> None:
+        shared = self.moe_shared_expert_intermediate_size
+        if shared is None and self.moe_shared_expert_gate:
+            raise ConfigError(
+                "Shape.moe_shared_expert_gate=True needs moe_shared_expert_intermediate_size; it is None."
+            )
+        if shared is not None and (self.num_moe_experts is None or self.add_bias_linear):
+            raise ConfigError(
+                f"Shape.moe_shared_expert_intermediate_size={shared} needs num_moe_experts and add_bias_linear=False; "
+                f"they are {self.num_moe_experts} and {self.add_bias_linear}."
+            )
 
     def _check_rotated(self) -> None:
         rotated = int(self.channels * self.rotary_percent)

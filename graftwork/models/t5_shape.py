@@ -13,6 +13,9 @@ FIXED: dict[str, tuple[object, ...]] = {
     "qk_layernorm": (False,),
     "layernorm_zero_centered_gamma": (False,),
     "num_moe_experts": (None,),
+    "moe_router_pre_softmax": (False,),
+    "moe_shared_expert_intermediate_size": (None,),
+    "moe_shared_expert_gate": (False,),
 }
 """Fields of a Shape in which all models of this kind agree, with their valid values."""
 FEWEST_BUCKETS = 4

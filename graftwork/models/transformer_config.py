@@ -49,6 +49,8 @@ def transformer_config(
     with warnings.catch_warnings():
         # what 0.19 says of every selective recomputation, where there is no Transformer Engine either
         warnings.filterwarnings("ignore", message="If you are using transformer_engine as the")
+        # the router multiplies in the model's dtype, as transformers' does
+        warnings.filterwarnings("ignore", message="Using a large number of experts")
         return TransformerConfig(**merged)
 
 

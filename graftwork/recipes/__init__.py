@@ -45,7 +45,7 @@ RECIPES: Registry[Recipe] = Registry("recipe")
 
 for _name in (
     "smollm2_135m", "gpt2_124m", "gpt3_175b", "llama2_7b", "llama2_13b", "llama2_70b", "llama3_8b", "llama3_70b",
-    "nemotron3_8b", "nemotron4_340b",
+    "nemotron3_8b", "nemotron4_340b", "mixtral_8x7b", "qwen3_30b_a3b",
 ):  # fmt: skip
     RECIPES.enter_place(_name, f"graftwork.recipes.{_name}")
 for _name in (

@@ -17,7 +17,7 @@ from tests.contracts.methods import prompted, shake
 from tests.helpers import tiny_hf, tiny_t5
 from tests.peft.hf_lora import tokens
 
-SLOW = ("qwen2", "qwen3", "mistral", "nemotron", "llama_bias", "t5", "mt5")
+SLOW = ("qwen2", "qwen3", "mistral", "nemotron", "llama_bias", "phi3", "t5", "mt5")
 EVERY = ("llama", "gpt2", "t5v11", *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW))
 """The families that tests are parametrized over."""
 CLOSE = 1e-5

@@ -26,24 +26,34 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 LINEARS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "t5": ["q", "k", "v", "o", "wi_0", "wi_1", "wi", "wo"],
 }
-SOME = {"llama": ["q_proj", "v_proj", "up_proj"], "gpt2": ["c_attn"], "t5": ["q", "v"]}
+SOME = {
+    "llama": ["q_proj", "v_proj", "up_proj"],
+    "gpt2": ["c_attn"],
+    "phi3": ["qkv_proj", "gate_up_proj"],
+    "t5": ["q", "v"],
+}
 SCALED = {
     "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
     "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    "phi3": (["qkv_proj", "down_proj"], ["down_proj"]),
     "t5": (["k", "v", "wo"], ["wo"]),
 }
 PATTERNS = {
     "llama": ({"layers.1.mlp.down_proj": 2, "k_proj": 3}, {"v_proj": 5}),
     "gpt2": ({"h.1.mlp.c_proj": 2}, {"c_attn": 5}),
+    "phi3": ({"layers.1.mlp.down_proj": 2}, {"qkv_proj": 5}),
     "t5": ({"block.1.layer.0.SelfAttention.k": 3}, {"EncDecAttention.v": 5}),
 }
+FUSED = ("gpt2", "phi3")
+"""Families whose checkpoints hold queries, keys and values as one tensor."""
 KINDS = ("lora", "some", "patterns", "layers", "dora", "dora_some", "ia3", "prompt", "ptuning", "ptuning_lstm")
 
 
 def like(family: str) -> str:
-    return "t5" if family in ("t5", "t5v11", "mt5") else "gpt2" if family == "gpt2" else "llama"
+    return "t5" if family in ("t5", "t5v11", "mt5") else family if family in FUSED else "llama"
 
 
 def config_of(kind: str, family: str) -> peft.PeftConfig:
@@ -52,7 +62,7 @@ def config_of(kind: str, family: str) -> peft.PeftConfig:
     task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
     if kind == "ia3":
         targets, second = SCALED[name]
-        # every family but GPT-2 leaves queries alone; of GPT-2's one vector the test makes its part ones
+        # queries are left alone; where they are fused the test makes their part of the one vector ones
         return peft.IA3Config(task_type=task, target_modules=targets, feedforward_modules=second)
     if kind == "prompt":
         return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3)
@@ -82,7 +92,7 @@ def desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def leave_queries(model: Any, width: int) -> None:
-    """Make ones of what an IA3 of GPT-2 does to queries."""
+    """Make ones of what an IA3 of fused projections does to queries."""
     for module in model.modules():
         if hasattr(module, "ia3_l") and module.ia3_l["default"].shape[0] > 1:
             module.ia3_l["default"].data[:width] = 1.0
@@ -91,7 +101,7 @@ def leave_queries(model: Any, width: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_our_logits_are_theirs(kind: str, desk: Desk, tmp_path: Path) -> None:
     theirs = desk.made(config_of(kind, desk.family), tmp_path / "hf")
-    if kind == "ia3" and desk.family == "gpt2":
+    if kind == "ia3" and desk.family in FUSED:
         leave_queries(theirs, 48)
         theirs.save_pretrained(tmp_path / "hf")
     wanted = desk.logits(theirs)
@@ -108,9 +118,9 @@ def test_our_logits_are_theirs(kind: str, desk: Desk, tmp_path: Path) -> None:
     elif kind.startswith("ptuning"):
         assert isinstance(transform, PromptTuning) and transform.placement == "before_bos"
     else:
-        assert type(transform) is (LoRA if desk.family == "gpt2" else CanonicalLoRA) and transform.dropout == 0.1
+        assert type(transform) is (LoRA if desk.family in FUSED else CanonicalLoRA) and transform.dropout == 0.1
     model.export_adapters(tmp_path / "again")
-    if kind in ("lora", "some", "patterns", "layers", "prompt") or (kind.startswith("dora") and desk.family == "gpt2"):
+    if kind in ("lora", "some", "patterns", "layers", "prompt") or (kind.startswith("dora") and desk.family in FUSED):
         first, second = (load_file(tmp_path / where / TENSORS) for where in ("hf", "again"))
         if kind == "prompt":  # of a decoder's rows, which nothing reads, nothing is kept
             first, second = ({key: tensor[:3] for key, tensor in held.items()} for held in (first, second))

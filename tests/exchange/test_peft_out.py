@@ -31,7 +31,9 @@ METHODS: dict[str, PEFT] = {
     "prompts": PromptTuning(virtual_tokens=3, placement="before_bos", init="random"),
     "ptuning": PTuning(virtual_tokens=3, placement="before_bos", embedding_dim=6, bottleneck_dim=6),
 }
-OTHERWISE = {("gpt2", "canonical"), ("gpt2", "canonical_qv"), ("gpt2", "ia3_of_a_layer")}
+OTHERWISE = {
+    (family, method) for family in ("gpt2", "phi3") for method in ("canonical", "canonical_qv", "ia3_of_a_layer")
+}
 """What comes back with the same function but other tensors: one pair for three, vectors of ones."""
 
 

@@ -28,6 +28,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_QWEN_MOE = {**_COMMON, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 _GPT2 = {
     "model_type": "gpt2",
     "vocab_size": ODD_VOCABULARY,
@@ -61,6 +62,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2,
     "gpt2_untied": {**_GPT2, "tie_word_embeddings": False, "n_inner": 80},
     "nemotron": {**_COMMON, "model_type": "nemotron"},
+    "phi3": {**_COMMON, "model_type": "phi3"},
+    "phi3_partial": {
+        **_COMMON,
+        "model_type": "phi3",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "partial_rotary_factor": 0.75,
+        "tie_word_embeddings": True,
+    },
+    "mixtral": {**_COMMON, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral_of_five": {**_COMMON, "model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 3},
+    "qwen3_moe": {**_QWEN_MOE, "model_type": "qwen3_moe", "head_dim": 16, "norm_topk_prob": True},
+    "qwen3_moe_unnormed": {**_QWEN_MOE, "model_type": "qwen3_moe", "num_experts_per_tok": 1},
+    "qwen2_moe": {**_QWEN_MOE, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 40},
+    "qwen2_moe_normed": {
+        **_QWEN_MOE,
+        "model_type": "qwen2_moe",
+        "shared_expert_intermediate_size": 56,
+        "qkv_bias": False,
+        "norm_topk_prob": True,
+    },
 }
 
 

@@ -29,7 +29,9 @@ def test_shape_survives_both_directions(family: str) -> None:
     assert shape_from_hf(hf_config(shape)) == shape
 
 
-@pytest.mark.parametrize("name", ["llama3_70b", "gpt3_175b", "nemotron4_340b", "smollm2_135m"])
+@pytest.mark.parametrize(
+    "name", ["llama3_70b", "gpt3_175b", "nemotron4_340b", "mixtral_8x7b", "qwen3_30b_a3b", "smollm2_135m"]
+)
 def test_published_shapes_survive(name: str) -> None:
     shape = getattr(shapes, name)()
     assert shape_from_hf(hf_config(shape)) == shape
@@ -49,13 +51,19 @@ def test_older_and_newer_rotary_settings_are_the_same() -> None:
         ({"model_type": "lama"}, "model_type 'lama' is not supported; did you mean 'llama'"),
         (
             {"model_type": "bert"},
-            "model_type 'bert' is not supported; valid: gpt2, llama, mistral, mt5, nemotron, qwen2, qwen3",
+            "model_type 'bert' is not supported; valid: gpt2, llama, mistral, mixtral, .* in all",
         ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' of config.json is not supported; valid: 'silu'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling has low_freq_factor=None; only 1.0"),
         ({"attention_bias": True}, "attention_bias and mlp_bias differ"),
         ({"model_type": "mistral", "sliding_window": 64}, "sliding_window=64 is not supported"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [2.0]}},
+            "the rope settings of config.json have 'short_factor', which is not supported",
+        ),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not supported"),
+        ({"model_type": "phi3", "sliding_window": 64}, "sliding_window=64 is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window=True of config.json is not supported; valid: False"),
         ({"num_attention_heads": 5}, "config.json describes no valid model: Shape.num_attention_heads=5 must divide"),
         ({"hidden_size": None}, "config.json describes no valid model"),

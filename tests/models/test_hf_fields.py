@@ -37,6 +37,7 @@ ROPE: list[Any] = [
     {"rope_theta": 500.0, "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
     {"full_attention": {"rope_theta": 500.0, "rope_type": "default"}},
 ]
+LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.5] * 6, "long_factor": [2.0] * 6}
 EVERY: dict[str, list[Any]] = {
     "transformers_version": ["4.30.0"],
     "architectures": [["Other"], None],
@@ -87,6 +88,23 @@ WINDOWS: dict[str, list[Any]] = {
     "layer_types": [["full_attention", "sliding_attention"], ["full_attention", "full_attention"]],
 }
 NORM: list[Any] = [1e-2, 0.0, ABSENT]
+ROUTED: dict[str, list[Any]] = {
+    "num_experts_per_tok": [1, 3, 4, ABSENT],
+    "output_router_logits": [True],
+    "router_aux_loss_coef": [0.5],
+}
+QWEN_MOE: dict[str, list[Any]] = {
+    **ROTARY,
+    **ROUTED,
+    "rms_norm_eps": NORM,
+    "use_sliding_window": [True],
+    "sliding_window": [16, None],
+    "num_experts": [4, 6, 0, ABSENT],
+    "moe_intermediate_size": [16, ABSENT],
+    "norm_topk_prob": [True, False, ABSENT],
+    "decoder_sparse_step": [2, 1, ABSENT],
+    "mlp_only_layers": [[0], [], None, ABSENT],
+}
 CLASSIFIER = {"summary_type": ["mean"], "summary_use_proj": [False], "summary_activation": ["tanh"]}
 CLASSIFIER |= {"summary_proj_to_labels": [False], "summary_first_dropout": [0.3]}
 T5_FIELDS: dict[str, list[Any]] = {
@@ -121,8 +139,35 @@ FLIPS: dict[str, dict[str, list[Any]]] = {
     "mt5": T5_FIELDS,
     "llama": {**ROTARY, "rms_norm_eps": NORM, "attention_bias": [True], "mlp_bias": [True], "pretraining_tp": [2]},
     "mistral": {**ROTARY, "rms_norm_eps": NORM, "sliding_window": [16, None, 100, 4096, ABSENT]},
+    "mixtral": {
+        **ROTARY,
+        **ROUTED,
+        "rms_norm_eps": NORM,
+        "sliding_window": [16, None, 100, 4096, ABSENT],
+        "num_local_experts": [6, 1, ABSENT],
+        "num_experts": [4, 6],
+        "router_jitter_noise": [0.1],
+    },
     "qwen2": {**ROTARY, **WINDOWS, "rms_norm_eps": NORM},
     "qwen3": {**ROTARY, **WINDOWS, "rms_norm_eps": NORM, "attention_bias": [True]},
+    "phi3": {
+        **ROTARY,
+        "rms_norm_eps": NORM,
+        "rope_parameters": [*ROPE, LONGROPE, {**LONGROPE, "type": "su"}],
+        "rope_scaling": [*ROPE, LONGROPE],
+        "sliding_window": [16, None, 100, 4096, ABSENT],
+        "original_max_position_embeddings": [64, 128],
+        "resid_pdrop": [0.3],
+        "embd_pdrop": [0.3],
+    },
+    "qwen3_moe": {**QWEN_MOE, "attention_bias": [True], "num_local_experts": [6, 5]},
+    "qwen2_moe": {
+        **QWEN_MOE,
+        "layer_types": WINDOWS["layer_types"],
+        "max_window_layers": [1],
+        "qkv_bias": [True, False, ABSENT],
+        "shared_expert_intermediate_size": [16, ABSENT],
+    },
     "nemotron": {**ROTARY, "norm_eps": NORM, "attention_bias": [True], "mlp_bias": [True]},
     "gpt2": {
         **EVERY,
@@ -157,6 +202,10 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": {"rope_theta": 500.0, **LLAMA3}, "original_max_position_embeddings": 64}),
     ("nemotron", {"rope_theta": 500.0, "partial_rotary_factor": 0.25, "rope_parameters": ABSENT}),
     ("mistral", {"sliding_window": ABSENT, "max_position_embeddings": 8192}),
+    ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}),
+    ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": False}),
+    ("qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 16}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}),
     ("qwen2", {"use_sliding_window": ABSENT, "sliding_window": 16}),
     ("gpt2", {"hidden_size": 32, "n_embd": ABSENT}),

@@ -12,7 +12,7 @@ from graftwork.errors import ConfigError, MatchError
 from graftwork.models import shapes
 from graftwork.models.weights import Mapping, Rule, mapping_for, read_config, shape_from_hf
 from graftwork.models.weights.load import base_parameters, open_checkpoint, read
-from graftwork.models.weights.ops import QKV, Copy, Fused, Gated, Op, Transposed
+from graftwork.models.weights.ops import QKV, Copy, Fused, Gated, Op, Transposed, Whole
 from graftwork.models.weights.writer import Entry, write_sharded
 from graftwork.parallel.sharding import Sharding, Source
 from tests.helpers.core import build
@@ -30,7 +30,9 @@ OPS: dict[str, Op] = {
     "qkv_bias": QKV(heads=8, groups=4, channels=2, tail=()),
     "c_attn": Transposed(Fused(QKV(heads=4, groups=4, channels=2, tail=(HIDDEN,)))),
     "c_attn_bias": Fused(QKV(heads=4, groups=4, channels=2, tail=())),
+    "gate_up_proj": Fused(Gated(8, (HIDDEN,))),
     "c_proj": Transposed(Copy(Sharding((HIDDEN, 8), dim=1))),
+    "expert": Whole(Gated(8, (HIDDEN,))),
 }
 
 
@@ -151,12 +153,17 @@ def test_bytes_read_by_two_ranks_are_the_file_once_plus_what_is_replicated(size:
     assert sum(spy.elements for spy in spies) == shape.total_parameters() + (size - 1) * replicated
 
 
-@pytest.mark.parametrize("name", ["llama2_70b", "gpt3_175b", "nemotron4_340b"])
+@pytest.mark.parametrize("name", ["llama2_70b", "gpt3_175b", "nemotron4_340b", "qwen3_30b_a3b"])
 def test_big_models_are_mapped_without_building_them(name: str) -> None:
     shape = getattr(shapes, name)()
     mapping = mapping_for(shape, tensor_parallel=8)
     total = sum(torch.Size(rule.op.sharding.shape).numel() for rule in mapping.expanded() if not rule.alias)
     assert total == shape.total_parameters()
+    if shape.num_moe_experts is not None:
+        expert = mapping.rule("decoder.layers.47.mlp.experts.local_experts.127.linear_fc2.weight")
+        assert expert.hf == ("model.layers.47.mlp.experts.127.down_proj.weight",)
+        assert expert.op.sharding.local_shape(8) == (shape.hidden_size, shape.expert_width)
+        return
     fc2 = mapping.rule("decoder.layers.79.mlp.linear_fc2.weight").op.sharding
     assert fc2.local_shape(8)[1] == shape.ffn_hidden_size // 8
 
@@ -188,9 +195,13 @@ def test_two_stacks_have_layers_of_their_own() -> None:
             mapping.rule(unknown)
 
 
-def test_moe_has_no_mapping() -> None:
-    with pytest.raises(ConfigError, match="mixture-of-experts checkpoints have no weight mapping"):
+def test_experts_belong_to_their_families() -> None:
+    with pytest.raises(
+        ConfigError, match="no Hugging Face llama model has num_moe_experts=4; None is valid, or .*'mix"
+    ):
         mapping_for(shapes.llama2_7b(num_moe_experts=4))
+    with pytest.raises(ConfigError, match="no Hugging Face mixtral model has num_moe_experts=None; a number is valid"):
+        mapping_for(shapes.llama2_7b(family="mixtral"))
 
 
 def test_writing_keeps_one_tensor_in_memory(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import layout_of
 from tests.helpers.tiny_hf import ODD_VOCABULARY, make_tiny
 
-FAMILIES = ["llama", "llama_tied", "gpt2", "nemotron", "qwen3"]
+FAMILIES = ["llama", "llama_tied", "gpt2", "nemotron", "qwen3", "phi3"]
 LAYOUTS = [(2, 1), (1, 2), (2, 2)]
 
 

@@ -21,6 +21,8 @@ PUBLISHED = {
     "llama2_70b": 68976648192,
     "llama3_8b": 8030261248,
     "llama3_70b": 70553706496,
+    "mixtral_8x7b": 46702792704,
+    "qwen3_30b_a3b": 30532122624,
 }
 ROUNDED = {"gpt3_175b": 175e9, "nemotron3_8b": 8.5e9, "nemotron4_340b": 340e9}
 ALL = [*PUBLISHED, *ROUNDED]
@@ -50,8 +52,8 @@ def test_megatron_config(name: str) -> None:
     shape = getattr(shapes, name)()
     config = shape.transformer_config(params_dtype=torch.bfloat16)
     assert config.bf16 and config.pipeline_dtype == torch.bfloat16 and config.calculate_per_token_loss
-    assert config.kv_channels * config.num_attention_heads == shape.hidden_size
-    assert config.gated_linear_unit == (shape.family == "llama")
+    assert config.kv_channels * config.num_attention_heads == shape.hidden_size * (2 if name == "qwen3_30b_a3b" else 1)
+    assert config.gated_linear_unit == (shape.family in ("llama", "mixtral", "qwen3_moe"))
 
 
 def test_moe_counts_every_expert() -> None:

@@ -91,8 +91,10 @@ def cells_of(layout: str) -> list[Cell]:
     """Return the cells that a layout runs: every subject, then what needs another model, packing or recomputation."""
     experts = "ep2" in layout
     main = "mixture" if experts else "llama"
+    # qwen2_moe: loaded, with an expert beside the others that is cut as an MLP is
+    loaded = [Cell("qwen2_moe", subject) for subject in ("full", "everything")] if layout == "tp2_sp_ep2" else []
     if layout in PRODUCTS:
-        return [Cell(main, subject) for subject in ("full", "everything")]
+        return [*(Cell(main, subject) for subject in ("full", "everything")), *loaded]
     special = [Cell(main, "lent experts"), Cell(main, "shared experts")] if experts else _special(layout)
     return [*(Cell(main, subject) for subject in SUBJECTS), *special]
 

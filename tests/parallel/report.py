@@ -21,6 +21,7 @@ MODELS = {
     "gpt2": "GPT-2: learned positions, tied embeddings",
     "qwen3": "Qwen3: norms of queries and keys",
     "mixture": "experts",
+    "qwen2_moe": "Qwen2-MoE: experts, a shared one",
     "t5": "T5: tied embeddings, relu",
     "mt5": "mT5: untied, gated",
 }
@@ -72,9 +73,10 @@ def _specials() -> dict[str, dict[str, Cell]]:
 def _products(figure: Figure) -> str:
     lines = ["| layout | model | full fine-tuning | one of every method |", "|---|---|---|---|"]
     for layout in PRODUCTS:
-        full, every = cells_of(layout)
-        cells = [LAYOUTS[layout].title, MODELS[full.base], figure(layout, full), figure(layout, every)]
-        lines.append(f"| {' | '.join(cells)} |")
+        trained = cells_of(layout)
+        for full, every in zip(trained[::2], trained[1::2], strict=True):
+            cells = [LAYOUTS[layout].title, MODELS[full.base], figure(layout, full), figure(layout, every)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -25,6 +25,8 @@ def tiny_model(name: str, dtype: str | None) -> Model:
     config = RECIPES[name].model()
     heads = _tiny_heads(fdl.build(config.shape))
     sizes = {"num_layers": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64, **heads}
+    if config.shape.num_moe_experts is not None:  # both experts see every token, so that both learn from few
+        sizes |= {"num_moe_experts": 2, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
     for field, value in sizes.items():
         setattr(config.shape, field, value)
     config.checkpoint = None

@@ -84,11 +84,13 @@ class Linear(Place):
 class Places:
     """Every linear of a model and its embedding, by our names and by Hugging Face's.
 
-    Raises ConfigError for a shape that no checkpoint has (a mixture of experts, more than ``MOST_LAYERS`` layers).
+    Raises ConfigError for a mixture of experts, and for more than ``MOST_LAYERS`` layers.
     """
 
     def __init__(self, shape: Shape) -> None:
         self.family = family_named(shape.family)
+        if shape.num_moe_experts is not None:
+            raise ConfigError("adapters of a mixture of experts cannot be exchanged; num_moe_experts=None is valid.")
         # An untied head has a module of its own; so has a tied one, though not a tensor.
         mapping = mapping_for(replace(shape, tie_embeddings=False), tensor_parallel=1)
         layers = sum(mapping.layers.values())

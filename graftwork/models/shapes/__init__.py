@@ -6,6 +6,7 @@ What a shape is stands in ``models.shape``; how a checkpoint's config becomes on
 from graftwork.models.shape import Shape
 from graftwork.models.shapes.gpt import gpt2_124m, gpt3_175b
 from graftwork.models.shapes.llama import llama2_7b, llama2_13b, llama2_70b, llama3_8b, llama3_70b, smollm2_135m
+from graftwork.models.shapes.mixtures import mixtral_8x7b, qwen3_30b_a3b
 from graftwork.models.shapes.nemotron import nemotron3_8b, nemotron4_340b
 from graftwork.models.shapes.t5 import (
     mt5_base,
@@ -36,6 +37,7 @@ __all__ = [
     "llama2_70b",
     "llama3_8b",
     "llama3_70b",
+    "mixtral_8x7b",
     "mt5_base",
     "mt5_large",
     "mt5_small",
@@ -43,6 +45,7 @@ __all__ = [
     "mt5_xxl",
     "nemotron3_8b",
     "nemotron4_340b",
+    "qwen3_30b_a3b",
     "smollm2_135m",
     "t5_3b",
     "t5_11b",

@@ -35,6 +35,7 @@ def _default(shape: Shape, name: str) -> object:
         "kv_channels": shape.hidden_size // shape.num_attention_heads,
         "num_decoder_layers": shape.num_layers,
         "scale_output": shape.tie_embeddings,
+        "moe_ffn_hidden_size": shape.ffn_hidden_size,
     }
     value = getattr(shape, name)
     return None if name in derived and value == derived[name] else value

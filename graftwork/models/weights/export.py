@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from graftwork import parallel
 from graftwork.atomic import atomic_directory
 from graftwork.errors import CheckpointError, GraftworkError
 from graftwork.models.shape import Shape
@@ -49,7 +48,7 @@ def export_weights(
     Raises CheckpointError, on every rank, when the directory cannot be written.
     """
     failure: CheckpointError | None = None
-    if parallel.dp_rank(with_context_parallel=True) == 0:
+    if Gatherer.takes_part():
         gatherer = Gatherer(module, mapping_for(shape))
         tensors = gatherer.tensors()
         try:

@@ -1,6 +1,6 @@
 """The safetensors files of a checkpoint directory: which tensor is where, and lazy slices of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
@@ -10,17 +10,9 @@ from safetensors import SafetensorError, safe_open
 
 from graftwork.errors import CheckpointError, quoted
 from graftwork.jsonfile import named_inside, read_schema, refuse_outside
-from graftwork.parallel.sharding import Source
+from graftwork.models.weights.views import PartOfStack, PartView, Stored
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-class Stored(Source, Protocol):
-    """A tensor in its file, nothing read yet."""
-
-    def get_dtype(self) -> str:
-        """Number format as safetensors names it: ``F32``, ``BF16``."""
-        ...
 
 
 class Index(BaseModel):
@@ -56,6 +48,7 @@ class TensorFiles:
         self._open: dict[Path, OpenFile] = {}
         self.files: dict[str, Path] = {}
         self._stored: dict[str, str] = {}
+        self._parts: dict[str, PartOfStack] = {}
         try:
             self._note(self._find(), rename)
         except OSError as error:
@@ -78,11 +71,24 @@ class TensorFiles:
 
     def source(self, name: str) -> Stored:
         """Return a lazy slice of tensor ``name``: indexing it reads only the indexed part."""
-        return self._handle(self.files[name]).get_slice(self._stored[name])
+        stored = self._handle(self.files[name]).get_slice(self._stored[name])
+        return PartView(stored, self._parts[name]) if name in self._parts else stored
 
     def stored_name(self, name: str) -> str:
         """The tensor's name in its file."""
         return self._stored[name]
+
+    def part(self, name: str) -> PartOfStack | None:
+        """The part of the stored tensor that the tensor is, None for the whole."""
+        return self._parts.get(name)
+
+    def unstack(self, name: str, parts: Mapping[str, PartOfStack]) -> None:
+        """Leave out the stacked tensor ``name``, and know its parts by their names; one that is there twice stays."""
+        if self.files.keys() & parts.keys():
+            return
+        for part, place in parts.items():
+            self.files[part], self._stored[part], self._parts[part] = self.files[name], self._stored[name], place
+        self.forget(name)
 
     def forget(self, name: str) -> None:
         """Leave out tensor ``name``."""

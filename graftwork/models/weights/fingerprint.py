@@ -18,6 +18,7 @@ from graftwork.jsonfile import parse_json, validated
 from graftwork.models.weights.files import TensorFiles
 from graftwork.models.weights.hf import mapping_for, read_config, shape_from_hf
 from graftwork.models.weights.load import open_checkpoint
+from graftwork.models.weights.views import PartOfStack
 
 WHOLE = "sha256:"
 """What every fingerprint starts with; those of version 0.1, which sampled each tensor, have no such beginning."""
@@ -31,9 +32,10 @@ SETTLED_NS = 20_000_000
 def fingerprint(directory: str | Path, like: str | None = None) -> str:
     """Return the SHA-256 of the sorted (Hugging Face name, shape, dtype, bytes) of a checkpoint directory's tensors.
 
-    The same weights in one file or many give the same fingerprint. Cached under the user's cache as long as inode,
-    size and change times of the files stay. ``like``: a fingerprint that this one will be compared with; for one of
-    version 0.1 the result is of its kind. Raises CheckpointError for a directory that is no supported checkpoint.
+    The same weights in one file or many, experts stacked or not, give the same fingerprint. Cached under the user's
+    cache as long as inode, size and change times of the files stay. ``like``: a fingerprint that this one will be
+    compared with; for one of version 0.1 the result is of its kind. Raises CheckpointError for a directory that is no
+    supported checkpoint.
     """
     mapping = mapping_for(shape_from_hf(read_config(directory)), tensor_parallel=1)
     with open_checkpoint(mapping, directory) as files:
@@ -66,14 +68,15 @@ def _digest(files: TensorFiles) -> str:
     names = sorted(files.files)
 
     def one(name: str) -> bytes:
-        header = headers[files.files[name]]
-        return header.digest(files.stored_name(name))
+        return headers[files.files[name]].digest(entry(name))
+
+    def entry(name: str) -> _Entry:
+        return headers[files.files[name]].entry(files.stored_name(name), files.part(name))
 
     digest = hashlib.sha256()
     with ThreadPoolExecutor(THREADS) as threads:  # hashing lets other threads run
         for name, found in zip(names, threads.map(one, names)):
-            entry = headers[files.files[name]].entries[files.stored_name(name)]
-            digest.update(f"{name}\0{entry.shape}\0{entry.dtype}\0".encode() + found)
+            digest.update(f"{name}\0{entry(name).shape}\0{entry(name).dtype}\0".encode() + found)
     return digest.hexdigest()
 
 
@@ -83,7 +86,7 @@ def _sampled(files: TensorFiles) -> str:
     digest = hashlib.sha256()
     for name in sorted(files.files):
         header = headers[files.files[name]]
-        entry = header.entries[files.stored_name(name)]
+        entry = header.entry(files.stored_name(name), files.part(name))
         digest.update(f"{name}\0{entry.shape}\0{entry.dtype}\0".encode())
         digest.update(header.sample(*entry.data_offsets))
     return digest.hexdigest()
@@ -114,11 +117,22 @@ class _Header:
         }
         self.start = 8 + length
 
-    def digest(self, name: str) -> bytes:
+    def entry(self, name: str, part: PartOfStack | None) -> _Entry:
+        """Return what the header says of a tensor, or what follows of a part of it."""
+        stored = self.entries[name]
+        if part is None:
+            return stored
+        matrices, rows, columns = stored.shape
+        begin, end = stored.data_offsets
+        row = (end - begin) // (matrices * rows)
+        place, height = begin + (part.index * rows + part.start) * row, part.stop - part.start
+        return _Entry(dtype=stored.dtype, shape=[height, columns], data_offsets=(place, place + height * row))
+
+    def digest(self, entry: _Entry) -> bytes:
         """Return the SHA-256 of a tensor's bytes."""
         digest = hashlib.sha256()
         with open(self.file, "rb") as handle:
-            for part in self._parts(handle, *self.entries[name].data_offsets):
+            for part in self._parts(handle, *entry.data_offsets):
                 digest.update(part)
         return digest.digest()
 

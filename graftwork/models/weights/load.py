@@ -1,7 +1,9 @@
 """Hugging Face checkpoint -> megatron-core module, tensor by tensor; each rank reads only its own slices."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -11,9 +13,10 @@ from torch.nn import Module, Parameter
 from graftwork import parallel
 from graftwork.errors import CheckpointError, quoted
 from graftwork.models.shape import Shape
-from graftwork.models.weights.files import Stored, TensorFiles
+from graftwork.models.weights.files import TensorFiles
 from graftwork.models.weights.hf import mapping_for, read_config, shape_from_hf
-from graftwork.models.weights.mapping import Mapping, Rule
+from graftwork.models.weights.mapping import Mapping, Rule, Stack
+from graftwork.models.weights.views import PartOfStack, Stored
 from graftwork.parallel.names import global_name
 
 Modules = Module | Sequence[Module]
@@ -87,12 +90,32 @@ def open_checkpoint(mapping: Mapping, directory: str | Path) -> TensorFiles:
     """
     files = TensorFiles(directory, mapping.canonical)
     try:
+        for stack in mapping.stacks:
+            _unstack(mapping, stack, files)
         _check_twins(mapping, files)
         _check_tensors(mapping, files)
     except CheckpointError:
         files.close()
         raise
     return files
+
+
+def _unstack(mapping: Mapping, stack: Stack, files: TensorFiles) -> None:
+    """Know the parts of every ``stack`` in ``files`` by the names of experts' tensors; one of another shape stays."""
+    heights = [height for height, _ in stack.rule.op.shapes]
+    whole = [mapping.experts, sum(heights), stack.rule.op.shapes[0][1]]
+    pattern = re.compile(re.escape(stack.hf).replace(re.escape("{layer}"), r"(\d{1,9})"))
+    for name in list(files.files):
+        found = pattern.fullmatch(name)
+        if found is None or list(files.source(name).get_shape()) != whole:
+            continue
+        parts = {}
+        for expert in range(mapping.experts):
+            names = stack.rule.at(int(found.group(1)), expert).hf
+            ends = list(accumulate(heights))
+            for part, end, height in zip(names, ends, heights):
+                parts[part] = PartOfStack(expert, end - height, end)
+        files.unstack(name, parts)
 
 
 def _check_tensors(mapping: Mapping, files: TensorFiles) -> None:

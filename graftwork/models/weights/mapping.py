@@ -10,11 +10,14 @@ from graftwork.errors import MatchError, suggest
 from graftwork.models.weights.ops import Op
 
 _LAYER = re.compile(r"^(encoder|decoder)\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(?<=\.local_experts\.)(\d+)(?=\.)")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One core parameter <-> its Hugging Face tensors; ``{layer}`` in the names stands for the global layer index.
+    """One core parameter <-> its Hugging Face tensors.
+
+    ``{layer}`` and ``{expert}`` in the names stand for the layer and the expert, counted over the whole model.
 
     ``alias``: the same Hugging Face tensor is already written by another rule (tied output layer).
     """
@@ -24,10 +27,26 @@ class Rule:
     op: Op
     alias: bool = False
 
-    def at(self, layer: int) -> "Rule":
-        """Return the rule for one layer."""
-        names = tuple(name.format(layer=layer) for name in self.hf)
-        return Rule(self.core.format(layer=layer), names, self.op, self.alias)
+    @property
+    def of_expert(self) -> bool:
+        """Whether every expert of a layer has such a parameter."""
+        return "{expert}" in self.core
+
+    def at(self, layer: int, expert: int = 0) -> "Rule":
+        """Return the rule for one layer, and for one expert if its names have a place for it."""
+        names = tuple(name.format(layer=layer, expert=expert) for name in self.hf)
+        return Rule(self.core.format(layer=layer, expert=expert), names, self.op, self.alias)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A tensor [experts, rows, columns] that some checkpoints hold in place of a ``rule``'s tensors of every expert.
+
+    Of each expert it has the rule's tensors one below the other; ``hf`` is its name, with ``{layer}``.
+    """
+
+    hf: str
+    rule: Rule
 
 
 @dataclass(frozen=True)
@@ -36,7 +55,9 @@ class Mapping:
 
     ``layers``: number of layers of each stack ("encoder", "decoder"); ``prefix``: leading part of Hugging Face names
     that some checkpoints leave out; ``ignored``: patterns of tensors that carry no weights (masks, rotary tables);
-    ``twins``: a tensor that some checkpoints hold beside the one it is tied to, by its name.
+    ``twins``: a tensor that some checkpoints hold beside the one it is tied to, by its name; ``experts``: number of
+    experts of a layer; ``renamed``: (pattern, replacement) for other names of the same tensors; ``stacks``: tensors
+    that some checkpoints hold in place of every expert's.
     """
 
     family: str
@@ -45,6 +66,9 @@ class Mapping:
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     twins: ReadOnly[str, str] = field(default_factory=dict)
+    experts: int = 0
+    renamed: tuple[tuple[str, str], ...] = ()
+    stacks: tuple[Stack, ...] = ()
 
     def expanded(self) -> Iterator[Rule]:
         """Yield every rule of every layer, in model order."""
@@ -54,24 +78,25 @@ class Mapping:
                 continue
             layered = tuple(rules)
             for layer in range(self.layers[stack]):
-                yield from (rule.at(layer) for rule in layered)
+                yield from self._of_layer(layered, layer)
 
     def rule(self, core_name: str) -> Rule:
         """Return the rule of a global core parameter name; raises MatchError with near names."""
         found = _LAYER.match(core_name)
         stack, layer = (found.group(1), int(found.group(2))) if found else (None, 0)
-        pattern = _LAYER.sub(r"\1.layers.{layer}.", core_name)
+        numbered = _EXPERT.search(core_name)
+        expert = int(numbered.group(1)) if numbered else 0
+        pattern = _EXPERT.sub("{expert}", _LAYER.sub(r"\1.layers.{layer}.", core_name))
+        there = (stack is None or layer < self.layers[stack]) and (numbered is None or expert < self.experts)
         for rule in self.rules:
-            if rule.core == pattern and (stack is None or layer < self.layers[stack]):
-                return rule.at(layer)
+            if there and rule.core == pattern:
+                return rule.at(layer, expert)
         names = (rule.core for rule in self.rules)
         raise MatchError(f"no {self.family} parameter is called {core_name!r}; {suggest(pattern, names)}")
 
     def count(self) -> int:
         """Number of Hugging Face tensors, counted without listing them."""
-        stacks = (_stack(rule.core) for rule in self.rules)
-        times = [1 if stack is None else self.layers[stack] for stack in stacks]
-        return sum(n * len(rule.hf) for n, rule in zip(times, self.rules) if not rule.alias)
+        return sum(self._times(rule) * len(rule.hf) for rule in self.rules if not rule.alias)
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor of the model with its shape, each once, in model order."""
@@ -81,9 +106,21 @@ class Mapping:
         """The name as the rules spell it (prefix added), None for a tensor that carries no weights."""
         if any(re.search(pattern, hf_name) for pattern in self.ignored):
             return None
+        for pattern, replacement in self.renamed:
+            hf_name = re.sub(pattern, replacement, hf_name)
         known = {name.split(".", 1)[0] for rule in self.rules for name in rule.hf}
         known |= {name.split(".", 1)[0] for name in self.twins}
         return hf_name if hf_name.split(".", 1)[0] in known else self.prefix + hf_name
+
+    def _of_layer(self, rules: tuple[Rule, ...], layer: int) -> Iterator[Rule]:
+        for of_expert, some in groupby(rules, lambda rule: rule.of_expert):
+            group = tuple(some)
+            for expert in range(self.experts if of_expert else 1):
+                yield from (rule.at(layer, expert) for rule in group)
+
+    def _times(self, rule: Rule) -> int:
+        stack = _stack(rule.core)
+        return (1 if stack is None else self.layers[stack]) * (self.experts if rule.of_expert else 1)
 
 
 def _stack(core: str) -> str | None:

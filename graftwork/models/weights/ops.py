@@ -215,6 +215,35 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The inner operation for a tensor that every tensor-parallel rank holds whole, as experts are."""
+
+    inner: Op
+
+    @property
+    def sharding(self) -> Sharding:
+        """How the core tensor is cut: it is not."""
+        return Sharding(self.inner.sharding.shape)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shape of each Hugging Face tensor."""
+        return self.inner.shapes
+
+    def read(self, sources: Sequence[Source], rank: int, size: int) -> Tensor:
+        """Return the core tensor."""
+        return self.inner.read(sources, 0, 1)
+
+    def write(self, full: Tensor) -> list[Tensor]:
+        """Return the Hugging Face tensors."""
+        return self.inner.write(full)
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the full core tensor of Hugging Face tensors: the inverse of ``write``."""
+        return self.inner.join(tensors)
+
+
+@dataclass(frozen=True)
 class Transposed:
     """The Hugging Face side stores [in, out] (GPT-2's Conv1D)."""
 

@@ -1,12 +1,30 @@
-"""Lazy views of a tensor on disk: transposed, or a block of its rows; reading one touches only its bytes."""
+"""Lazy views of a tensor on disk: transposed, some rows, part of a stack; reading one touches only its bytes."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from graftwork.parallel.sharding import Source
 
 Index = slice | tuple[slice, ...]
+
+
+class Stored(Source, Protocol):
+    """A tensor in its file, nothing read yet."""
+
+    def get_dtype(self) -> str:
+        """Number format as safetensors names it: ``F32``, ``BF16``."""
+        ...
+
+
+@dataclass(frozen=True)
+class PartOfStack:
+    """Rows ``start`` to ``stop`` of matrix ``index`` in a stack [matrices, rows, columns]."""
+
+    index: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,29 @@ class RowsView:
         rows, *rest = full_index(index, len(self.get_shape()))
         start, stop, _ = rows.indices(self.stop - self.start)
         return self.source[(slice(self.start + start, self.start + stop), *rest)]
+
+
+@dataclass(frozen=True)
+class PartView:
+    """A part of a stack of matrices, seen as a matrix."""
+
+    source: Stored
+    part: PartOfStack
+
+    def get_shape(self) -> list[int]:
+        """Shape as seen through the view."""
+        return [self.part.stop - self.part.start, self.source.get_shape()[2]]
+
+    def get_dtype(self) -> str:
+        """Number format as safetensors names it."""
+        return self.source.get_dtype()
+
+    def __getitem__(self, index: Index) -> Tensor:
+        """Read ``index``, whose first slice counts from the part's first row."""
+        rows, columns = full_index(index, 2)
+        start, stop, _ = rows.indices(self.part.stop - self.part.start)
+        one, first = self.part.index, self.part.start
+        return self.source[slice(one, one + 1), slice(first + start, first + stop), columns][0]
 
 
 def full_index(index: Index, dimensions: int) -> tuple[slice, ...]:

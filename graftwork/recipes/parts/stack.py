@@ -12,6 +12,8 @@ from graftwork.peft import METHODS, PEFT, LoRA
 
 LORA: Any = (run.Config(LoRA),)
 """The default stack: one LoRA as published. A recipe's ``peft`` is declared as what the configs build."""
+ATTENTION_LORA: Any = (run.Config(LoRA, target_modules=["linear_qkv", "linear_proj"]),)
+"""That of a mixture of experts."""
 
 
 def stack(peft: object) -> list[run.Config] | None:

@@ -14,12 +14,14 @@ def megatron_trainer(
     max_steps: int = 1000,
     tensor: int = 1,
     pipeline: int = 1,
+    expert: int = 1,
 ) -> run.Config:
     """Return a configured trainer that writes to ``dir/name``; sequence parallelism goes with tensor parallelism."""
     strategy = run.Config(
         MegatronStrategy,
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert,
         sequence_parallel=tensor > 1,
     )
     return run.Config(

@@ -27,7 +27,7 @@ class Family(ABC):
 
     ``name``: the model_type, also ``Shape.family``; ``architecture``: what config.json calls the class; ``notes``: the
     family's line in the docs; ``kind``: which class of ``graftwork.models`` its checkpoints become; ``shape_class``:
-    what describes them.
+    what describes them; ``mixture``: whether they are mixtures of experts.
 
     Every field of transformers' config class is in one of ``used`` (by ``read``), ``fixed`` (its valid values, None:
     absent) and ``irrelevant`` (with the reason), here or above for all families. ``defaults``: what transformers takes
@@ -40,6 +40,7 @@ class Family(ABC):
     notes: ClassVar[str]
     kind: ClassVar[str] = "gpt"
     shape_class: ClassVar[type[Shape]] = Shape
+    mixture: ClassVar[bool] = False
     used: ClassVar[frozenset[str]] = frozenset()
     fixed: ClassVar[ReadOnly[str, tuple[object, ...]]] = {}
     irrelevant: ClassVar[ReadOnly[str, str]] = {}
@@ -153,12 +154,17 @@ def hf_config(shape: Shape) -> dict[str, object]:
 def mapping_for(shape: Shape, tensor_parallel: int | None = None) -> Mapping:
     """Return the mapping of ``shape``; ``tensor_parallel`` sets the vocabulary padding (None: the current size).
 
-    Raises ConfigError for an unknown family, and for mixture-of-experts shapes, which have no mapping.
+    Raises ConfigError for an unknown family, and for experts in a family that has none, or none where it has some.
     """
-    if shape.num_moe_experts is not None:
-        raise ConfigError("mixture-of-experts checkpoints have no weight mapping; num_moe_experts=None is valid.")
+    family = family_named(shape.family)
+    if family.mixture != (shape.num_moe_experts is not None):
+        mixtures = ", ".join(repr(name) for name, one in FAMILIES.items() if one.mixture is not family.mixture)
+        raise ConfigError(
+            f"no Hugging Face {family.name} model has num_moe_experts={shape.num_moe_experts}; "
+            f"{'a number' if family.mixture else 'None'} is valid, or one of these as family: {mixtures}."
+        )
     padded = shape.padded_vocab_size(_current_size() if tensor_parallel is None else tensor_parallel)
-    return family_named(shape.family).mapping(shape, padded)
+    return family.mapping(shape, padded)
 
 
 def family_table() -> str:

@@ -1,11 +1,13 @@
 """What the families of LLaMA's layout share: the spelling of their sizes, and their tensors under ``model.``."""
 
+from typing import ClassVar
+
 from graftwork.errors import CheckpointError, quoted
 from graftwork.models.shape import Shape
 from graftwork.models.weights.hf import rules
 from graftwork.models.weights.hf.family import Config, Family, ShapeFields, flag, number
 from graftwork.models.weights.hf.rope import read_rope, write_rope
-from graftwork.models.weights.mapping import Mapping
+from graftwork.models.weights.mapping import Mapping, Rule
 
 USED = frozenset(
     {
@@ -19,8 +21,14 @@ FIXED = {"use_sliding_window": (None, False)}
 
 
 class LlamaLike(Family):
-    """Separate q, k, v (and gate, up) projections, rotary positions; RMSNorm and SwiGLU unless overridden."""
+    """Separate q, k, v (and gate, up) projections, rotary positions; RMSNorm and SwiGLU unless overridden.
 
+    ``rotary_base``: transformers' own rope_theta for a config that has none; ``rotated``: its own part of each head
+    that is rotated, None where that is always the whole.
+    """
+
+    rotary_base: ClassVar[float] = 10000.0
+    rotated: ClassVar[float | None] = None
     used = USED | {"rms_norm_eps"}
     fixed = {"hidden_act": ("silu",), **FIXED}
     defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
@@ -29,7 +37,7 @@ class LlamaLike(Family):
         """Return the Shape fields of a model with RMSNorm, SwiGLU and biases everywhere or nowhere."""
         return {
             **read_sizes(config),
-            **read_rope(config),
+            **read_rope(config, self.rotated, self.rotary_base),
             "layernorm_epsilon": number(config, "rms_norm_eps"),
             "add_bias_linear": linear_bias(config),
         }
@@ -46,25 +54,35 @@ class LlamaLike(Family):
     def mapping(self, shape: Shape, padded: int) -> Mapping:
         """Return the rules of LLaMA's tensor names."""
         layer, attention, embedding = "model.layers.{layer}.", "model.layers.{layer}.self_attn.", "model.embed_tokens."
-        fc1 = ("gate", "up") if shape.gated else ("up",)
         return Mapping(
             family=self.name,
             layers={"decoder": shape.num_layers},
             rules=(
                 rules.embedding(shape, padded, embedding + "weight"),
                 *rules.norm(shape, rules.QKV_NORM, layer + "input_layernorm."),
-                *rules.qkv(shape, *(f"{attention}{x}_proj." for x in "qkv")),
+                *self.qkv(shape, attention),
                 *rules.qk_norms(shape, attention + "q_norm.", attention + "k_norm."),
                 *rules.attention_output(shape, attention + "o_proj."),
-                *rules.norm(shape, rules.FC1_NORM, layer + "post_attention_layernorm."),
-                *rules.fc1(shape, *(f"{layer}mlp.{x}_proj." for x in fc1)),
-                *rules.fc2(shape, layer + "mlp.down_proj."),
+                *self.mlp(shape, layer, layer + "post_attention_layernorm."),
                 *rules.norm(shape, rules.FINAL_NORM, "model.norm."),
                 rules.output(shape, padded, embedding + "weight", head="lm_head.weight"),
             ),
             prefix="model.",
             ignored=(r"^(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$",),
             twins=rules.tied_head(shape, "lm_head.weight", embedding + "weight"),
+        )
+
+    def qkv(self, shape: Shape, attention: str) -> tuple[Rule, ...]:
+        """Return the rules of the qkv projection; ``attention`` is where names begin."""
+        return rules.qkv(shape, *(f"{attention}{x}_proj." for x in "qkv"))
+
+    def mlp(self, shape: Shape, layer: str, norm: str) -> tuple[Rule, ...]:
+        """Return the rules of a layer's MLP and of the ``norm`` in front of it; ``layer`` is where names begin."""
+        fc1 = ("gate", "up") if shape.gated else ("up",)
+        return (
+            *rules.norm(shape, rules.FC1_NORM, norm),
+            *rules.fc1(shape, *(f"{layer}mlp.{x}_proj." for x in fc1)),
+            *rules.fc2(shape, layer + "mlp.down_proj."),
         )
 
 

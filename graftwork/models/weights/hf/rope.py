@@ -14,11 +14,12 @@ KNOWN = frozenset({"rope_theta", "partial_rotary_factor", "rope_type", "type", "
 """Keys of the settings; one entry a kind of layer, or other scalings' keys, are not read."""
 
 
-def read_rope(config: Config, share: float | None = None) -> ShapeFields:
+def read_rope(config: Config, share: float | None = None, base: float = 10000.0) -> ShapeFields:
     """Return Shape's rotary fields; ``share``: the part of each head that is rotated when the config says nothing.
 
-    Families without a ``share`` rotate whole heads. Raises CheckpointError for a frequency scaling other than LLaMA
-    3's, and for settings that contradict each other: which of them counts depends on who reads.
+    ``base``: rope_theta when the config says nothing. Families without a ``share`` rotate whole heads. Raises
+    CheckpointError for a frequency scaling other than LLaMA 3's, and for settings that contradict each other: which of
+    them counts depends on who reads.
     """
     rope = _settings(config)
     outer = {name: config[name] for name in (*OUTER, "original_max_position_embeddings") if name in config}
@@ -32,7 +33,7 @@ def read_rope(config: Config, share: float | None = None) -> ShapeFields:
     if share is None and rotated != 1.0:
         raise CheckpointError(f"partial_rotary_factor={rotated} of config.json is not supported; valid: 1.0.")
     return {
-        "rotary_base": number(settings, "rope_theta", 10000.0),
+        "rotary_base": number(settings, "rope_theta", base),
         "rotary_percent": rotated,
         "rope_scaling_factor": _scaling_factor(settings),
     }

@@ -1,6 +1,6 @@
 """Rules for the parameters that decoders and encoders have: a family says what its Hugging Face tensors are called.
 
-Names end in a dot where ``weight`` and ``bias`` follow; ``{layer}`` in them stands for the layer's index.
+Names end in a dot where ``weight`` and ``bias`` follow; ``{layer}`` and ``{expert}`` in them stand for their indices.
 """
 
 from collections.abc import Callable
@@ -8,11 +8,13 @@ from dataclasses import replace
 
 from graftwork.models.shape import Shape
 from graftwork.models.weights.mapping import Rule
-from graftwork.models.weights.ops import KV, QKV, Copy, Fused, Gated, Op, Transposed
+from graftwork.models.weights.ops import KV, QKV, Copy, Fused, Gated, Op, Transposed, Whole
 from graftwork.parallel.sharding import Sharding
 
 ATTENTION, MLP = "decoder.layers.{layer}.self_attention.", "decoder.layers.{layer}.mlp."
 QKV_NORM, FC1_NORM = ATTENTION + "linear_qkv.layer_norm_", MLP + "linear_fc1.layer_norm_"
+MIXTURE_NORM = "decoder.layers.{layer}.pre_mlp_layernorm."
+EXPERT, SHARED = MLP + "experts.local_experts.{expert}.", MLP + "shared_experts."
 FINAL_NORM = "decoder.final_layernorm."
 CROSS, CROSS_NORM = "decoder.layers.{layer}.cross_attention.", "decoder.layers.{layer}.pre_cross_attn_layernorm."
 
@@ -103,9 +105,33 @@ def fc1(shape: Shape, *hf: str) -> tuple[Rule, ...]:
     return column(shape, MLP + "linear_fc1.", hf, op, shape.add_bias_linear)
 
 
+def fused_fc1(shape: Shape, hf: str) -> tuple[Rule, ...]:
+    """Return the rules of a gated MLP's first linear out of one tensor that holds the gate, then up."""
+    width = shape.ffn_hidden_size
+    return column(shape, MLP + "linear_fc1.", (hf,), lambda tail: Fused(Gated(width, tail)), shape.add_bias_linear)
+
+
 def fc2(shape: Shape, hf: str) -> tuple[Rule, ...]:
     """Return the rules of the MLP's second linear."""
     return row(shape, MLP + "linear_fc2.", hf, shape.ffn_hidden_size)
+
+
+def mixture(shape: Shape, router: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """Return the rules of a mixture of gated experts without biases, whole on every tensor-parallel rank."""
+    hidden, width = shape.hidden_size, shape.expert_width
+    weights = Rule(MLP + "router.weight", (router + "weight",), Copy(Sharding((shape.num_moe_experts or 1, hidden))))
+    first = Rule(EXPERT + "linear_fc1.weight", (gate + "weight", up + "weight"), Whole(Gated(width, (hidden,))))
+    second = Rule(EXPERT + "linear_fc2.weight", (down + "weight",), Copy(Sharding((hidden, width))))
+    return weights, first, second
+
+
+def shared_expert(shape: Shape, router: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """Return the rules of a gated expert that sees every token, weighted by its own ``router``; cut as an MLP is."""
+    hidden, width = shape.hidden_size, shape.moe_shared_expert_intermediate_size or 1
+    weights = Rule(SHARED + "gate_weight", (router + "weight",), Copy(Sharding((1, hidden))))
+    first = Rule(SHARED + "linear_fc1.weight", (gate + "weight", up + "weight"), Gated(width, (hidden,)))
+    second = Rule(SHARED + "linear_fc2.weight", (down + "weight",), Copy(Sharding((hidden, width), dim=1)))
+    return weights, first, second
 
 
 def conv1d(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
