@@ -102,6 +102,8 @@ def test_cache_is_used_and_its_positions_matter(model, monkeypatch):
 
 def test_logits_of_cache_equal_the_plain_forward(model):
     attach(model)
+    for chunk in model.chunks:
+        chunk.double()  # fp32 rounds differently, by processor
     ids = prompts(1, seed=3)[0] + prompts(4, seed=4)[3]
     with torch.no_grad():
         whole = model(torch.tensor([ids]))[0]
@@ -109,7 +111,7 @@ def test_logits_of_cache_equal_the_plain_forward(model):
     with kv_cache.KVCache(model, 1, len(ids)) as cache, torch.no_grad():
         for stop in range(2, len(ids) + 1):
             difference = cache.read([ids[:stop]])[0] - whole[stop - 1]
-            assert difference.abs().max() < 1e-5 * whole.abs().max()
+            assert difference.abs().max() < 1e-6 * whole.abs().max()
     assert not [h for h in model.chunks[0].decoder._forward_hooks.values() if h is kv_cache._last_position]
 
 

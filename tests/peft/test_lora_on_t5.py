@@ -131,9 +131,11 @@ def test_cross_attention_merges(method: type[LoRA]) -> None:
     model = tiny("t5v11")
     targets = ["cross_attention.linear_q", "linear_k" if method is CanonicalLoRA else "linear_kv"]
     model.add_adapter(method(dim=4, target_modules=targets))
-    shake(model, 0.1)
+    shake(model, 0.05)  # T5 does not scale its scores: with twice as much it makes 1e-4 of fp32's rounding
     with torch.no_grad():
         live = model(*ids(), *masks())
+        with model.adapters_disabled():
+            assert not torch.allclose(model(*ids(), *masks()), live, rtol=1e-2, atol=1e-2)
         model.merge_adapters()
         close(model(*ids(), *masks()), live, "merged")
         model.unmerge_adapters()

@@ -30,9 +30,9 @@ ROWS: list[Way] = [
 """The base alone, one adapter, two, all of them, the second LoRA at the same site, three, other pairs."""
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
-    """Equal within the rounding of fp32, on the scale of the largest value."""
-    return bool((found - wanted).abs().max() <= 1e-5 * wanted.abs().max())
+def close(found: Tensor, wanted: Tensor, share: float = 1e-5) -> bool:
+    """Equal within the rounding of fp32, or a ``share`` of the largest value."""
+    return bool((found - wanted).abs().max() <= share * wanted.abs().max())
 
 
 def adapters() -> list[PEFT]:
@@ -116,6 +116,8 @@ def test_rows_of_one_pack_go_different_ways() -> None:
 
 def test_every_adapter_gets_exactly_the_gradients_of_its_own_rows() -> None:
     model, batch = routed_model(), batch_of(ROWS)
+    for chunk in model.chunks:
+        chunk.double()  # so far from its start the model makes much of a rounding: up to 9e-4 in fp32, by processor
     summed(model, batch).backward()
     together = gradients(model)
     wanted = {name: torch.zeros_like(value) for name, value in together.items()}
@@ -125,7 +127,7 @@ def test_every_adapter_gets_exactly_the_gradients_of_its_own_rows() -> None:
         for name, value in gradients(model).items():
             wanted[name] += value
     for name, value in together.items():
-        assert value.abs().max() > 0 and close(value, wanted[name]), name
+        assert value.abs().max() > 0 and close(value, wanted[name], 1e-11), name
 
 
 def two_microbatches(model: GPT) -> dict[str, Tensor]:
