@@ -54,7 +54,9 @@ def test_an_artifact_gives_the_logits_it_gave() -> None:
     model, known = make("llama_tied"), load_file(BEFORE / "artifact_logits.safetensors")
     model.load_adapters(BEFORE / "artifact")
     with torch.no_grad():
-        assert apart(model(known["ids"]), known["logits"]) <= 1e-5
+        assert apart(model(known["ids"]), known["logits"]) <= 3e-5  # another processor, another rounding: 1.2e-5 was seen
+        with model.adapters_disabled():
+            assert apart(model(known["ids"]), known["logits"]) > 1e-2
     assert [type(t).__name__ for t in model.adapters.values()] == ["LoRA", "IA3", "CanonicalAdapter", "PTuning"]
 
 
