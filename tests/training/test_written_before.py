@@ -55,9 +55,10 @@ def test_an_artifact_gives_the_logits_it_gave() -> None:
     model.load_adapters(BEFORE / "artifact")
     with torch.no_grad():
         assert apart(model(known["ids"]), known["logits"]) <= 3e-5  # another processor, another rounding: 1.2e-5 was seen
-        with model.adapters_disabled():
-            assert apart(model(known["ids"]), known["logits"]) > 1e-2
     assert [type(t).__name__ for t in model.adapters.values()] == ["LoRA", "IA3", "CanonicalAdapter", "PTuning"]
+    model.delete_adapter("ia3")
+    with torch.no_grad():
+        assert apart(model(known["ids"]), known["logits"]) > 1e-3, "the smallest of them would be missed"
 
 
 @pytest.mark.parametrize("kind", KINDS)
