@@ -40,6 +40,12 @@ HELP = {
     "graftwork.cli.combine:combine": """Make one adapter, or one merged model, of several adapters and weights.
 
     nemorun graft combine 'adapters=[runs/a/adapter,runs/b/adapter]' 'weights=[0.7,-0.3]' combine=svd output=both""",
+    "graftwork.cli.verify:verify": """Run the proof that an adapter carries again: is it, here, what was trained?
+
+    nemorun graft verify runs/default/adapter
+    nemorun graft verify runs/default/adapter base=path/to/base
+
+    Exits 1 where logits differ by more than the tolerance.""",
     "graftwork.cli.profile:profile": """Describe a cluster in cluster.yaml, and try the description out.
 
     nemorun graft profile init

@@ -39,6 +39,7 @@ from graftwork.models.loss import LossFunction
 from graftwork.models.microbatch import Targets
 from graftwork.models.pending import Add, Change, Freeze, Load, Pending, Request
 from graftwork.models.precision import common_dtype
+from graftwork.models.proof import Compared, prove, repeat
 from graftwork.models.recompute import recompute_fields
 from graftwork.models.shapes import Shape
 from graftwork.models.weights import check_checkpoint, export_weights, family_named, fingerprint, load_weights
@@ -267,11 +268,25 @@ class Model(pl.LightningModule):
         names: Sequence[str] | None = None,
         step: int | None = None,
         recipe: str | None = None,
+        verify: bool = True,
     ) -> Path:
-        """Write the named adapters (default all) as one artifact directory, atomically; call it on every rank."""
+        """Write the named adapters (default all) as one artifact directory, atomically; call it on every rank.
+
+        ``verify``: before the directory is there, its adapters are built anew from the files and compared with these
+        on a small batch that it then carries as a proof. Raises ArtifactError, and leaves what was there, when they
+        differ.
+        """
         if not self.adapters:
             raise ArtifactError("The model has no adapters to save; add one with model.add_adapter(...).")
-        return artifact.save(self.stack, path, self.base_identity(), names, step, recipe)
+        proving = partial(prove, self) if verify else None
+        return artifact.save(self.stack, path, self.base_identity(), names, step, recipe, proving)
+
+    def verify_adapters(self, path: str | Path) -> list[Compared]:
+        """Repeat the proof of the artifact whose adapters this model holds, in any layout; call it on every rank.
+
+        Raises ArtifactError for an artifact without a proof or with a damaged one.
+        """
+        return repeat(self, path)
 
     def export_adapters(
         self, path: str | Path, format: str = "peft", for_: str = "peft", names: Sequence[str] | None = None

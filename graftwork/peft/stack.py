@@ -24,6 +24,8 @@ from graftwork.routes import Routes
 from graftwork.virtual_tokens import PromptLayout
 from graftwork.ways import Way
 
+_META = torch.device("meta")
+
 
 @dataclass(frozen=True)
 class Grafted:
@@ -64,7 +66,7 @@ class Stack:
         self.lent: dict[str, list[LentTensor]] = {}
         self.prompt_formats: dict[str, PromptFormat] = {}
         self.frozen_tasks: dict[str, frozenset[str]] = {}
-        self.layout = PromptLayout()
+        self._prompts = PromptLayout()
         self._merged: set[str] = set()
         self._training: set[str] = set()
         self._off = 0
@@ -74,6 +76,20 @@ class Stack:
     def host(self) -> Host:
         """The model as transforms see it, with the prompts attached so far."""
         return replace(self._host, prompts=self.layout)
+
+    @property
+    def layout(self) -> PromptLayout:
+        """Virtual tokens of the attached prompts; none inside of a ``disabled`` block."""
+        return PromptLayout(off=True) if self._off else self._prompts
+
+    @layout.setter
+    def layout(self, layout: PromptLayout) -> None:
+        self._prompts = layout
+
+    @property
+    def prompts(self) -> PromptLayout:
+        """Virtual tokens of the attached prompts, also inside of a ``disabled`` block."""
+        return self._prompts
 
     @property
     def merged(self) -> bool:
@@ -154,17 +170,51 @@ class Stack:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Make the model its base inside the block, merged weights included; on exit every adapter is as it was."""
-        layout, states, first = self.layout, [(a, a.enabled) for a in self.adapters()], not self._off
+        states, first = [(a, a.enabled) for a in self.adapters()], not self._off
         with original_weights(self._host.chunks if first else []), _shown_as_born(self._lent() if first else []):
-            self.layout, self._off = PromptLayout(off=True), self._off + 1
+            self._off += 1
             for adapter, _ in states:
                 adapter.enabled = False
             try:
                 yield
             finally:
-                self.layout, self._off = layout, self._off - 1
+                self._off -= 1
                 for adapter, enabled in states:
                     adapter.enabled = enabled
+
+    @contextmanager
+    def only(self, names: Collection[str]) -> Iterator[None]:
+        """Make the model its base with the named adapters, none of them merged, inside the block."""
+        prompts, off = self._prompts, self._off
+        states = [(adapter, adapter.enabled, adapter.merged) for adapter in self.adapters()]
+        other = [t for name, lent in self.lent.items() for t in lent if (name in names) == bool(off)]
+        with original_weights([] if off else self._host.chunks), _shown_as_born(other):
+            self._prompts, self._off = PromptLayout(tuple(s for s in prompts.slots if s.name in names)), 0
+            for name, items in self.grafted.items():
+                for item in items:
+                    item.adapter.enabled, item.adapter.merged = name in names, False
+            try:
+                yield
+            finally:
+                self._prompts, self._off = prompts, off
+                for adapter, enabled, merged in states:
+                    adapter.enabled, adapter.merged = enabled, merged
+
+    def twins(self, transform: PEFT) -> list[Grafted]:
+        """Return what ``transform`` builds at the sites of the attached adapter of its name, on the meta device."""
+        host, name = replace(self._host, prompts=self._prompts, tokenize=_unasked), transform.name
+        births = [(item.site, Birth(host.seed, name, item.site.name, _META)) for item in self.grafted[name]]
+        return [Grafted(site, transform.build(site, birth, host).eval()) for site, birth in births]
+
+    @contextmanager
+    def standing_in(self, others: Mapping[str, list[Grafted]]) -> Iterator[None]:
+        """Put other adapter modules in the place of the named adapters' inside the block; the own ones stay as are."""
+        own = {name: self.grafted[name] for name in others}
+        self._put(others)
+        try:
+            yield
+        finally:
+            self._put(own)
 
     @contextmanager
     def routed(self, routes: Routes | None) -> Iterator[None]:
@@ -311,6 +361,12 @@ class Stack:
         self.grafted[transform.name] = plan.grafts
         self.lent[transform.name] = [LentTensor(tensor, transform.name) for tensor in plan.tensors]
         self._set_trainable(transform.name, trainable)
+
+    def _put(self, items: Mapping[str, list[Grafted]]) -> None:
+        for name, grafts in items.items():
+            for item in grafts:
+                graft(self._host.chunks[item.site.chunk], item.site.path, name, item.adapter)
+        self.grafted |= items
 
     def _detach(self, name: str) -> None:
         for item in self.grafted.pop(name):

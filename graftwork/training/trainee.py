@@ -34,7 +34,7 @@ class Trainee(Protocol):
         """Run the next microbatch; return its output and the function that reads its loss."""
         ...
 
-    def save_adapters(self, path: Path, *, step: int, recipe: str | None) -> object:
+    def save_adapters(self, path: Path, *, step: int, recipe: str | None, verify: bool = True) -> object:
         """Write the adapters as one artifact directory, from every rank together."""
         ...
 

@@ -1,4 +1,4 @@
-"""The adapter directory: bit-equal round trips, three files, no trace of where or how it was made."""
+"""The adapter directory: bit-equal round trips, four files, no trace of where or how it was made."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from tests.contracts.methods import (
 )
 from tests.helpers.tiny_hf import make_tiny
 
-FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "proof.json"]
 
 
 def trained(family: str = "llama", stack: str = "all") -> GPT:

@@ -21,7 +21,7 @@ from graftwork.peft.artifact import directory as artifact
 from tests.contracts.methods import make, shake
 from tests.peft import saver
 
-CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CONFIG, TENSORS, CARD, PROOF = "adapter_config.json", "adapter_model.safetensors", "README.md", "proof.json"
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002, 0o027])
@@ -37,7 +37,7 @@ def test_an_artifact_is_as_readable_as_the_umask_says(umask: int, tmp_path: Path
     for _ in range(2):  # made, then replaced
         model.save_adapters(tmp_path / "adapter")
         modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "adapter").iterdir()}
-        assert modes == dict.fromkeys((CONFIG, TENSORS, CARD), 0o666 & ~umask)
+        assert modes == dict.fromkeys((CONFIG, TENSORS, CARD, PROOF), 0o666 & ~umask)
         assert stat.S_IMODE((tmp_path / "adapter").stat().st_mode) == 0o777 & ~umask
 
 

@@ -23,6 +23,7 @@ from tests.parallel.layouts import Cell
 from tests.parallel.models import model_of, write_checkpoints
 
 TENSORS = "adapter_model.safetensors"
+KEY = "lora.decoder.layers.3.mlp.linear_fc1.lora_A"
 LAYOUTS: dict[str, tuple[int, Layout]] = {
     "tp2": (2, Layout(tensor_model_parallel_size=2)),
     "tp2_sp": (2, Layout(tensor_model_parallel_size=2, sequence_parallel=True)),
@@ -76,14 +77,22 @@ def reference(root: Path, base: str) -> dict[str, Tensor]:
     return found
 
 
-def reload(rank: int, world: int, layout: Layout, base: str, root: Path) -> dict[str, Tensor]:
-    """Load what one process has saved, return the logits, save it again from this layout."""
+def repeated(model: GPT, path: Path) -> list[tuple[float, bool]]:
+    """Repeat the proof of an artifact; return how far each view is from it, and whether adapters count in it."""
+    return [(c.difference, c.effect > 1e-3 or not c.adapters) for c in model.verify_adapters(path)]
+
+
+Found = dict[str, tuple[Tensor, list[tuple[float, bool]]]]
+
+
+def reload(rank: int, world: int, layout: Layout, base: str, root: Path) -> Found:
+    """Load what one process has saved, return logits and its proof's figures, save it again from this layout."""
     enter(layout)
     found = {}
     for name in stacks():
         model = bare(base, root, layout)
         model.load_adapters(root / base / f"one_{name}")
-        found[name] = logits(model)
+        found[name] = logits(model), repeated(model, root / base / f"one_{name}")
         model.save_adapters(root / base / f"many_{name}")
     return found
 
@@ -110,12 +119,17 @@ def test_saved_by_one_process_loaded_here_saved_here(layout: str, root: Path, re
     ranks = run_ranks(reload, world, sizes, base, root, timeout=300)
     for name, wanted in references[base].items():
         for found in ranks:
-            assert (found[name] - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+            assert (found[name][0] - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+            assert all(far <= 1e-5 and counts for far, counts in found[name][1]), (name, found[name][1])
         ours, theirs = (load_file(root / base / f"{who}_{name}" / TENSORS) for who in ("many", "one"))
         assert ours.keys() == theirs.keys(), name
         for key in ours:
             close = torch.allclose(ours[key], theirs[key], rtol=1e-6, atol=1e-6)  # a baked table is computed anew
             assert close if key.endswith(".table") else torch.equal(ours[key], theirs[key]), key
+        model = bare(base, root)
+        model.load_adapters(root / base / f"many_{name}")
+        assert all(far <= 1e-5 and counts for far, counts in repeated(model, root / base / f"many_{name}")), name
+    parallel.destroy()
 
 
 class Picky(CanonicalAdapter):
@@ -151,12 +165,20 @@ def refuse(rank: int, world: int, layout: Layout, root: Path) -> list[str]:
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights)) and not model.stack.merged
     blocked = root / "blocked"
     messages.append(_message(lambda: model.save_adapters(blocked)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifact, "save_file", _swapped)
+        messages.append(_message(lambda: model.save_adapters(root / f"never_{world}")))
     if rank == 0:
         next(model.stack.adapters("lora")).lora_B.data.fill_(float("nan"))
     messages.append(_message(lambda: model.save_adapters(root / f"never_{world}")))
     messages.append(_message(lambda: model.merge_adapters(["lora"])))
     assert not model.stack.merged
     return messages
+
+
+def _swapped(tensors: dict[str, Tensor], *where: Any, **options: Any) -> None:
+    """Write the rows of one tensor in another order."""
+    save_file({**tensors, KEY: tensors[KEY].flip(0)}, *where, **options)
 
 
 def _message(attempt: Any) -> str:
@@ -186,7 +208,8 @@ def test_all_ranks_refuse_together_and_none_hangs(layout: str, root: Path, refer
         ranks[0], ["holds NaN", "holds no adapter_model", "'nope'", "layers.9", "layers.9", "not here"]
     ):
         assert wanted in message
-    *_, merge, blocked, nan, nan_merge = ranks[0]
+    *_, merge, blocked, unproved, nan, nan_merge = ranks[0]
+    assert f"tensor {KEY!r} has other values" in unproved
     assert "PTuning 'ptuning' cannot be merged" in merge and "notes.txt" in blocked
     assert "not saved" in nan and "would hold NaN" in nan_merge
     assert not (root / f"never_{world}").exists()

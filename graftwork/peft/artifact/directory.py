@@ -1,14 +1,16 @@
 """The adapter directory on disk: full, un-sharded tensors and the stack that made them, in no parallel layout.
 
 ``adapter_model.safetensors`` holds tensors named ``<adapter>.<site>.<tensor>``, ``adapter_config.json`` the stack, the
-base it belongs to and a checksum over both files, ``README.md`` a model card. No pickle, no absolute paths.
+base it belongs to and a checksum over both files, ``README.md`` a model card, ``proof.json`` (which loading does not
+read) what the adapters made of a small batch. No pickle, no absolute paths.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from graftwork.parallel.collective import agreed, all_gather_objects
 from graftwork.peft.artifact.card import model_card
 from graftwork.peft.artifact.config import FORMAT, SCHEMA, ArtifactConfig
 from graftwork.peft.artifact.entries import entries_of, entry_of, transforms
+from graftwork.peft.artifact.proof import PROOF
 from graftwork.peft.artifact.tensors import bring_together
 from graftwork.peft.artifact.verified import VerifiedFile
 from graftwork.peft.asking import PromptFormat
@@ -45,6 +48,22 @@ class Base:
     fingerprint: str | None
 
 
+@dataclass(frozen=True)
+class Artifact:
+    """An adapter directory that was opened and verified: nothing of it is read again from the place it came from."""
+
+    path: Path
+    config: ArtifactConfig
+    file: VerifiedFile
+
+    def __str__(self) -> str:
+        return quoted(self.path)
+
+
+Prove = Callable[[Sequence[str], Artifact | None, Mapping[str, Tensor]], str | None]
+"""Takes the names of what is saved, the files and what was to be in them (on the first rank), on every rank."""
+
+
 def save(
     stack: Stack,
     path: str | Path,
@@ -52,10 +71,12 @@ def save(
     names: Sequence[str] | None = None,
     step: int | None = None,
     recipe: str | None = None,
+    prove: Prove | None = None,
 ) -> Path:
     """Write the named adapters (default all) to directory ``path`` in one step, from every rank together.
 
-    Raises MatchError for an unknown name, ArtifactError when ``path`` holds anything but an adapter, CheckpointError
+    ``prove`` sees what was written before anybody else does, and returns the text of the proof. Raises what it raises,
+    MatchError for an unknown name, ArtifactError when ``path`` holds anything but an adapter, CheckpointError
     when it cannot be written (disk full) or a value is not finite; what was there is then intact and no rank goes on.
     """
     asked = set(stack.known(names))
@@ -64,15 +85,24 @@ def save(
         raise ArtifactError("No adapter was named to be saved; leave names out for all of them.")
     tensors = bring_together(stack, chosen)
 
-    def write() -> None:
-        if tensors is not None:
-            config = _config(entries_of(stack, chosen), list(stack.transforms), base, step, recipe)
-            _write(Path(path).resolve(), tensors, config)
+    def write() -> Path | None:
+        if tensors is None:
+            return None
+        config = _config(entries_of(stack, chosen), list(stack.transforms), base, step, recipe)
+        return staged.enter_context(_staged(Path(path).resolve(), tensors, config))
 
     def explain(problem: Exception) -> CheckpointError:
         return CheckpointError(f"The adapter was not saved to {quoted(path)}: {quoted(str(problem), bare=True)}.")
 
-    agreed(write, catch=(OSError, ValueError, SafetensorError), explain=explain)
+    together = partial(agreed, catch=(OSError, ValueError, SafetensorError), explain=explain)
+    with ExitStack() as staged:
+        directory = together(write)
+        if prove is not None:
+            with ExitStack() as reading:
+                written = together(lambda: None if directory is None else _read(directory, reading))
+                proof = prove(chosen, written, tensors or {})
+            together(lambda: directory and proof and (directory / PROOF).write_text(proof))
+        together(staged.close)
     return Path(path)
 
 
@@ -89,18 +119,6 @@ def put(path: str | Path, transform: PEFT, tensors: Mapping[str, Tensor], base: 
             f"The adapter was not saved to {quoted(path)}: {quoted(str(error), bare=True)}."
         ) from error
     return Path(path)
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """An adapter directory that was opened and verified: nothing of it is read again from the place it came from."""
-
-    path: Path
-    config: ArtifactConfig
-    file: VerifiedFile
-
-    def __str__(self) -> str:
-        return quoted(self.path)
 
 
 @contextmanager
@@ -186,6 +204,13 @@ def _checked_format(config: object, where: str) -> dict[str, object]:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], config: dict[str, object]) -> None:
+    with _staged(path, tensors, config):
+        pass
+
+
+@contextmanager
+def _staged(path: Path, tensors: Mapping[str, Tensor], config: dict[str, object]) -> Iterator[Path]:
+    """Write the files beside ``path``, where they stay until the block has ended without an error."""
     _check_place(path)
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -196,6 +221,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], config: dict[str, object])
         checked = config | {"checksum": _checksum(config, directory / TENSORS)}
         (directory / CONFIG).write_text(json.dumps(checked, indent=2, sort_keys=True) + "\n")
         (directory / CARD).write_text(model_card(known, tensors), encoding="utf-8")
+        yield directory
 
 
 def _as_read(config: Mapping[str, object], path: Path) -> ArtifactConfig:
@@ -216,7 +242,7 @@ def _check_place(path: Path) -> None:
         return
     if not path.is_dir():
         raise ArtifactError(f"{str(path)!r} is a file; name a directory for the adapter.")
-    strange = sorted({p.name for p in path.iterdir()} - {TENSORS, CONFIG, CARD})
+    strange = sorted({p.name for p in path.iterdir()} - {TENSORS, CONFIG, CARD, PROOF})
     if strange:
         raise ArtifactError(
             f"{str(path)!r} holds {strange[0]!r} and is no adapter directory; name a new one inside it or elsewhere."

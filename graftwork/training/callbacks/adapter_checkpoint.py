@@ -30,11 +30,13 @@ class AdapterCheckpoint(WritesRunDown, Checkpoint):
     Args:
         directory: Where they go; default the trainer's ``default_root_dir``.
         monitor: Metric of which less is better.
+        verify: Whether what was written is proved before it takes the place of the adapter before it.
     """
 
-    def __init__(self, directory: Optional[str] = None, monitor: str = "val_loss") -> None:
+    def __init__(self, directory: Optional[str] = None, monitor: str = "val_loss", verify: bool = True) -> None:
         self.directory = directory
         self.monitor = monitor
+        self.verify = verify
         self.best: float | None = None
         self.best_step: int | None = None
         self.path: Path | None = None
@@ -94,7 +96,7 @@ class AdapterCheckpoint(WritesRunDown, Checkpoint):
 
     def _save(self, trainer: Trainer, model: Trainee, name: str) -> Path:
         path = self._root(trainer) / name
-        model.save_adapters(path, step=trainer.global_step, recipe=self.facts.recipe_text)
+        model.save_adapters(path, step=trainer.global_step, recipe=self.facts.recipe_text, verify=self.verify)
         return path
 
     def _root(self, trainer: Trainer) -> Path:
