@@ -33,6 +33,14 @@ def refused(path: Path, message: str, model: GPT | None = None, **options: Any) 
     assert list(model.adapters) == names and torch.equal(model(tokens()), before)
 
 
+def save_unproved(model: GPT, path: Path) -> None:
+    """Save what the proof of every save would have refused."""
+    with pytest.raises(ArtifactError, match="fails its proof"):
+        model.save_adapters(path)
+    assert not path.exists()
+    model.save_adapters(path, verify=False)
+
+
 def joined_as(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Any], dict[str, Tensor]]:
     exact = tensors._joined
     return lambda sent: change(exact(sent))
@@ -46,7 +54,7 @@ def test_another_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     model = trained()
     with monkeypatch.context() as planted:
         planted.setattr(TrainedTensor, "key", property(lambda t: f"base_model.model.{t.adapter}.{t.site}.{t.name}"))
-        model.save_adapters(tmp_path / "adapter")
+        save_unproved(model, tmp_path / "adapter")
     refused(tmp_path / "adapter", "tensors its stack does not have, e.g. 'base_model.model")
 
 
@@ -59,7 +67,7 @@ def test_missing_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as planted:
         kept = joined_as(lambda found: {k: t for k, t in found.items() if not k.endswith("lora_B")})
         planted.setattr(tensors, "_joined", kept)
-        model.save_adapters(tmp_path / "adapter")
+        save_unproved(model, tmp_path / "adapter")
     refused(tmp_path / "adapter", "lacks 8 tensors of its stack")
 
 
@@ -72,7 +80,7 @@ def test_one_ranks_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with monkeypatch.context() as planted:
         half = joined_as(lambda found: {k: t[: max(1, len(t) // 2)].clone() for k, t in found.items()})
         planted.setattr(tensors, "_joined", half)
-        model.save_adapters(tmp_path / "adapter")
+        save_unproved(model, tmp_path / "adapter")
     refused(tmp_path / "adapter", "has shape .* but the model needs")
 
 
@@ -87,7 +95,7 @@ def test_parts_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             lambda found: {k: torch.stack(t.chunk(2)).mean(0) if len(t) > 1 else t for k, t in found.items()}
         )
         planted.setattr(tensors, "_joined", mean)
-        model.save_adapters(tmp_path / "adapter")
+        save_unproved(model, tmp_path / "adapter")
     refused(tmp_path / "adapter", "has shape .* but the model needs")
 
 
@@ -134,7 +142,7 @@ def test_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model.save_adapters(tmp_path / "adapter")
     with monkeypatch.context() as planted:
         planted.setattr(torch, "isfinite", lambda tensor: torch.ones_like(tensor, dtype=torch.bool))
-        model.save_adapters(tmp_path / "adapter")
+        save_unproved(model, tmp_path / "adapter")
     refused(tmp_path / "adapter", "holds NaN or Inf")
 
 

@@ -139,7 +139,7 @@ def saved(model: GPT, path: Path) -> Path:
         {"prompt_template": "{input} ", "answer_template": "{output}", "add_bos": None, "add_eos": True}
     )
     shake(model)
-    return model.save_adapters(path, step=3, recipe="trainer: x")
+    return model.save_adapters(path, step=3, recipe="trainer: x", verify=False)  # loading reads no proof
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,8 @@ def rebuilt(
         for name, items in twins.items():
             _fill(stack, name, items, tensors)
         seen |= tensors.keys()
-    missing = sorted({tensor.key for name in names for tensor in stack.tensors(name)} - seen)
+    empty = {f"{name}.{key}" for name, items in twins.items() for item in items for key in _unfilled(item)}
+    missing = sorted(({tensor.key for name in names for tensor in stack.tensors(name)} - seen) | empty)
     problem = problem or (f"tensor {missing[0]!r} is missing" if missing else None)
     agree(None if problem is None else ArtifactError(problem))
     with stack.standing_in(twins):
@@ -125,11 +126,14 @@ def _fill(stack: Stack, name: str, items: Sequence[Grafted], tensors: Mapping[st
     for item in items:
         device = parameter_device(stack.host.chunks[item.site.chunk])
         for key, parameter in list(item.adapter.named_parameters()):
-            full = tensors.get(f"{name}.{item.site.name}.{key}")
-            if full is None:
-                continue
-            record = record_of(parameter)
+            full, record = tensors.get(f"{name}.{item.site.name}.{key}"), record_of(parameter)
+            if full is None or tuple(full.shape) != record.sharding.shape:
+                continue  # it is told on all ranks together
             head, _, leaf = key.rpartition(".")
             filled = nn.Parameter(record.sharding.take(full, *record.place).to(device), requires_grad=False)
             mark(filled, record)
             item.adapter.get_submodule(head).register_parameter(leaf, filled)
+
+
+def _unfilled(item: Grafted) -> list[str]:
+    return [f"{item.site.name}.{key}" for key, value in item.adapter.named_parameters() if value.is_meta]
