@@ -56,5 +56,5 @@ def test_two_machines_write_the_same_bytes(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr.decode()[-2000:]
         files = [out / "rows.jsonl", *sorted((out / "adapter").iterdir())]
         written.append({file.name: file.read_bytes() for file in files})
-    assert len(written[0]) == 4 and written[0] == written[1]
+    assert len(written[0]) == 5 and written[0] == written[1]
     assert "café" in written[0]["README.md"].decode()

@@ -55,12 +55,15 @@ def test_the_matrix_notices_a_mistake(
 
 
 def save_with(rank: int, world: int, breakage: str, root: Path, path: Path) -> None:
-    """Save a fresh adapter over two tensor-parallel ranks."""
+    """Save a fresh adapter over two tensor-parallel ranks, once its proof has been refused on both."""
     parallel.initialize(layout_of(tensor=2))
     BREAKS[breakage]()
     model = model_of(Cell("llama", "lora"), root)
     model.configure_model()
-    model.save_adapters(path)
+    with pytest.raises(ArtifactError, match="has shape"):
+        model.save_adapters(path)
+    assert not path.exists()
+    model.save_adapters(path, verify=False)
 
 
 @pytest.mark.processes
