@@ -1,11 +1,13 @@
 """The tiny recipe as a container run, with a real Docker daemon: the same losses, the user's files, honest ends."""
 
+import gc
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,9 +48,11 @@ def containers() -> list[str]:
 @pytest.fixture(autouse=True)
 def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No container survives its test. NeMo Run reads stdin, which pytest forbids."""
-    with open(os.devnull) as empty:
+    with open(os.devnull) as empty, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
         monkeypatch.setattr(sys, "stdin", empty)
         yield
+        gc.collect()  # what they leave open closes here, not in the middle of another test
     until(lambda: containers() == [])  # Docker removes them a moment after they have ended
 
 
