@@ -59,6 +59,7 @@ def job_of(out: str) -> str:
     return found[1]
 
 
+@pytest.mark.slow
 def test_an_array_is_followed_and_gone_on_with(slurm_lab: SlurmLab, tmp_path: Path) -> None:
     axes: dict[str, list[object]] = {"fail": [False, True], "optim.lr": [0.1, 0.2]}
     done = launch(tmp_path, axes)
