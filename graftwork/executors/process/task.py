@@ -95,6 +95,8 @@ def sentence(error: GraftworkError) -> str:
 def quiet_lightning() -> None:
     """Silence what Lightning announces on every start: devices, process groups, adverts, a Slurm that is not used."""
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
+    # megatron-core calls it; nobody who trains can change that
+    warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is deprecated")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
