@@ -194,6 +194,23 @@ def test_a_configuration_of_another_function_is_never_published(
     refused(model, tmp_path / "adapter", DESCRIBED[change])
 
 
+def test_a_tensor_that_was_brought_together_wrong_is_never_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file holds what it was given, which is not what was trained: one bit of it, that no logit shows."""
+    model = trained()
+    model.save_adapters(tmp_path / "adapter", step=1)
+    exact = artifact.bring_together
+
+    def wrong(*about: Any) -> dict[str, Tensor]:
+        tensors = {key: tensor.clone() for key, tensor in (exact(*about) or {}).items()}
+        one_bit(tensors)
+        return tensors
+
+    monkeypatch.setattr(artifact, "bring_together", wrong)
+    refused(model, tmp_path / "adapter", "differs from the trained one")
+
+
 def test_logits_catch_what_tensors_and_options_do_not_tell(tmp_path: Path) -> None:
     """A live adapter whose scale is another than its options say: the files hold all of it but that."""
     model = trained("lora")
