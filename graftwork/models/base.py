@@ -36,7 +36,7 @@ from graftwork.models.fitting import ValidationLoss, prompt_format_of, refuse_un
 from graftwork.models.generation.answers import Answer, answer, refuse_spread_experts
 from graftwork.models.generation.decoding import Decoding, Options, generate
 from graftwork.models.loss import LossFunction
-from graftwork.models.microbatch import Targets
+from graftwork.models.microbatch import Targets, headless
 from graftwork.models.pending import Add, Change, Freeze, Load, Pending, Request
 from graftwork.models.precision import common_dtype
 from graftwork.models.proof import Compared, prove, repeat
@@ -98,7 +98,6 @@ class Model(pl.LightningModule):
         self._stack: Stack | None = None
         self._pending = Pending()
         self._validation = ValidationLoss()
-        self._targets = Targets()
 
     # ---- what a family supplies ----------------------------------------------------------------------------------
 
@@ -114,9 +113,9 @@ class Model(pl.LightningModule):
         """Return how prompts, each with the tokens that follow it, reach the model, with targets on those tokens."""
         raise TypeError(f"{type(self).__name__} must say how prompts and answers reach it.")
 
-    def forward_step(self, data_iterator: Iterator[Batch], module: nn.Module) -> tuple[Tensor, LossFunction]:
-        """megatron-core's ``forward_step_func``: one microbatch's output and the function that reads its loss."""
-        raise TypeError(f"{type(self).__name__} must say how it runs a microbatch.")
+    def local(self, batch: Batch) -> Batch:
+        """Return this rank's part of a microbatch, laid out as ``run_chunk`` reads it."""
+        raise TypeError(f"{type(self).__name__} must say how a microbatch reaches a chunk.")
 
     def draw(self) -> Draw:
         """Return how random weights are drawn."""
@@ -393,6 +392,22 @@ class Model(pl.LightningModule):
         refuse_spread_experts()
         return self.answer_batch(batch, **self.generation)
 
+    # ---- microbatches --------------------------------------------------------------------------------------------
+
+    def forward_step(self, data_iterator: Iterator[Batch], module: nn.Module) -> tuple[Tensor, LossFunction]:
+        """megatron-core's ``forward_step_func``: a chunk's hidden states and the function that reads their loss.
+
+        The function returns (sum of the answer tokens' losses, their number, {"loss_sum", "num_tokens"}), so that
+        whoever drives the schedule divides once, by the tokens of the whole global batch.
+        """
+        targets, hidden = self._run(next(data_iterator), module)
+        return hidden, targets.loss
+
+    def target_logits(self, batch: Batch) -> Tensor:
+        """Return this tensor-parallel rank's logits [n, v/tp] at the targets of a microbatch; one stage only."""
+        targets, hidden = self._run(batch, self.chunks[0])
+        return targets.logits(hidden)
+
     # ---- fitting -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -435,6 +450,16 @@ class Model(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what trains in Lightning's checkpoint: the adapters, or all weights in full fine-tuning."""
         checkpoint["state_dict"] = trained_only(checkpoint.get("state_dict", {}), self.named_parameters())
+
+    @property
+    def _starts_gradients(self) -> bool:
+        """Whether gradients reach a frozen embedding: recomputed layers, and stages without adapters, ask for them."""
+        return self.recompute == "full" or parallel.pp_size() > 1
+
+    def _run(self, batch: Batch, chunk: nn.Module) -> tuple[Targets, Tensor]:
+        batch = self.local(batch)
+        with headless(chunk):
+            return Targets(chunk, batch, self.shape.vocab_size), self.run_chunk(chunk, batch)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         output, loss_function = self.forward_step(iter([batch]), self.chunks[0])
