@@ -3,7 +3,6 @@
 The gradient is made in the forward pass, while a block's logits are there; the backward pass only scales it.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,10 +14,8 @@ from graftwork.parallel.state import tp_group, tp_rank, tp_size
 
 FEWEST_ROWS = 64
 """Positions of a block at least: the whole weight is read again for each block."""
-BLOCKS = 10
-"""A large microbatch is cut into so many blocks, or more."""
-BLOCK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
-"""Logits of a block at most: more are no faster."""
+BLOCKS = 13
+"""A large microbatch is cut into so many blocks."""
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -48,8 +45,11 @@ class _HeadLoss(torch.autograd.Function):
         of_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
         first = tp_rank() * len(weight)
         real = vocab_size - first
-        for rows in _blocks(len(hidden), weight):
-            block = _Block(hidden[rows], weight, targets[rows] - first, real)
+        size = min(len(hidden), max(FEWEST_ROWS, -(-len(hidden) // BLOCKS)))
+        room = hidden.new_empty(size, min(max(real, 1), len(weight)), dtype=exact)
+        for start in range(0, len(hidden), size or 1):
+            rows = slice(start, start + size)
+            block = _Block(hidden[rows], weight[: room.shape[1]], targets[rows] - first, real, room)
             losses[rows] = block.losses
             if any(wanted):
                 block.differentiate()
@@ -57,6 +57,7 @@ class _HeadLoss(torch.autograd.Function):
                 of_hidden[rows] = block.of_hidden()
             if of_weight is not None:
                 block.add_of_weight(of_weight)
+            del block  # before the next one is made
         ctx.save_for_backward(of_hidden, None if of_weight is None else of_weight.to(weight.dtype))
         return losses.sum()
 
@@ -70,16 +71,19 @@ class _HeadLoss(torch.autograd.Function):
 class _Block:
     """Positions whose logits exist at one time: hidden [m, h], and targets [m] as places among this rank's rows.
 
-    Only the first ``real`` rows of ``weight`` take part; there may be none. Where the logits stood stand their
-    exponentials, then the gradients times the softmax's sum: that is divided out of the small side of each product.
+    Where no row is ``real``, the one in ``weight`` takes no part. In ``room`` stand the logits, then their
+    exponentials, then their gradients times the softmax's sum: that is divided out of each product's small side.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, real: int) -> None:
-        self.hidden, self.weight = hidden, weight[: max(real, 1)]
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, real: int, room: Tensor) -> None:
+        self.hidden, self.weight = hidden, weight
         self.mine = (targets >= 0) & (targets < min(real, len(weight)))
         self.places = targets.where(self.mine, 0)[:, None]
-        logits = F.linear(self.hidden, self.weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = room[: len(hidden)]
+        if room.dtype == hidden.dtype:
+            torch.mm(hidden, weight.t(), out=logits)
+        else:
+            logits.copy_(F.linear(hidden, weight))
         if real < 1:
             logits.fill_(float("-inf"))
         logits -= _over_ranks(logits.amax(1), dist.ReduceOp.MAX)[:, None]
@@ -91,25 +95,19 @@ class _Block:
     def differentiate(self) -> None:
         """Turn the exponentials into gradients of the logits, times the sum."""
         self.values.scatter_add_(1, self.places, -self.sums.where(self.mine, 0)[:, None])
-        self.values = self.values.to(self.weight.dtype)
+        self.gradients = self.values.to(self.weight.dtype)
 
     def of_hidden(self) -> Tensor:
         """Return this rank's part of the gradient of ``hidden``."""
-        return (self.values @ self.weight) / self.sums[:, None]
+        return (self.gradients @ self.weight) / self.sums[:, None]
 
     def add_of_weight(self, total: Tensor) -> None:
         """Add the gradient of the weight to ``total``, in fp32 or more."""
         scaled, rows = (self.hidden / self.sums[:, None]).to(self.weight.dtype), total[: len(self.weight)]
         if rows.dtype == scaled.dtype:
-            torch.addmm(rows, self.values.t(), scaled, out=rows)
+            torch.addmm(rows, self.gradients.t(), scaled, out=rows)
         else:
-            rows += self.values.t() @ scaled
-
-
-def _blocks(count: int, weight: Tensor) -> Iterator[slice]:
-    most = BLOCK_ELEMENTS.get(weight.device.type, BLOCK_ELEMENTS["cuda"]) // len(weight)
-    size = max(FEWEST_ROWS, min(most, -(-count // BLOCKS)))
-    return (slice(start, start + size) for start in range(0, count, size))
+            rows += self.gradients.t() @ scaled
 
 
 def _over_ranks(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:

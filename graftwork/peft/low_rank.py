@@ -35,9 +35,7 @@ class _LowRankLinear(torch.autograd.Function):
     """See ``low_rank_linear``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Multiply; the update is added by its second product."""
         flat = x.reshape(-1, x.shape[-1])
         low = (flat @ A.to(x.dtype).t()).mul_(scale)
