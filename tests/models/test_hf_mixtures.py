@@ -22,6 +22,7 @@ from graftwork.models.weights import (
     hf_config,
     load,
     load_weights,
+    mapping_for,
     read_config,
     shape_from_hf,
 )
@@ -32,6 +33,8 @@ from tests.helpers.layouts import layout_of
 from tests.helpers.tiny_hf import ODD_VOCABULARY, make_tiny, oracle, tiny_model
 
 MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe"]
+SOME = ["qwen3_moe_some", "qwen2_moe_every_other"]
+"""Not every layer is one."""
 TOLERANCE = 2e-5
 
 
@@ -140,6 +143,27 @@ def test_adapters_of_experts_are_not_exchanged(tmp_path: Path) -> None:
         model.export_adapters(tmp_path / "out", format="peft")
 
 
+def test_layers_without_experts(tmp_path: Path) -> None:
+    tiny = {"num_layers": 3, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2, "vocab_size": 101}
+    mixed = {**tiny, "family": "qwen3_moe", "qk_layernorm": True, "num_moe_experts": 4}
+    shape = shapes.llama2_7b(**mixed, moe_layer_freq=(0, 1, 1))
+    assert shape.moe_layer_freq == [0, 1, 1] and hf_config(shape)["mlp_only_layers"] == [0]
+    assert shape_from_hf(hf_config(shape)) == shape
+    assert shape.transformer_config().moe_layer_freq == [0, 1, 1]
+    assert shapes.llama2_7b(**mixed, moe_layer_freq=[1, 1, 1]) == shapes.llama2_7b(**mixed)
+    module = build(shape)
+    assert shape.total_parameters() == sum(p.numel() for p in module.parameters())
+    assert [hasattr(layer.mlp, "experts") for layer in module.decoder.layers] == [False, True, True]
+    for wrong in ([0, 1], [0, 1, 2], [0, 1, True], "011", 2):
+        with pytest.raises(ConfigError, match="a list of 3 numbers is valid, 1 for a layer that is a mixture and 0 for"):
+            shapes.llama2_7b(**mixed, moe_layer_freq=wrong)
+    for wrong in ({**mixed, "moe_layer_freq": [0, 0, 0]}, {**tiny, "moe_layer_freq": [0, 1, 1]}):
+        with pytest.raises(ConfigError, match="moe_layer_freq needs num_moe_experts and a 1 for at least one layer"):
+            shapes.llama2_7b(**wrong)
+    with pytest.raises(ConfigError, match=r"no Hugging Face mixtral model has moe_layer_freq=\[0, 1, 1\]; None is valid"):
+        mapping_for(shapes.llama2_7b(**{**mixed, "family": "mixtral"}, moe_layer_freq=[0, 1, 1]))
+
+
 def load_and_export(rank: int, world: int, sizes: dict[str, int], sources: list[Path], target: Path) -> list:
     parallel.initialize(layout_of(**sizes))
     results = []
@@ -189,7 +213,7 @@ LAYOUTS = [
 @pytest.mark.processes
 @pytest.mark.parametrize("sizes, world", LAYOUTS)
 def test_experts_spread_over_ranks_equal_one_process(sizes: dict[str, int], world: int, tmp_path: Path) -> None:
-    sources = [make_tiny(family, tmp_path / family) for family in MIXTURES]
+    sources = [make_tiny(family, tmp_path / family) for family in (*MIXTURES, *SOME)]
     ranks = run_ranks(load_and_export, world, sizes, sources, tmp_path / "out")
     for index, source in enumerate(sources):
         expected = logits(loaded(source)[0], tokens())
