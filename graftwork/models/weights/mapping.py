@@ -48,11 +48,13 @@ class Rule:
 class Stack:
     """A tensor [experts, rows, columns] that some checkpoints hold in place of a ``rule``'s tensors of every expert.
 
-    Of each expert it has the rule's tensors one below the other; ``hf`` is its name, with ``{layer}``.
+    Of each expert it has the rule's tensors one below the other; ``hf`` is its name, with ``{layer}``; ``parameter``:
+    that of the parameter in the model that transformers builds.
     """
 
     hf: str
     rule: Rule
+    parameter: str
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,11 @@ class MixtureLike(LlamaLike):
         """Return the rules of LLaMA's tensor names; checkpoints may hold all experts of a layer in two tensors."""
         plain = super().mapping(shape, padded)
         first, second = (rule for rule in plain.rules if rule.of_expert)
-        experts = f"model.layers.{{layer}}.{self.block}experts."
-        stacks = (Stack(experts + "gate_up_proj", first), Stack(experts + "down_proj", second))
-        # transformers calls every mixture "mlp" once its experts are stacked.
+        layer = "model.layers.{layer}."
+        stacks = tuple(  # transformers calls every mixture "mlp" once its experts are stacked
+            Stack(f"{layer}{self.block}experts.{name}", rule, f"{layer}mlp.experts.{name}")
+            for name, rule in (("gate_up_proj", first), ("down_proj", second))
+        )
         renamed = () if self.block == "mlp." else ((r"^(model\.layers\.\d+\.)mlp\.", rf"\1{self.block}"),)
         return replace(plain, experts=shape.num_moe_experts or 0, renamed=renamed, stacks=stacks)
 
