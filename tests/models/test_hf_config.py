@@ -1,9 +1,14 @@
 """Reading config.json: both spellings of rotary settings, what is refused, and the way back."""
 
+import inspect
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from graftwork.errors import CheckpointError, ConfigError
 from graftwork.models import shapes
@@ -98,3 +103,29 @@ def test_bad_directories(tmp_path: Path) -> None:
             read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert read_config(tmp_path) == LLAMA
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gemma", "its embeddings are multiplied by the root of hidden_size"),
+        ("gemma2", "its layers have a norm behind attention and one behind the MLP, and its attention scores and logits"),
+        ("gemma3", "and most of them a window and a rotary base of their own"),
+        ("gemma3_text", "and most of them a window and a rotary base of their own"),
+    ],
+)
+def test_a_type_that_cannot_be_computed_exactly_is_refused_with_the_reason(model_type: str, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=f"model_type '{model_type}' is not supported: .*{reason}") as caught:
+        shape_from_hf({**LLAMA, "model_type": model_type})
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500 and "; valid: llama, mistral, " in message
+
+
+def test_the_reasons_are_true_of_the_installed_megatron_core() -> None:
+    """The day one of these fails, a Gemma may have become possible."""
+    norms = {f.name for f in fields(TransformerLayerSubmodules) if "norm" in f.name}
+    assert norms == {"input_layernorm", "pre_cross_attn_layernorm", "pre_mlp_layernorm"}
+    known = [f.name for f in fields(TransformerConfig)]
+    assert not [name for name in known if "cap" in name and ("soft" in name or "logit" in name)]
+    assert not [name for name in known if "embedding" in name and ("scale" in name or "multiplier" in name)]
+    assert [name for name in inspect.signature(GPTModel).parameters if "rotary_base" in name] == ["rotary_base"]
