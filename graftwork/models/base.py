@@ -4,6 +4,7 @@ A model *has* its parts: a stack of adapters, requests that wait for it to be bu
 methods hand on to them. Whatever only one family does belongs to that family's class.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -55,6 +56,8 @@ from graftwork.peft.stack import Stack
 from graftwork.routes import Routes
 from graftwork.virtual_tokens import PromptLayout
 from graftwork.ways import Way
+
+log = logging.getLogger(__name__)
 
 
 class Model(pl.LightningModule):
@@ -164,6 +167,7 @@ class Model(pl.LightningModule):
         """Build the module, fill in the base weights, carry out the requests that wait; idempotent."""
         if self.module is None:
             agreed(self._check_checkpoint)  # before anything is allocated
+            self._tell_of_window()
             chunks = self.build()
             self.fill(chunks)
             self.module = nn.ModuleList(chunks) if parallel.vp_size() else chunks[0]
@@ -480,6 +484,13 @@ class Model(pl.LightningModule):
             return TextEncoder(self.tokenizer, add_eos=False).add_bos
         except (ConfigError, CheckpointError):
             return None
+
+    def _tell_of_window(self) -> None:
+        if self.shape.sliding_window == self.shape.max_position_embeddings:
+            log.warning(
+                "Rows are limited to the model's sliding window of %d tokens, within which it has no effect.",
+                self.shape.sliding_window,
+            )
 
     def _check_checkpoint(self) -> None:
         if self.checkpoint_dir is not None:

@@ -64,7 +64,8 @@ class Shape:
     the chosen, or over all logits before the choice (``moe_router_pre_softmax``: their weights do not add up to 1);
     beside them an expert of ``moe_shared_expert_intermediate_size`` may see every token, weighted by a sigmoid
     (``moe_shared_expert_gate``). ``moe_layer_freq`` has a 1 for every layer that is a mixture and a 0 for one whose MLP
-    is ``ffn_hidden_size`` wide (None: all are mixtures). Raises ConfigError for a value that cannot work.
+    is ``ffn_hidden_size`` wide (None: all are mixtures). ``sliding_window`` is that of the published model, without an
+    effect on rows of at most ``max_position_embeddings``. Raises ConfigError for a value that cannot work.
     """
 
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = CHOICES
@@ -104,6 +105,7 @@ class Shape:
     moe_shared_expert_intermediate_size: Optional[int] = None
     moe_shared_expert_gate: bool = False
     moe_layer_freq: Optional[list[int]] = None
+    sliding_window: Optional[int] = None
 
     def __post_init__(self) -> None:
         """Fill what follows from other fields, then refuse what cannot work."""
@@ -119,6 +121,11 @@ class Shape:
         self._check_rotated()
         self._check_shared_expert()
         self._check_mixtures()
+        if self.sliding_window is not None and self.sliding_window < self.max_position_embeddings:
+            raise ConfigError(
+                f"Shape.sliding_window={self.sliding_window} would have an effect on rows of "
+                f"max_position_embeddings={self.max_position_embeddings}; a context of at most the window is valid."
+            )
         if self.num_moe_experts is not None:
             self._complete_experts(self.num_moe_experts)
 

@@ -1,7 +1,7 @@
 """Every field of every family's config class in transformers, flipped: equal logits, or a refusal in one sentence.
 
-Where logits are equal, those of the flipped field differ from the unflipped model's of the same weights, or the field is
-listed as one that changes none.
+Where logits are equal, those of the flipped field differ from the unflipped model's of the same weights, or the field
+is listed as one that changes none.
 """
 
 import json
@@ -202,10 +202,12 @@ FLIPS: dict[str, dict[str, list[Any]]] = {
 }
 """Values other than the tiny model's, and other than the default, for every field of a family's config class."""
 QUIET: dict[str, str] = {
-    **dict.fromkeys(("attention_dropout", "dropout_rate", "attn_pdrop", "resid_pdrop", "embd_pdrop"), "in training alone"),
+    **dict.fromkeys(
+        ("attention_dropout", "dropout_rate", "attn_pdrop", "resid_pdrop", "embd_pdrop"), "counts in training alone"
+    ),
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), "how long rows may be, no more"),
     "decoder_start_token_id": "where generation begins",
-    "sliding_window": "honoured where no row reaches it",
+    "sliding_window": "no row reaches it",
     "use_sliding_window": "honoured where it is off",
     "layer_types": "honoured where every layer has full attention",
 }
@@ -282,8 +284,9 @@ def outcome(directory: Path, before: Tensor | None = None) -> str:
     except CheckpointError as error:
         assert "\n" not in str(error) and len(str(error)) < 500, error
         return "refused"
-    theirs = _theirs(directory)
-    ours = _ours(directory, TOKENS)[..., : theirs.shape[-1]]
+    longest = shape_from_hf(read_config(directory)).max_position_embeddings  # a window may end it
+    theirs, before = _theirs(directory)[:, :longest], None if before is None else before[:, :longest]
+    ours = _ours(directory, TOKENS[:, :longest])[..., : theirs.shape[-1]]
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     assert difference < TOLERANCE, f"logits differ by {difference:.1e} of their scale"
     if before is None or (before.shape == theirs.shape and torch.allclose(before, theirs, rtol=0, atol=LEAST)):

@@ -86,12 +86,12 @@ IRRELEVANT: ReadOnly[str, str] = {
 
 _GEMMA = "its layers have a norm behind attention and one behind the MLP"
 INEXPRESSIBLE: ReadOnly[str, str] = {
-    "gemma": "its embeddings are multiplied by the root of hidden_size, which megatron-core's GPTModel has no place for",
+    "gemma": "its embeddings are multiplied by the root of hidden_size; megatron-core's GPTModel has no place for that",
     "gemma2": f"{_GEMMA}, and its attention scores and logits a soft cap; megatron-core's GPTModel has none of these",
     **dict.fromkeys(
         ("gemma3", "gemma3_text"),
-        f"{_GEMMA}, and most of them a window and a rotary base of their own; megatron-core's GPTModel has one base for "
-        "all layers, and none of these norms",
+        f"{_GEMMA}, and most of them a window and a rotary base of their own; megatron-core's GPTModel has one base "
+        "for all layers, and none of these norms",
     ),
 }
 """Model types that are asked for and cannot be computed exactly, with the reason."""
