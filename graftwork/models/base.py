@@ -32,6 +32,7 @@ from graftwork.models.adapters import (
     warn_of_other_prompts,
 )
 from graftwork.models.exchange.export import Wanted, export_stack
+from graftwork.models.exchange.proved import prove as prove_export
 from graftwork.models.fitting import ValidationLoss, prompt_format_of, refuse_unfit, schedules_steps, trained_only
 from graftwork.models.generation.answers import Answer, answer, refuse_spread_experts
 from graftwork.models.generation.decoding import Decoding, Options, generate
@@ -289,17 +290,25 @@ class Model(pl.LightningModule):
         return repeat(self, path)
 
     def export_adapters(
-        self, path: str | Path, format: str = "peft", for_: str = "peft", names: Sequence[str] | None = None
+        self,
+        path: str | Path,
+        format: str = "peft",
+        for_: str = "peft",
+        names: Sequence[str] | None = None,
+        verify: bool = True,
     ) -> Path:
         """Write the named adapters (default all) for Hugging Face PEFT, or ``for_="vllm"``; call it on every rank.
 
-        One adapter becomes the directory ``path``, several one directory each inside of it. Raises ConfigError for an
-        adapter that has no exact counterpart there, ArtifactError when ``path`` holds anything but an export.
+        One adapter becomes the directory ``path``, several one directory each inside of it. ``verify``: before it is
+        there, each is read back as any adapter of Hugging Face PEFT and compared with the live one on a small batch,
+        which it then carries as a proof. Raises ConfigError for an adapter that has no exact counterpart there,
+        ArtifactError when they differ or ``path`` holds anything but an export; what was there is then intact.
         """
         if not self.adapters:
             raise ArtifactError("The model has no adapters to export; add one with model.add_adapter(...).")
         wanted = Wanted(format, for_, names, self._base_name())
-        return export_stack(self.stack, self.shape, path, wanted, self._adds_bos)
+        proving = partial(prove_export, self, self.shape) if verify else None
+        return export_stack(self.stack, self.shape, path, wanted, self._adds_bos, proving)
 
     def prompt_format(self, given: Collection[str] = (), way: Way = None) -> dict[str, Any]:
         """Return how the adapters were trained to be asked: templates, BOS and EOS, without the keys ``given``.

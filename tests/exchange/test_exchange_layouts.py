@@ -11,7 +11,8 @@ from torch import Tensor
 from graftwork import parallel
 from graftwork.errors import GraftworkError
 from graftwork.models.base import Model
-from graftwork.models.exchange.export import Wanted, export_directory
+from graftwork.models.exchange.directory import export_directory
+from graftwork.models.exchange.export import Wanted
 from graftwork.peft import IA3, CanonicalLoRA, DoRA, LoRA, PromptTuning
 from graftwork.training import Layout
 from tests.contracts.methods import prompted, shake

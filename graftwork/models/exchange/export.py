@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,15 @@ from safetensors import SafetensorError
 from graftwork.errors import ArtifactError, CheckpointError, ConfigError, quoted, suggest
 from graftwork.models.exchange import low_rank, prompts, scales, serving
 from graftwork.models.exchange.lazy import Held, Readable
-from graftwork.models.exchange.piece import Piece, write
+from graftwork.models.exchange.piece import Piece, Staged, staged
 from graftwork.models.exchange.places import Places
 from graftwork.models.shape import Shape
 from graftwork.models.weights import family_named
 from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT
 from graftwork.peft.artifact import directory as artifact
-from graftwork.peft.artifact.entries import named, prompt_formats, transforms
+from graftwork.peft.artifact.proof import PROOF
 from graftwork.peft.artifact.tensors import bring_together
-from graftwork.peft.artifact.verified import stored_tensors
 from graftwork.peft.methods import IA3, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, PromptTuning, PTuning, Selective
 from graftwork.peft.methods.prompt_table import PromptMethod
 from graftwork.peft.stack import Stack
@@ -55,47 +56,53 @@ class Wanted:
                 raise ConfigError(f"{field} is {quoted(value)}; {suggest(str(value), valid)}")
 
 
-def export_stack(stack: Stack, shape: Shape, path: str | Path, wanted: Wanted, bos: Callable[[], bool | None]) -> Path:
+Prove = Callable[[Staged | None], Mapping[str, str]]
+"""Takes what was written (on the first rank), on every rank; returns proofs by the names of pieces."""
+
+
+def export_stack(
+    stack: Stack,
+    shape: Shape,
+    path: str | Path,
+    wanted: Wanted,
+    bos: Callable[[], bool | None],
+    prove: Prove | None = None,
+) -> Path:
     """Write the named adapters of a model (default all), from every rank together.
 
     One adapter becomes the directory ``path``, several one directory each inside of it, and so do the tasks of a
-    prompt. ``bos`` tells whether the tokenizer puts BOS in front of a row. Raises, on every rank, MatchError for an
-    unknown name, ConfigError for what has no exact counterpart, ArtifactError or CheckpointError when it cannot be
-    written.
+    prompt. ``bos`` tells whether the tokenizer puts BOS in front of a row; ``prove`` sees what was written before
+    anybody else does. Raises what it raises and, on every rank, MatchError for an unknown name, ConfigError for what
+    has no exact counterpart, ArtifactError or CheckpointError when it cannot be written.
     """
     asked = set(stack.known(wanted.names))
     chosen = [transform for name, transform in stack.transforms.items() if name in asked]
-    places = agreed(lambda: _checked(chosen, shape, wanted))
+    places = agreed(lambda: checked(chosen, shape, wanted))
     tensors = bring_together(stack, [transform.name for transform in chosen])
-    formats = _with_bos(chosen, stack.prompt_formats, bos)
-
-    def put() -> None:
-        if tensors is not None:
-            write(Path(path), _pieces(chosen, places, shape, tensors, formats, wanted))
+    formats = with_bos(chosen, stack.prompt_formats, bos)
 
     def explain(problem: Exception) -> CheckpointError:
         return CheckpointError(f"The adapter was not exported to {quoted(path)}: {quoted(str(problem), bare=True)}.")
 
-    agreed(put, catch=(OSError, SafetensorError), explain=explain)
+    def put() -> Staged | None:
+        if tensors is None:
+            return None
+        return held.enter_context(staged(Path(path), pieces_of(chosen, places, shape, tensors, formats, wanted)))
+
+    together = partial(agreed, catch=(OSError, SafetensorError), explain=explain)
+    with ExitStack() as held:
+        written = together(put)
+        proofs = {} if prove is None else prove(written)
+        together(lambda: None if written is None else finish(written, proofs))
+        together(held.close)
     return Path(path)
 
 
-def export_directory(
-    adapter: str | Path, path: str | Path, wanted: Wanted, bos: Callable[[], bool | None]
-) -> list[Path]:
-    """Write the adapters of an artifact as ``export_stack`` does, without a model; return the directories."""
-    with artifact.opened(adapter) as held:
-        chosen = named(transforms(held.config, held.path), wanted.names, str(held))
-        shape = shape_of(held)
-        places = _checked(chosen, shape, wanted)
-        formats = _with_bos(chosen, prompt_formats(held.config, [transform.name for transform in chosen]), bos)
-        wanted = replace(wanted, base=wanted.base or held.config.base.name)
-        pieces = _pieces(chosen, places, shape, stored_tensors(held.file), formats, wanted)
-        try:
-            write(Path(path), pieces)
-        except OSError as error:
-            raise CheckpointError(f"{quoted(path)} cannot be written: {error.strerror}.") from error
-    return [Path(path) / piece.place for piece in pieces]
+def finish(written: Staged, proofs: Mapping[str, str]) -> None:
+    """Put beside each piece its proof, by its name."""
+    for piece in written.pieces:
+        if piece.name in proofs:
+            (written.directory / piece.place / PROOF).write_text(proofs[piece.name])
 
 
 def _warn_of_company(chosen: Sequence[PEFT], tensors: Mapping[str, Readable]) -> None:
@@ -116,7 +123,7 @@ def _warn_of_company(chosen: Sequence[PEFT], tensors: Mapping[str, Readable]) ->
             )
 
 
-def _checked(chosen: Sequence[PEFT], shape: Shape, wanted: Wanted) -> Places:
+def checked(chosen: Sequence[PEFT], shape: Shape, wanted: Wanted) -> Places:
     """Return where the linears are, once everything that can be refused without a tensor is known to be fine."""
     if not chosen:
         raise ArtifactError("No adapter was named to be exported; leave names out for all of them.")
@@ -141,7 +148,7 @@ def _check_dropout(transform: LoRA) -> None:
         )
 
 
-def _pieces(
+def pieces_of(
     chosen: Sequence[PEFT],
     places: Places,
     shape: Shape,
@@ -149,6 +156,7 @@ def _pieces(
     formats: Mapping[str, Mapping[str, Any]],
     wanted: Wanted,
 ) -> list[Piece]:
+    """Return the directories that adapters become, their tensors not made yet."""
     _warn_of_company(chosen, tensors)
     found = []
     for transform in chosen:
@@ -164,7 +172,7 @@ def _pieces(
         elif isinstance(transform, PromptMethod):
             prompts.check_placement(transform, places, formats.get(transform.name, {}).get("add_bos"))
             found += _prompts(transform, places, shape, held, wanted)
-    return [replace(found[0], place="")] if len(found) == 1 else found
+    return [replace(found[0], alone=True)] if len(found) == 1 else found
 
 
 def _low_rank(transform: LoRA, places: Places, held: Held, wanted: Wanted) -> Piece:
@@ -189,7 +197,7 @@ def _prompts(transform: PromptMethod, places: Places, shape: Shape, held: Held, 
     ]
 
 
-def _with_bos(
+def with_bos(
     chosen: Sequence[PEFT], known: Mapping[str, Mapping[str, Any]], bos: Callable[[], bool | None]
 ) -> dict[str, Mapping[str, Any]]:
     """Return prompt formats that say whether rows have BOS, also where the data left it to the tokenizer."""

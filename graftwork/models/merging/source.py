@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from graftwork.errors import ArtifactError, CheckpointError, quoted
+from graftwork.errors import ArtifactError, quoted
 from graftwork.models.exchange import theirs
 from graftwork.models.exchange.export import shape_of
 from graftwork.models.exchange.incoming import converted
 from graftwork.models.exchange.lazy import Held, Readable
 from graftwork.models.shape import Shape
 from graftwork.models.weights import fingerprint, read_config, shape_from_hf
-from graftwork.models.weights.hub import HubModel, find, resolve
+from graftwork.models.weights.hub import at_hand, resolve
 from graftwork.peft import PEFT
 from graftwork.peft.artifact import directory as artifact
 from graftwork.peft.artifact.entries import named, prompt_formats, transforms
@@ -99,15 +99,12 @@ def _directory(name: object, given: str | Path | None, who: str, printed: str | 
             f"Adapter {who} was trained on random weights, which no directory holds; merge it where they are "
             "(merge_adapters, export_hf)."
         )
-    try:
-        found = find(name) if isinstance(name, str) else None
-    except CheckpointError:  # a name that means nothing here
-        found = None
-    if found is None or isinstance(found, HubModel):
+    found = at_hand(name) if isinstance(name, str) else None
+    if found is None:
         raise ArtifactError(
             f"Adapter {who} belongs to {quoted(name)}, which is not here; name its checkpoint with base=."
         )
-    return found if isinstance(found, Path) else found.make()
+    return found
 
 
 def _check_base(held: artifact.Artifact, directory: Path, shape: Shape) -> None:

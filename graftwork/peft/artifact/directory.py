@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graftwork.atomic import atomic_directory
-from graftwork.errors import ArtifactError, CheckpointError, quoted
+from graftwork.errors import ArtifactError, CheckpointError, GraftworkError, quoted
 from graftwork.jsonfile import parse_json, read_bytes, refuse_outside, validated
 from graftwork.parallel.collective import agreed, all_gather_objects
 from graftwork.peft.artifact.card import model_card
@@ -106,14 +106,28 @@ def save(
     return Path(path)
 
 
-def put(path: str | Path, transform: PEFT, tensors: Mapping[str, Tensor], base: Base, prompt: PromptFormat) -> Path:
+def put(
+    path: str | Path,
+    transform: PEFT,
+    tensors: Mapping[str, Tensor],
+    base: Base,
+    prompt: PromptFormat,
+    prove: Prove | None = None,
+) -> Path:
     """Write one adapter that no model holds to directory ``path`` in one step; ``tensors`` by full name, fp32.
 
     Raises as ``save`` does.
     """
     config = _config([entry_of(transform, prompt)], [transform.name], base, None, None)
     try:
-        _write(Path(path).resolve(), tensors, config)
+        with _staged(Path(path).resolve(), tensors, config) as directory:
+            if prove is not None:
+                with ExitStack() as reading:
+                    proof = prove([transform.name], _read(directory, reading), tensors)
+                if proof is not None:
+                    (directory / PROOF).write_text(proof)
+    except GraftworkError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"The adapter was not saved to {quoted(path)}: {quoted(str(error), bare=True)}."
@@ -203,11 +217,6 @@ def _checked_format(config: object, where: str) -> dict[str, object]:
     return config
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], config: dict[str, object]) -> None:
-    with _staged(path, tensors, config):
-        pass
-
-
 @contextmanager
 def _staged(path: Path, tensors: Mapping[str, Tensor], config: dict[str, object]) -> Iterator[Path]:
     """Write the files beside ``path``, where they stay until the block has ended without an error."""
@@ -262,8 +271,13 @@ def _config(
         "dtype": "float32",
         "step": step,
         "recipe": recipe,
-        "versions": {p: _version(p) for p in ("graftwork", "megatron-core", "torch", "lightning", "nemo-run")},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of what makes an adapter, None for a package that is not there."""
+    return {p: _version(p) for p in ("graftwork", "megatron-core", "torch", "lightning", "nemo-run")}
 
 
 def _checksum(config: Mapping[str, object], tensors: Path) -> str:
