@@ -117,23 +117,22 @@ def repeat(model: Provable, path: str | Path) -> list[Compared]:
     """
     config = artifact.read_everywhere(path)
     proof = agreed(partial(read, path, config.checksum))
-    agreed(partial(_check_fits, model, proof, path))
-    found = []
+    agreed(partial(check_fits, proof, model.shape.vocab_size, path))
+    agreed(lambda: [model.stack.known(view.adapters) for view in proof.views])
     with evaluating(model):
-        views = [(view, logits(model, proof.probe, view.adapters)) for view in proof.views]
-    base = views[0][1][:, proof.columns]
-    for view, whole in views:
-        values, wanted = whole[:, proof.columns], torch.tensor(view.values, dtype=torch.float32)
-        found.append(
-            Compared(
-                adapters=tuple(view.adapters),
-                difference=distance(values, wanted, view.scale),
-                effect=distance(values, base, view.scale),
-                tolerance=proof.tolerance,
-                exact=digest(whole) == view.digest,
-            )
-        )
-    return found
+        return [compared(proof, view, logits(model, proof.probe, view.adapters)) for view in proof.views]
+
+
+def compared(proof: Proof, view: View, whole: Tensor) -> Compared:
+    """Return how far logits [n, vocabulary] of a proof's probe are from what one of its views holds."""
+    values, wanted = whole[:, proof.columns], torch.tensor(view.values, dtype=torch.float32)
+    return Compared(
+        adapters=tuple(view.adapters),
+        difference=distance(values, wanted, view.scale),
+        effect=distance(values, torch.tensor(proof.views[0].values, dtype=torch.float32), view.scale),
+        tolerance=proof.tolerance,
+        exact=digest(whole) == view.digest,
+    )
 
 
 def draw(model: Provable, names: Sequence[str], task: str | None = None) -> Probe | None:
@@ -212,10 +211,9 @@ def refused(what: str = "saved") -> Iterator[None]:
         raise ArtifactError(f"The adapter was not {what}: what was written fails its proof, {reason}.") from error
 
 
-def _check_fits(model: Provable, proof: Proof, path: str | Path) -> None:
-    probe, vocabulary = proof.probe, model.shape.vocab_size
+def check_fits(proof: Proof, vocabulary: int, path: str | Path) -> None:
+    """Raise ArtifactError for a probe with ids that are not in a vocabulary."""
+    probe = proof.probe
     ids = [i for row in [*probe.prompts, *probe.answers, proof.columns] for i in row]
     if max(ids) >= vocabulary:
         raise ArtifactError(f"The proof of {str(path)!r} has the token id {max(ids)}; valid: 0 to {vocabulary - 1}.")
-    for view in proof.views:
-        model.stack.known(view.adapters)

@@ -46,7 +46,7 @@ def prove(model: proof.Provable, shape: Shape, written: Staged | None) -> dict[s
     found = {}
     with evaluating(model), proof.refused("exported"):
         for index, (name, adapter, task) in enumerate(names):
-            read = agreed(lambda: None if written is None else _read(written, index))
+            read = agreed(partial(_read, written, index))
             text = _proved(model, shape, adapter, task, read)
             if text is not None:
                 found[name] = text
@@ -85,8 +85,10 @@ def _everywhere(read: Read | None) -> Read:
     return Read(*about, tensors)
 
 
-def _read(written: Staged, index: int) -> Read:
+def _read(written: Staged | None, index: int) -> Read | None:
     """Read a piece from its files; raises ArtifactError for tensors that are not those which were to be written."""
+    if written is None:
+        return None
     piece = written.pieces[index]
     with ExitStack() as held:
         there = theirs.read(written.directory / piece.place, held)
