@@ -31,6 +31,7 @@ from graftwork.models.adapters import (
     seen,
     warn_of_other_prompts,
 )
+from graftwork.models.cards import describe
 from graftwork.models.exchange.export import Wanted, export_stack
 from graftwork.models.exchange.proved import prove as prove_export
 from graftwork.models.fitting import ValidationLoss, prompt_format_of, refuse_unfit, schedules_steps, trained_only
@@ -51,6 +52,7 @@ from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT, report
 from graftwork.peft import tasks as tasks_of
 from graftwork.peft.artifact import directory as artifact
+from graftwork.peft.artifact.card import NOTHING, Told
 from graftwork.peft.sites import Host
 from graftwork.peft.stack import Stack
 from graftwork.routes import Routes
@@ -270,17 +272,20 @@ class Model(pl.LightningModule):
         step: int | None = None,
         recipe: str | None = None,
         verify: bool = True,
+        told: Told = NOTHING,
     ) -> Path:
         """Write the named adapters (default all) as one artifact directory, atomically; call it on every rank.
 
         ``verify``: before the directory is there, its adapters are built anew from the files and compared with these
-        on a small batch that it then carries as a proof. Raises ArtifactError, and leaves what was there, when they
-        differ.
+        on a small batch that it then carries as a proof. ``told``: what the card says of the training. Raises
+        ArtifactError, and leaves what was there, when they differ.
         """
         if not self.adapters:
             raise ArtifactError("The model has no adapters to save; add one with model.add_adapter(...).")
         proving = partial(prove, self) if verify else None
-        return artifact.save(self.stack, path, self.base_identity(), names, step, recipe, proving)
+        return artifact.save(
+            self.stack, path, self.base_identity(), names, step, recipe, proving, partial(describe, told)
+        )
 
     def verify_adapters(self, path: str | Path) -> list[Compared]:
         """Repeat the proof of the artifact whose adapters this model holds, in any layout; call it on every rank.

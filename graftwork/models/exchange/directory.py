@@ -7,7 +7,7 @@ from pathlib import Path
 
 from graftwork.errors import CheckpointError, quoted
 from graftwork.models.adapters import attached
-from graftwork.models.exchange.export import Wanted, checked, finish, pieces_of, shape_of, with_bos
+from graftwork.models.exchange.export import Wanted, checked, finish, pieces_of, shape_of, warn_of_company, with_bos
 from graftwork.models.exchange.piece import Staged, staged
 from graftwork.models.exchange.proved import prove
 from graftwork.models.streamed import streamed, trained_on
@@ -31,15 +31,17 @@ def export_directory(
     """
     with artifact.opened(adapter) as held:
         chosen = named(transforms(held.config, held.path), wanted.names, str(held))
-        shape = shape_of(held)
+        shape = shape_of(held.config.base, str(held))
         places = checked(chosen, shape, wanted)
         formats = with_bos(chosen, prompt_formats(held.config, [transform.name for transform in chosen]), bos)
         known = replace(wanted, base=wanted.base or held.config.base.name)
+        warn_of_company(chosen, stored_tensors(held.file))
         pieces = pieces_of(chosen, places, shape, stored_tensors(held.file), formats, known)
         base = _base(held, wanted.base) if verify else None
         try:
             with staged(Path(path), pieces) as written:
-                finish(written, {} if base is None else _proofs(held, chosen, base, written))
+                proofs = {} if base is None else _proofs(held, chosen, base, written)
+                finish(written, proofs, Path(path).resolve(), known)
         except OSError as error:
             raise CheckpointError(f"{quoted(path)} cannot be written: {error.strerror}.") from error
     return [Path(path) / piece.place for piece in pieces]

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from graftwork.errors import ArtifactError, CheckpointError, ConfigError, quoted, suggest
-from graftwork.models.exchange import low_rank, prompts, scales, serving
+from graftwork.models.exchange import loading, low_rank, prompts, scales, serving
 from graftwork.models.exchange.lazy import Held, Readable
 from graftwork.models.exchange.piece import Piece, Staged, staged
 from graftwork.models.exchange.places import Places
@@ -20,7 +20,9 @@ from graftwork.models.shape import Shape
 from graftwork.models.weights import family_named
 from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT
-from graftwork.peft.artifact import directory as artifact
+from graftwork.peft.artifact.card import Section, card, code, header_of, loading_section, proof_section
+from graftwork.peft.artifact.config import BaseEntry
+from graftwork.peft.artifact.directory import CARD
 from graftwork.peft.artifact.proof import PROOF
 from graftwork.peft.artifact.tensors import bring_together
 from graftwork.peft.methods import IA3, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, PromptTuning, PTuning, Selective
@@ -87,25 +89,45 @@ def export_stack(
     def put() -> Staged | None:
         if tensors is None:
             return None
+        warn_of_company(chosen, tensors)
         return held.enter_context(staged(Path(path), pieces_of(chosen, places, shape, tensors, formats, wanted)))
 
     together = partial(agreed, catch=(OSError, SafetensorError), explain=explain)
     with ExitStack() as held:
         written = together(put)
         proofs = {} if prove is None else prove(written)
-        together(lambda: None if written is None else finish(written, proofs))
+        together(lambda: None if written is None else finish(written, proofs, Path(path).resolve(), wanted))
         together(held.close)
     return Path(path)
 
 
-def finish(written: Staged, proofs: Mapping[str, str]) -> None:
-    """Put beside each piece its proof, by its name."""
+def finish(written: Staged, proofs: Mapping[str, str], path: Path, wanted: Wanted) -> None:
+    """Put beside each piece its proof, by its name, and its card; ``path``: what the export will be called."""
     for piece in written.pieces:
-        if piece.name in proofs:
-            (written.directory / piece.place / PROOF).write_text(proofs[piece.name])
+        directory, proof = written.directory / piece.place, proofs.get(piece.name)
+        if proof is not None:
+            (directory / PROOF).write_text(proof)
+        place = f"{path.name}/{piece.place}".rstrip("/")
+        (directory / CARD).write_text(_card(piece, proof, place, wanted), encoding="utf-8")
 
 
-def _warn_of_company(chosen: Sequence[PEFT], tensors: Mapping[str, Readable]) -> None:
+def _card(piece: Piece, proof: str | None, place: str, wanted: Wanted) -> str:
+    base, kind = wanted.base or loading.RANDOM, str(piece.config["peft_type"])
+    left = {k: v for k, v in piece.config.items() if k not in ("base_model_name_or_path", "peft_type", "task_type")}
+    options = ", ".join(f"{key}={value!r}" for key, value in sorted(left.items()) if value not in (None, False, {}, ""))
+    seq2seq = piece.config["task_type"] == "SEQ_2_SEQ_LM"
+    return card(
+        header_of(base, "peft", ["peft", kind.lower()], seq2seq, "adapter"),
+        f"Adapter {code(piece.name)} for {code(base)}",
+        [
+            Section("Stack", f"{code(kind)} of Hugging Face PEFT: {code(options, 1000)}."),
+            proof_section(proof),
+            loading_section(loading.exported(piece.config, base, place, piece.adapter, wanted.for_)),
+        ],
+    )
+
+
+def warn_of_company(chosen: Sequence[PEFT], tensors: Mapping[str, Readable]) -> None:
     """Warn when adapters stand at the same modules: each directory is one of them, and not what they do together."""
     sites: dict[str, set[str]] = {transform.name: set() for transform in chosen}
     for key in tensors:
@@ -157,7 +179,6 @@ def pieces_of(
     wanted: Wanted,
 ) -> list[Piece]:
     """Return the directories that adapters become, their tensors not made yet."""
-    _warn_of_company(chosen, tensors)
     found = []
     for transform in chosen:
         prefix = f"{transform.name}."
@@ -208,12 +229,11 @@ def with_bos(
     }
 
 
-def shape_of(held: artifact.Artifact) -> Shape:
+def shape_of(base: BaseEntry, who: str) -> Shape:
     """Return the shape of the base that an artifact remembers; raises ArtifactError for one that is unknown here."""
-    base = held.config.base
     fields: dict[str, Any] = dict(base.shape)  # checked by the shape itself
     try:
         return family_named(base.family).shape_class(**fields)
     except TypeError as error:
         reason = quoted(str(error), bare=True)
-        raise ArtifactError(f"Adapter {held} describes no base of this version: {reason}.") from error
+        raise ArtifactError(f"Adapter {who} describes no base of this version: {reason}.") from error

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from graftwork.errors import ArtifactError, ConfigError, quoted, suggest
+from graftwork.models.cards import describe
 from graftwork.models.exchange.low_rank import A, B, patterns
 from graftwork.models.exchange.places import Places, shortest
 from graftwork.models.merging.changes import changes_of
@@ -24,6 +26,7 @@ from graftwork.models.merging.source import Source, opened
 from graftwork.models.merging.updates import Update, updates_at
 from graftwork.models.merging.write import check_place, known_dtype, write_merged
 from graftwork.peft.artifact import directory as artifact
+from graftwork.peft.artifact.card import NOTHING
 from graftwork.peft.method import MOST
 from graftwork.peft.methods import CanonicalLoRA, LoRA
 
@@ -82,7 +85,8 @@ def combine_directories(
         (transform,) = combined.transforms
         tensors = {key: tensor[:].contiguous() for key, tensor in combined.tensors.items()}
         prove = _proving(combined, sources, blend) if verify else None
-        return artifact.put(output, transform, tensors, combined.base, combined.prompts.get(transform.name, {}), prove)
+        prompt, card = combined.prompts.get(transform.name, {}), partial(describe, NOTHING)
+        return artifact.put(output, transform, tensors, combined.base, prompt, prove, card)
 
 
 def merge_combined(

@@ -68,7 +68,7 @@ def opened(
         directory = None
         if base is not None or not alone:
             directory = _directory(remembered.name, base, str(held), remembered.fingerprint)
-        shape = shape_of(held) if directory is None else shape_from_hf(read_config(directory))
+        shape = shape_of(held.config.base, str(held)) if directory is None else shape_from_hf(read_config(directory))
         if directory is not None and check_base:
             _check_base(held, directory, shape)
         prompts = prompt_formats(held.config, [transform.name for transform in chosen])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from graftwork.atomic import atomic_directory
 from graftwork.errors import ArtifactError, CheckpointError, ConfigError, MatchError, quoted, suggest
+from graftwork.models.exchange import loading
+from graftwork.models.exchange.places import Places
 from graftwork.models.merging.changes import Changes, changes_of
 from graftwork.models.merging.proved import Written, prove
 from graftwork.models.merging.source import Source, opened
@@ -23,6 +25,17 @@ from graftwork.models.weights.load import open_checkpoint, read
 from graftwork.models.weights.mapping import Rule
 from graftwork.models.weights.writer import DTYPES as STORED
 from graftwork.models.weights.writer import Entry, write_sharded
+from graftwork.peft.artifact.card import (
+    Section,
+    base_section,
+    card,
+    code,
+    header_of,
+    loading_section,
+    proof_section,
+    table,
+)
+from graftwork.peft.artifact.directory import CARD
 from graftwork.peft.artifact.proof import PROOF
 
 
@@ -86,6 +99,8 @@ def write_merged(source: Source, changes: Changes, output: Path, dtype: torch.dt
                     narrow = any(part.dtype.itemsize < torch.float32.itemsize for part in parts)
                     written = Written(temporary, printed.value, set(changes.replaced), _rounded(changes, dtype, narrow))
                     _keep(prove(source, written), temporary)
+                text = _card(source, temporary, output.resolve().name)
+                (temporary / CARD).write_text(text, encoding="utf-8")
         except (OSError, SafetensorError) as error:
             reason = quoted(getattr(error, "strerror", None) or str(error), bare=True)
             raise CheckpointError(f"The merged model was not written to {quoted(output)}: {reason}.") from error
@@ -99,6 +114,23 @@ def _rounded(changes: Changes, dtype: torch.dtype | None, narrow: bool) -> Calla
 def _keep(proof: str | None, directory: Path) -> None:
     if proof is not None:
         (directory / PROOF).write_text(proof)
+
+
+def _card(source: Source, directory: Path, place: str) -> str:
+    proof = (directory / PROOF).read_text() if (directory / PROOF).is_file() else None
+    base, methods = source.base, sorted({type(transform).__name__.lower() for transform in source.transforms})
+    rows = [[code(one.name), code(repr(one), 1000)] for one in source.transforms]
+    seq2seq = Places(source.shape).seq2seq
+    return card(
+        header_of(base.name, "transformers", ["merged", *methods], seq2seq, "finetune"),
+        f"{code(base.name)} with {code(' + '.join(transform.name for transform in source.transforms))}",
+        [
+            base_section(base.name, base.family, base.fingerprint),
+            Section("Folded in", f"Inner to outer.\n\n{table(['adapter', 'method'], rows)}"),
+            proof_section(proof),
+            loading_section(loading.merged(place, seq2seq)),
+        ],
+    )
 
 
 def _printed(entries: Sequence[Entry], tensors: Iterator[Tensor], printed: Passing) -> Iterator[Tensor]:
