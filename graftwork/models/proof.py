@@ -29,7 +29,7 @@ ROWS, LENGTH, ANSWER, COLUMNS = 2, 16, 4, 16
 MOST = 8
 """Most tasks that have a row, and most adapters that have a view of their own."""
 SEED = 1234
-TOLERANCES = {torch.float32: ("fp32", 1e-4), torch.bfloat16: ("bf16", 3e-2)}
+TOLERANCES = {torch.float32: ("fp32", 1e-4), torch.bfloat16: ("bf16", 1e-1)}
 """How far logits may be apart, relative to the largest: machines and layouts add up in other orders."""
 
 

@@ -49,9 +49,13 @@ def streamed(directory: str | Path, keep: Collection[str] = (), change: Change =
         model = MODELS[family_named(shape.family).kind](shape, checkpoint=str(directory), dtype="fp32")
         with _without_memory():
             (chunk,) = model.build()
-        _Feed(chunk, mapping, files, change).connect(chunk, keep)
+        feed = _Feed(chunk, mapping, files, change)
+        feed.connect(chunk, keep)
         model.module = chunk
-        yield model.eval()
+        try:
+            yield model.eval()
+        finally:
+            feed.end()
 
 
 def trained_on(printed: str | None, *names: str | None) -> Path | None:
@@ -86,6 +90,10 @@ class _Feed:
         streamed = {*first, *last, *(name for names in groups.values() for name in names)}
         self._drop(streamed)
         self._take([name for name in self._places if name not in streamed])
+
+    def end(self) -> None:
+        """Let everything go that was read; hooks and modules know each other, and so outlive the model for a while."""
+        self._drop(self._places)
 
     def _begun(self, names: Sequence[str], over: Sequence[str], *_: object) -> None:
         self._drop(over)

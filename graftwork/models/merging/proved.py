@@ -104,8 +104,8 @@ def nudged(rounded: Callable[[str], bool], name: str, tensor: Tensor) -> Tensor:
         return tensor
     generator = torch.Generator().manual_seed(proof.SEED)
     _, exponent = torch.frexp(tensor.float())
-    last = torch.finfo(tensor.dtype).eps * torch.exp2(exponent.double() - 1)
-    return tensor.double() + last * (torch.rand(tensor.shape, generator=generator) - 0.5)
+    last = torch.exp2(exponent.float().sub_(1)).mul_(torch.finfo(tensor.dtype).eps)
+    return torch.rand(tensor.shape, generator=generator).sub_(0.5).mul_(last).add_(tensor.float())
 
 
 def _alone(written: Written, probe: Probe, change: Change) -> Tensor:
