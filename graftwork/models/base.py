@@ -4,6 +4,7 @@ A model *has* its parts: a stack of adapters, requests that wait for it to be bu
 methods hand on to them. Whatever only one family does belongs to that family's class.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -31,7 +32,9 @@ from graftwork.models.adapters import (
     seen,
     warn_of_other_prompts,
 )
+from graftwork.models.cards import describe
 from graftwork.models.exchange.export import Wanted, export_stack
+from graftwork.models.exchange.proved import prove as prove_export
 from graftwork.models.fitting import ValidationLoss, prompt_format_of, refuse_unfit, schedules_steps, trained_only
 from graftwork.models.generation.answers import Answer, answer, refuse_spread_experts
 from graftwork.models.generation.decoding import Decoding, Options, generate
@@ -50,11 +53,14 @@ from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT, report
 from graftwork.peft import tasks as tasks_of
 from graftwork.peft.artifact import directory as artifact
+from graftwork.peft.artifact.card import NOTHING, Told
 from graftwork.peft.sites import Host
 from graftwork.peft.stack import Stack
 from graftwork.routes import Routes
 from graftwork.virtual_tokens import PromptLayout
 from graftwork.ways import Way
+
+log = logging.getLogger(__name__)
 
 
 class Model(pl.LightningModule):
@@ -163,6 +169,7 @@ class Model(pl.LightningModule):
         """Build the module, fill in the base weights, carry out the requests that wait; idempotent."""
         if self.module is None:
             agreed(self._check_checkpoint)  # before anything is allocated
+            self._tell_of_window()
             chunks = self.build()
             self.fill(chunks)
             self.module = nn.ModuleList(chunks) if parallel.vp_size() else chunks[0]
@@ -268,17 +275,20 @@ class Model(pl.LightningModule):
         step: int | None = None,
         recipe: str | None = None,
         verify: bool = True,
+        told: Told = NOTHING,
     ) -> Path:
         """Write the named adapters (default all) as one artifact directory, atomically; call it on every rank.
 
         ``verify``: before the directory is there, its adapters are built anew from the files and compared with these
-        on a small batch that it then carries as a proof. Raises ArtifactError, and leaves what was there, when they
-        differ.
+        on a small batch that it then carries as a proof. ``told``: what the card says of the training. Raises
+        ArtifactError, and leaves what was there, when they differ.
         """
         if not self.adapters:
             raise ArtifactError("The model has no adapters to save; add one with model.add_adapter(...).")
         proving = partial(prove, self) if verify else None
-        return artifact.save(self.stack, path, self.base_identity(), names, step, recipe, proving)
+        return artifact.save(
+            self.stack, path, self.base_identity(), names, step, recipe, proving, partial(describe, told)
+        )
 
     def verify_adapters(self, path: str | Path) -> list[Compared]:
         """Repeat the proof of the artifact whose adapters this model holds, in any layout; call it on every rank.
@@ -288,17 +298,27 @@ class Model(pl.LightningModule):
         return repeat(self, path)
 
     def export_adapters(
-        self, path: str | Path, format: str = "peft", for_: str = "peft", names: Sequence[str] | None = None
+        self,
+        path: str | Path,
+        format: str = "peft",
+        for_: str = "peft",
+        names: Sequence[str] | None = None,
+        experts: str | None = None,
+        verify: bool = True,
     ) -> Path:
         """Write the named adapters (default all) for Hugging Face PEFT, or ``for_="vllm"``; call it on every rank.
 
-        One adapter becomes the directory ``path``, several one directory each inside of it. Raises ConfigError for an
-        adapter that has no exact counterpart there, ArtifactError when ``path`` holds anything but an export.
+        One adapter becomes the directory ``path``, several one directory each inside of it. ``experts`` of a mixture:
+        ``parameters`` (all in one, as transformers 5 has them) or ``modules``; default the reader's. ``verify``: before
+        it is there, each is read back as any adapter of Hugging Face PEFT and compared with the live one on a small
+        batch, which it then carries as a proof. Raises ConfigError for an adapter that has no exact counterpart there,
+        ArtifactError when they differ or ``path`` holds anything but an export; what was there is then intact.
         """
         if not self.adapters:
             raise ArtifactError("The model has no adapters to export; add one with model.add_adapter(...).")
-        wanted = Wanted(format, for_, names, self._base_name())
-        return export_stack(self.stack, self.shape, path, wanted, self._adds_bos)
+        wanted = Wanted(format, for_, names, self._base_name(), experts)
+        proving = partial(prove_export, self, self.shape) if verify else None
+        return export_stack(self.stack, self.shape, path, wanted, self._adds_bos, proving)
 
     def prompt_format(self, given: Collection[str] = (), way: Way = None) -> dict[str, Any]:
         """Return how the adapters were trained to be asked: templates, BOS and EOS, without the keys ``given``.
@@ -499,6 +519,13 @@ class Model(pl.LightningModule):
             return TextEncoder(self.tokenizer, add_eos=False).add_bos
         except (ConfigError, CheckpointError):
             return None
+
+    def _tell_of_window(self) -> None:
+        if self.shape.sliding_window == self.shape.max_position_embeddings:
+            log.warning(
+                "Rows are limited to the model's sliding window of %d tokens, within which it has no effect.",
+                self.shape.sliding_window,
+            )
 
     def _check_checkpoint(self) -> None:
         if self.checkpoint_dir is not None:

@@ -91,8 +91,9 @@ def cells_of(layout: str) -> list[Cell]:
     """Return the cells that a layout runs: every subject, then what needs another model, packing or recomputation."""
     experts = "ep2" in layout
     main = "mixture" if experts else "llama"
-    # qwen2_moe: loaded, with an expert beside the others that is cut as an MLP is
-    loaded = [Cell("qwen2_moe", subject) for subject in ("full", "everything")] if layout == "tp2_sp_ep2" else []
+    # qwen2_moe: loaded, with an expert beside the others that is cut as an MLP is, in every other layer
+    subjects = ("full", "everything") if layout == "tp2_sp_ep2" else ()
+    loaded = [Cell("qwen2_moe_every_other", subject) for subject in subjects]
     if layout in PRODUCTS:
         return [*(Cell(main, subject) for subject in ("full", "everything")), *loaded]
     special = [Cell(main, "lent experts"), Cell(main, "shared experts")] if experts else _special(layout)

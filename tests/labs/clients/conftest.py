@@ -1,0 +1,56 @@
+"""EleutherAI's lm-eval as people run it: a command of its own, in an environment of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+REQUIREMENTS = Path(__file__).parent / "requirements.txt"
+INSTALL_SECONDS, RUN_SECONDS = 300, 180
+
+Run = Callable[..., None]
+
+
+def installed() -> Path:
+    """Return the directory that holds lm-eval; made once for each list of requirements and interpreter."""
+    digest = sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]
+    place = Path(sys.prefix) / f"clients-{digest}"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps"]
+    with FileLock(f"{place}.lock", timeout=INSTALL_SECONDS):
+        if not (place / ".complete").is_file():
+            done = subprocess.run(
+                [*pip, "--target", str(place), "--upgrade", "--requirement", str(REQUIREMENTS)],
+                capture_output=True,
+                text=True,
+                timeout=INSTALL_SECONDS,
+            )
+            if done.returncode:
+                pytest.skip(f"lm-eval cannot be installed here: {done.stderr.strip()[-300:]}")
+            (place / ".complete").touch()
+    return place
+
+
+@pytest.fixture(scope="session")
+def lm_eval(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What runs lm-eval's command line, without a network."""
+    home = tmp_path_factory.mktemp("home")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(installed()),
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }
+
+    def run(**options: str) -> None:
+        command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--log_samples"]
+        command += [word for name, value in options.items() for word in (f"--{name}", value)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=RUN_SECONDS)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run
