@@ -43,7 +43,7 @@ class _LowRankLinear(torch.autograd.Function):
         torch.addmm(out, low, B.to(x.dtype).t(), out=out)
         ctx.save_for_backward(flat if A.requires_grad else None, low if B.requires_grad else None, weight, A, B)
         ctx.scale, ctx.shape = scale, x.shape
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable

@@ -22,7 +22,7 @@ EVERY = ("llama", "gpt2", "t5v11", *(pytest.param(family, marks=pytest.mark.slow
 """The families that tests are parametrized over."""
 CLOSE = 1e-5
 """Largest difference of logits, relative to the largest."""
-T5_CLOSE = 2e-5
+T5_CLOSE = 4e-5
 """That of T5's base: queries and keys are not scaled, which makes roundings grow."""
 
 

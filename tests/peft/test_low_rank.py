@@ -40,6 +40,13 @@ def test_values_and_gradients_are_those_of_plain_autograd(biased: bool) -> None:
         torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-13)
 
 
+def test_no_rows_are_rows_too() -> None:
+    tensors = {**given(), "x": torch.zeros(0, 8, dtype=torch.float64, requires_grad=True)}  # an expert nobody asked
+    out = low_rank_linear(**tensors, scale=SCALE)
+    out.sum().backward()
+    assert out.shape == (0, 6) and all(not tensors[name].grad.any() for name in "AB")
+
+
 @pytest.mark.parametrize("frozen", ["x", "A", "B"])
 def test_what_does_not_learn_gets_nothing(frozen: str) -> None:
     tensors = given()
