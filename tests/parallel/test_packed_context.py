@@ -1,0 +1,170 @@
+"""Packed rows over context-parallel ranks: how samples are laid, equal work, activation memory that falls."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from graftwork import parallel
+from graftwork.batch import IGNORED, Batch
+from graftwork.core import context_parallel
+from graftwork.core.context_parallel import cuttable, slice_batch
+from graftwork.core.segments import Segment, batches, row_positions, segments
+from graftwork.errors import ParallelismError
+from graftwork.models import GPT
+from graftwork.peft import LoRA
+from graftwork.routes import Routes
+from graftwork.training.schedule import run_schedule
+from tests.contracts.methods import shape
+from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import layout_of
+from tests.helpers.live import LiveBytes
+
+N = IGNORED
+
+
+def ranks_of(patch: pytest.MonkeyPatch, rank: int, size: int, tensor: int = 1) -> None:
+    """Let the code believe that it runs on a rank of a layout."""
+    for name, value in {"cp_rank": rank, "cp_size": size, "tp_size": tensor}.items():
+        patch.setattr(context_parallel, name, lambda value=value: value)
+
+
+def packed(lengths: Iterable[int], tail: int = 0) -> Batch:
+    """Return one packed row: tokens are numbers of their own, every token but a sample's last has a target."""
+    lengths = list(lengths)
+    batch = Batch.of(torch.arange(1, sum(lengths) + tail + 1)[None])
+    positions = torch.cat([torch.arange(n) for n in [*lengths, tail]])[None]
+    labels = torch.where(torch.cat([torch.arange(n) < n - 1 for n in [*lengths, 0]]), 7, N)
+    labels = torch.cat([labels, torch.full((tail,), N)])[None]
+    bounds = torch.tensor([[0, *lengths, *([tail] if tail else [])]]).cumsum(1)
+    return replace(batch, labels=labels, position_ids=positions, cu_seqlens=bounds.to(torch.int32))
+
+
+def test_every_sample_is_made_even_and_the_padding_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks_of(monkeypatch, 0, 2)
+    found = cuttable(packed([3, 5], tail=4))
+    assert found.tokens.tolist() == [[1, 2, 3, 3, 4, 5, 6, 7, 8, 8, 8, 8]]
+    assert found.position_ids.tolist() == [[0, 1, 2, 2, 0, 1, 2, 3, 4, 4, 4, 4]]
+    assert found.labels.tolist() == [[7, 7, N, N, 7, 7, 7, 7, N, N, N, N]]
+    assert found.cu_seqlens.tolist() == [[0, 4, 12]] and found.cu_seqlens.dtype == torch.int32
+
+
+def test_rows_grow_together_where_the_padding_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks_of(monkeypatch, 0, 2, tensor=2)
+    parts = [packed([3, 5]), packed([5, 2], tail=1), packed([], tail=8)]
+    cu = torch.nn.utils.rnn.pad_sequence([p.cu_seqlens[0] for p in parts], True, padding_value=8)
+    tokens, labels, positions = (
+        torch.cat([getattr(p, n) for p in parts]) for n in ("tokens", "labels", "position_ids")
+    )
+    found = cuttable(Batch(tokens, labels, positions, cu_seqlens=cu, micro_batch_size=1))
+    assert found.tokens.shape == (3, 16) and [part.sequence_shape for part in found.microbatches()] == [(1, 16)] * 3
+    assert [sorted(set(row)) for row in found.cu_seqlens.tolist()] == [[0, 4, 12, 16], [0, 8, 12, 16], [0, 8, 16]]
+    assert found.count_targets() == sum(part.count_targets() for part in parts)
+    assert int(found.position_ids.max()) <= 7
+
+
+def test_one_rank_and_padded_rows_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = packed([3, 5])
+    parallel.ensure_initialized()
+    assert cuttable(batch) is batch and slice_batch(batch) is batch
+    parallel.destroy()
+    ranks_of(monkeypatch, 0, 2)
+    rows = Batch.of(torch.zeros(2, 8, dtype=torch.int64))
+    assert cuttable(rows) is rows
+    with pytest.raises(ParallelismError, match="a sequence of 3 tokens .* multiple of 4"):
+        slice_batch(batch.in_one_line())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_parts_of_all_ranks_are_the_line(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank has as many tokens of every sample; labels, positions and routes go where their tokens go."""
+    batch = packed([9, 3, 20], tail=2)
+    numbers = torch.arange(batch.tokens.shape[1])[None]
+    batch.routes = Routes(tuple(frozenset({str(i)}) for i in range(40)), numbers)
+    ranks_of(monkeypatch, 0, size)
+    line = cuttable(batch).in_one_line()
+    parts, of_sample = [], []
+    for rank in range(size):
+        ranks_of(monkeypatch, rank, size)
+        parts.append(slice_batch(line))
+        row = segments(line.cu_seqlens)
+        of_sample.append([len(row_positions([segment], rank, size)) for segment in row])
+        assert parts[-1].cu_seqlens is line.cu_seqlens
+        assert torch.equal(parts[-1].routes.chosen, parts[-1].tokens - 1)
+    assert all(counts == of_sample[0] for counts in of_sample)
+    order = torch.cat([row_positions(segments(line.cu_seqlens), rank, size) for rank in range(size)]).argsort()
+    for name in ("tokens", "labels", "position_ids"):
+        joined = torch.cat([getattr(part, name) for part in parts], 1)
+        assert torch.equal(joined[:, order], getattr(line, name)), name
+
+
+@pytest.mark.fault(
+    "the last of the context-parallel ranks has most of the causal attention to do",
+    "each holds one early and one late chunk of every sample; the work of every rank is counted",
+)
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_every_rank_attends_to_as_many_keys(size: int) -> None:
+    lengths = [2 * size * n for n in (1, 1, 3, 40, 7, 2, 100, 5)]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    pairs, cost = [], []
+    for rank in range(size):
+        groups = batches(segments(bounds), rank, size)
+        pairs.append(sum(int((g.allowed(causal=True) & g.real[..., None]).sum()) for g in groups))
+        cost.append(sum(g.queries.numel() * g.keys.shape[1] for g in groups))
+    assert sum(pairs) == sum(n * (n + 1) // 2 for n in lengths)
+    assert len(set(pairs)) == 1, pairs
+    # what is computed, masked pairs too: alike on all ranks, and not much more than the causal half
+    assert max(cost) <= 1.25 * min(cost) and max(cost) * size <= 1.5 * sum(pairs)
+    for rank in range(size):
+        alone = [g.queries.numel() * g.keys.shape[1] for g in batches([Segment(0, 64 * size)], rank, size)]
+        assert 1 <= sum(alone) / (32 * 32 * (2 * size + 1)) <= 1.25
+
+
+LENGTHS = (200, 90, 150, 60)
+
+
+def held(rank: int, world: int, sizes: list[int]) -> list[list[tuple[int, int]]]:
+    """Return ``held_by`` of so many context-parallel ranks each."""
+    return [held_by(size) for size in sizes]
+
+
+def held_by(context: int) -> list[tuple[int, int]]:
+    """Return for padded and packed rows the bytes held between forward and backward, and at most, on this rank."""
+    parallel.initialize(layout_of(context=context))
+    sizes = shape(num_layers=4, hidden_size=64, ffn_hidden_size=160, max_position_embeddings=512, vocab_size=64)
+    model = GPT(sizes, dtype="fp32")
+    model.configure_model()
+    model.add_adapter(LoRA(dim=4))
+    model.train()
+    found = []
+    for is_packed in (False, True):
+        batch = packed(LENGTHS, tail=512 - sum(LENGTHS))
+        batch = replace(batch, tokens=batch.tokens % 64, cu_seqlens=batch.cu_seqlens if is_packed else None)
+        if not is_packed:
+            batch = Batch.of(batch.tokens, batch.labels)
+        for _ in range(2):  # the first fills caches of the rotary positions
+            with LiveBytes() as bytes_of:
+                seen: list[int] = []
+
+                def forward(iterator: object, chunk: object) -> object:
+                    output, loss = model.forward_step(iterator, chunk)
+                    seen.append(bytes_of.live)  # noqa: B023
+                    return output, loss
+
+                run_schedule(forward, model.chunks, batch, forward_only=False)
+        found.append((seen[0], bytes_of.peak))
+    return found
+
+
+@pytest.mark.fault(
+    "every context-parallel rank keeps the keys and values of all others for its backward pass",
+    "they are gathered again; what a rank holds is measured and falls as the ranks grow",
+)
+@pytest.mark.processes
+def test_activation_memory_falls_with_the_ranks() -> None:
+    for one, *cut in run_ranks(held, 4, [1, 2, 4]):
+        for size, found in zip((2, 4), cut):
+            for (saved, peak), (whole_saved, whole_peak) in zip(found, one):
+                assert saved * size < 1.06 * whole_saved
+                assert peak * size < 1.06 * whole_peak
