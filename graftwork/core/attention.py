@@ -69,12 +69,12 @@ class SDPACoreAttention(MegatronModule):
         # In decode megatron-core passes no_mask to a causal layer; aligning to the end gives one query the same.
         causal = self.attn_mask_type in CAUSAL or attn_mask_type in CAUSAL
 
-        def attend(*local: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if packed_seq_params is not None:
-                return self._packed(*local, packed_seq_params, causal)
+                return self._packed(q, k, v, packed_seq_params, causal)
             if self._cp_size > 1:
-                return self._zigzag(*local, attention_mask, attention_bias, causal)
-            return self._row(*local, attention_mask, attention_bias, causal)
+                return self._zigzag(q, k, v, attention_mask, attention_bias, causal)
+            return self._row(q, k, v, attention_mask, attention_bias, causal)
 
         if self._again and torch.is_grad_enabled():
             found: Tensor = tensor_parallel.checkpoint(attend, False, query, key, value)

@@ -61,37 +61,37 @@ def cuttable(batch: Batch) -> Batch:
     if cp_size() == 1 or batch.cu_seqlens is None:
         return batch
     unit, length = 2 * cp_size(), batch.tokens.shape[1]
-    rows = [_samples(*row) for row in zip(batch.cu_seqlens, batch.labels)]
+    rows = _samples(batch.cu_seqlens, batch.labels)
     least = max([length, *(sum(_up(s.length, unit) for s in row) for row in rows)])
     width = _up(least, unit * tp_size())  # sequence parallelism cuts the part of a rank again
     laid = [_lay(row, length, width, unit) for row in rows]
     most = max(len(edges) for _, edges in laid)
     bounds = [[*edges, *[width] * (most - len(edges))] for _, edges in laid]
-    return batch.rearranged(
-        torch.tensor([source for source, _ in laid], device=batch.tokens.device),
-        torch.tensor(bounds, dtype=torch.int32, device=batch.tokens.device),
-    )
+    source = torch.stack([places for places, _ in laid])
+    device = batch.tokens.device
+    return batch.rearranged(source.to(device), torch.tensor(bounds, dtype=torch.int32, device=device))
 
 
-def _samples(cu_seqlens: Tensor, labels: Tensor) -> list[Segment]:
-    """Return the segments of one row, up to the last one that has a target."""
-    reach = int((labels != IGNORED).nonzero().max()) if bool((labels != IGNORED).any()) else -1
-    return [segment for segment in segments(cu_seqlens) if segment.start <= reach]
+def _samples(cu_seqlens: Tensor, labels: Tensor) -> list[list[Segment]]:
+    """Return the segments of every row, up to the last one that has a target."""
+    places = torch.arange(labels.shape[1], device=labels.device)
+    last = torch.where(labels == IGNORED, -1, places).amax(1).tolist()
+    return [[s for s in segments(bounds) if s.start <= end] for bounds, end in zip(cu_seqlens.cpu(), last)]
 
 
-def _lay(row: list[Segment], length: int, width: int, unit: int) -> tuple[list[int], list[int]]:
+def _lay(row: list[Segment], length: int, width: int, unit: int) -> tuple[Tensor, list[int]]:
     """Return, for every place of a row of ``width``, where its token stood (-1 - place: without a target), and edges.
 
     What no sample needs are further segments, none longer than rows were: positions reach no further than before.
     """
-    source, edges = list[int](), [0]
+    parts, edges = list[Tensor](), [0]
     for s in row:
-        behind = _up(s.length, unit) - s.length
-        source += [*range(s.start, s.start + s.length), *[-s.start - s.length] * behind]
-        edges.append(len(source))
-    step = max(unit, length // unit * unit)
-    edges += [] if len(source) == width else [*range(len(source) + step, width, step), width]
-    return source + [-length] * (width - len(source)), edges
+        even = _up(s.length, unit)
+        parts += [torch.arange(s.start, s.start + s.length), torch.full((even - s.length,), -s.start - s.length)]
+        edges.append(edges[-1] + even)
+    used, step = edges[-1], max(unit, length // unit * unit)
+    edges += [] if used == width else [*range(used + step, width, step), width]
+    return torch.cat([*parts, torch.full((width - used,), -length)]), edges
 
 
 def _up(length: int, unit: int) -> int:

@@ -1,7 +1,6 @@
 """Packed rows over context-parallel ranks: how samples are laid, equal work, activation memory that falls."""
 
-from collections.abc import Iterable
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +13,12 @@ from graftwork.core.segments import Segment, batches, row_positions, segments
 from graftwork.errors import ParallelismError
 from graftwork.models import GPT
 from graftwork.peft import LoRA
+from graftwork.planning.blueprint import Blueprint, world_of_one
+from graftwork.planning.trace import trace
+from graftwork.planning.workload import Workload
 from graftwork.routes import Routes
-from graftwork.training.schedule import run_schedule
-from tests.contracts.methods import shape
 from tests.helpers.distributed import run_ranks
-from tests.helpers.layouts import layout_of
-from tests.helpers.live import LiveBytes
+from tests.parallel.context_memory import Held, every_size, packed, small
 
 N = IGNORED
 
@@ -28,17 +27,6 @@ def ranks_of(patch: pytest.MonkeyPatch, rank: int, size: int, tensor: int = 1) -
     """Let the code believe that it runs on a rank of a layout."""
     for name, value in {"cp_rank": rank, "cp_size": size, "tp_size": tensor}.items():
         patch.setattr(context_parallel, name, lambda value=value: value)
-
-
-def packed(lengths: Iterable[int], tail: int = 0) -> Batch:
-    """Return one packed row: tokens are numbers of their own, every token but a sample's last has a target."""
-    lengths = list(lengths)
-    batch = Batch.of(torch.arange(1, sum(lengths) + tail + 1)[None])
-    positions = torch.cat([torch.arange(n) for n in [*lengths, tail]])[None]
-    labels = torch.where(torch.cat([torch.arange(n) < n - 1 for n in [*lengths, 0]]), 7, N)
-    labels = torch.cat([labels, torch.full((tail,), N)])[None]
-    bounds = torch.tensor([[0, *lengths, *([tail] if tail else [])]]).cumsum(1)
-    return replace(batch, labels=labels, position_ids=positions, cu_seqlens=bounds.to(torch.int32))
 
 
 def test_every_sample_is_made_even_and_the_padding_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,40 +109,13 @@ def test_every_rank_attends_to_as_many_keys(size: int) -> None:
         assert 1 <= sum(alone) / (32 * 32 * (2 * size + 1)) <= 1.25
 
 
-LENGTHS = (200, 90, 150, 60)
+LENGTHS, ROW = [200, 90, 150, 60], 512
 
 
-def held(rank: int, world: int, sizes: list[int]) -> list[list[tuple[int, int]]]:
-    """Return ``held_by`` of so many context-parallel ranks each."""
-    return [held_by(size) for size in sizes]
-
-
-def held_by(context: int) -> list[tuple[int, int]]:
-    """Return for padded and packed rows the bytes held between forward and backward, and at most, on this rank."""
-    parallel.initialize(layout_of(context=context))
-    sizes = shape(num_layers=4, hidden_size=64, ffn_hidden_size=160, max_position_embeddings=512, vocab_size=64)
-    model = GPT(sizes, dtype="fp32")
-    model.configure_model()
-    model.add_adapter(LoRA(dim=4))
-    model.train()
-    found = []
-    for is_packed in (False, True):
-        batch = packed(LENGTHS, tail=512 - sum(LENGTHS))
-        batch = replace(batch, tokens=batch.tokens % 64, cu_seqlens=batch.cu_seqlens if is_packed else None)
-        if not is_packed:
-            batch = Batch.of(batch.tokens, batch.labels)
-        for _ in range(2):  # the first fills caches of the rotary positions
-            with LiveBytes() as bytes_of:
-                seen: list[int] = []
-
-                def forward(iterator: object, chunk: object) -> object:
-                    output, loss = model.forward_step(iterator, chunk)
-                    seen.append(bytes_of.live)  # noqa: B023
-                    return output, loss
-
-                run_schedule(forward, model.chunks, batch, forward_only=False)
-        found.append((seen[0], bytes_of.peak))
-    return found
+@pytest.fixture(scope="module")
+def held() -> list[dict[tuple[int, bool], Held]]:
+    """What each of four ranks holds."""
+    return run_ranks(every_size, 4, small(ROW), LENGTHS, ROW - sum(LENGTHS))
 
 
 @pytest.mark.fault(
@@ -162,9 +123,24 @@ def held_by(context: int) -> list[tuple[int, int]]:
     "they are gathered again; what a rank holds is measured and falls as the ranks grow",
 )
 @pytest.mark.processes
-def test_activation_memory_falls_with_the_ranks() -> None:
-    for one, *cut in run_ranks(held, 4, [1, 2, 4]):
-        for size, found in zip((2, 4), cut):
-            for (saved, peak), (whole_saved, whole_peak) in zip(found, one):
-                assert saved * size < 1.06 * whole_saved
-                assert peak * size < 1.06 * whole_peak
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_activation_memory_falls_with_the_ranks(size: int, is_packed: bool, held: Any) -> None:
+    for rank in held:
+        one, found = rank[1, is_packed], rank[size, is_packed]
+        assert one.saved < size * found.saved * 1.01 and size * found.saved < 1.02 * one.saved
+        assert size * found.peak < 1.05 * one.peak
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_plan_says_what_a_rank_holds(size: int, is_packed: bool, held: Any) -> None:
+    """Of packs it counts the most that making samples even can take."""
+    rows = Workload(ROW, 1, 1, packing=is_packed, samples=len(LENGTHS))
+    with world_of_one():
+        draft = Blueprint(GPT, small(ROW), "fp32", None, [LoRA(dim=4)]).draft()
+        told = trace(draft, rows.microbatch(draft, size), sum(LENGTHS) // size).saved
+    least, most = (0.95, 1.1) if is_packed and size > 1 else (0.95, 1.05)
+    for rank in held:
+        assert least * rank[size, is_packed].saved < told < most * rank[size, is_packed].saved
