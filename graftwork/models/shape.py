@@ -24,7 +24,7 @@ SAME_NAME = (
 """Fields that TransformerConfig knows under the same name."""
 OF_EXPERTS = (
     *("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax"),
-    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_layer_freq"),
 )
 """Those of a mixture of experts."""
 LARGEST, MOST_HEADS = 10**12, 4096
@@ -63,7 +63,9 @@ class Shape:
     token (default 2), each ``moe_ffn_hidden_size`` wide (default ``ffn_hidden_size``), with softmax over the logits of
     the chosen, or over all logits before the choice (``moe_router_pre_softmax``: their weights do not add up to 1);
     beside them an expert of ``moe_shared_expert_intermediate_size`` may see every token, weighted by a sigmoid
-    (``moe_shared_expert_gate``). Raises ConfigError for a value that cannot work.
+    (``moe_shared_expert_gate``). ``moe_layer_freq`` has a 1 for every layer that is a mixture and a 0 for one whose MLP
+    is ``ffn_hidden_size`` wide (None: all are mixtures). ``sliding_window`` is that of the published model, without an
+    effect on rows of at most ``max_position_embeddings``. Raises ConfigError for a value that cannot work.
     """
 
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = CHOICES
@@ -102,6 +104,8 @@ class Shape:
     moe_router_pre_softmax: bool = False
     moe_shared_expert_intermediate_size: Optional[int] = None
     moe_shared_expert_gate: bool = False
+    moe_layer_freq: Optional[list[int]] = None
+    sliding_window: Optional[int] = None
 
     def __post_init__(self) -> None:
         """Fill what follows from other fields, then refuse what cannot work."""
@@ -116,6 +120,12 @@ class Shape:
         self._check_divides("num_query_groups", self.groups, "num_attention_heads", self.num_attention_heads)
         self._check_rotated()
         self._check_shared_expert()
+        self._check_mixtures()
+        if self.sliding_window is not None and self.sliding_window < self.max_position_embeddings:
+            raise ConfigError(
+                f"Shape.sliding_window={self.sliding_window} would have an effect on rows of "
+                f"max_position_embeddings={self.max_position_embeddings}; a context of at most the window is valid."
+            )
         if self.num_moe_experts is not None:
             self._complete_experts(self.num_moe_experts)
 
@@ -140,6 +150,13 @@ class Shape:
         return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
     @property
+    def mixtures(self) -> int:
+        """Number of layers that are a mixture of experts."""
+        if self.num_moe_experts is None:
+            return 0
+        return self.num_layers if self.moe_layer_freq is None else sum(self.moe_layer_freq)
+
+    @property
     def qkv_bias(self) -> bool:
         """Whether the fused qkv projection has a bias."""
         return self.add_bias_linear or self.add_qkv_bias
@@ -153,7 +170,9 @@ class Shape:
         """Number of parameters of the whole model, vocabulary padding left out, tied weights counted once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         positions = self.max_position_embeddings * self.hidden_size if self.position_embedding == "learned" else 0
-        return embeddings + positions + self.num_layers * self._layer_parameters() + self._norm(self.hidden_size)
+        mixtures = self.mixtures * self._layer_parameters(mixture=True)
+        dense = (self.num_layers - self.mixtures) * self._layer_parameters()
+        return embeddings + positions + mixtures + dense + self._norm(self.hidden_size)
 
     def transformer_config(self, **given: object) -> TransformerConfig:
         """Return megatron-core's configuration; ``given``: any TransformerConfig field (sizes, dtype, recompute).
@@ -180,19 +199,19 @@ class Shape:
         own |= {"gated_linear_unit": self.gated, "activation_func": ACTIVATIONS[self.activation]}
         if self.num_moe_experts is None:
             return own
-        return own | {name: getattr(self, name) for name in OF_EXPERTS} | {"moe_token_dispatcher_type": "alltoall"}
+        own |= {name: getattr(self, name) for name in OF_EXPERTS} | {"moe_token_dispatcher_type": "alltoall"}
+        return own | ({"moe_layer_freq": 1} if self.moe_layer_freq is None else {})
 
-    def _layer_parameters(self) -> int:
+    def _layer_parameters(self, mixture: bool = False) -> int:
         heads, groups, width = self.num_attention_heads, self.groups, self.channels
         qkv = self._linear(self.hidden_size, (heads + 2 * groups) * width, self.qkv_bias)
         out = self._linear(heads * width, self.hidden_size, self.add_bias_linear)
         qk_norms = 2 * self._norm(width) if self.qk_layernorm else 0
-        return 2 * self._norm(self.hidden_size) + qkv + out + qk_norms + self._mlp_parameters()
+        mlp = self._mixture_parameters() if mixture else self._ffn(self.ffn_hidden_size)
+        return 2 * self._norm(self.hidden_size) + qkv + out + qk_norms + mlp
 
-    def _mlp_parameters(self) -> int:
-        if self.num_moe_experts is None:
-            return self._ffn(self.ffn_hidden_size)
-        routed = self.num_moe_experts * (self.hidden_size + self._ffn(self.expert_width))
+    def _mixture_parameters(self) -> int:
+        routed = (self.num_moe_experts or 0) * (self.hidden_size + self._ffn(self.expert_width))
         if self.moe_shared_expert_intermediate_size is None:
             return routed
         gate = self.hidden_size if self.moe_shared_expert_gate else 0
@@ -262,6 +281,24 @@ class Shape:
                 f"Shape.moe_shared_expert_intermediate_size={shared} needs num_moe_experts and add_bias_linear=False; "
                 f"they are {self.num_moe_experts} and {self.add_bias_linear}."
             )
+
+    def _check_mixtures(self) -> None:
+        chosen = self.moe_layer_freq
+        if chosen is None:
+            return
+        listed = isinstance(chosen, (list, tuple)) and len(chosen) == self.num_layers
+        if not listed or not all(type(one) is int and one in (0, 1) for one in chosen):
+            raise ConfigError(
+                f"Shape.moe_layer_freq is {quoted(chosen)}; a list of {self.num_layers} numbers is valid, 1 for a "
+                "layer that is a mixture and 0 for one that is not, or None."
+            )
+        if self.num_moe_experts is None or not any(chosen):
+            raise ConfigError(
+                f"Shape.moe_layer_freq needs num_moe_experts and a 1 for at least one layer; num_moe_experts is "
+                f"{self.num_moe_experts}."
+            )
+        # one way to say it: a list, as JSON has it, and None where it would say nothing
+        object.__setattr__(self, "moe_layer_freq", None if all(chosen) else list(chosen))
 
     def _check_rotated(self) -> None:
         rotated = int(self.channels * self.rotary_percent)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy
 
 from graftwork.data import SFTDataModule
+from graftwork.data.encoded import share
 from graftwork.data.encoder import Placed, RowEncoder
 from graftwork.data.files import read_rows
 from graftwork.data.packing import best_fit_decreasing, efficiency
-from graftwork.data.rows import share
 from graftwork.data.sampler import shuffled
 from graftwork.data.schema import Chat, Place, parse_row
 from graftwork.data.sequence import Sequence as Tokens

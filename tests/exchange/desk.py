@@ -62,6 +62,10 @@ class Desk:
                 return model(input_ids=source, decoder_input_ids=target).logits
             return model(prompted(model, tokens())) if isinstance(model, Model) else model(tokens()).logits
 
+    def oracle(self) -> nn.Module:
+        """Return a copy of transformers' model of the bare base."""
+        return deepcopy(self.base)
+
     def theirs(self, directory: Path) -> nn.Module:
         """Return transformers' model with the adapter in a directory."""
         return peft.PeftModel.from_pretrained(deepcopy(self.base), directory).eval()

@@ -76,6 +76,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_QWEN_MOE, "model_type": "qwen3_moe", "head_dim": 16, "norm_topk_prob": True},
     "qwen3_moe_unnormed": {**_QWEN_MOE, "model_type": "qwen3_moe", "num_experts_per_tok": 1},
     "qwen2_moe": {**_QWEN_MOE, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 40},
+    "qwen3_moe_some": {
+        **_QWEN_MOE,
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+    },
+    "qwen2_moe_every_other": {
+        **_QWEN_MOE,
+        "model_type": "qwen2_moe",
+        "shared_expert_intermediate_size": 40,
+        "decoder_sparse_step": 2,
+    },
     "qwen2_moe_normed": {
         **_QWEN_MOE,
         "model_type": "qwen2_moe",

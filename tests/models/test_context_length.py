@@ -7,11 +7,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from graftwork import models
 from graftwork.batch import Batch
 from graftwork.errors import ConfigError
 from graftwork.models import GPT
 from graftwork.peft import LoRA, PTuning
 from tests.contracts.methods import base_values, every_family, make, prompted, same, tokens
+from tests.helpers.tiny_hf import make_tiny, oracle
 from tests.helpers.tiny_run import SHAPE, data_module, trainer, write_data
 
 LIMIT = 16
@@ -31,6 +33,23 @@ def test_a_row_one_token_too_long(family: str) -> None:
     for run in (lambda: model(long), lambda: step(model, Batch.of(long, long))):
         with pytest.raises(ConfigError, match=r"a row of 17 tokens.*embeddings=16\); set data.seq_length"):
             run()
+
+
+def test_a_window_ends_the_context(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = make_tiny("mistral", tmp_path, sliding_window=LIMIT)
+    model = models.load(directory, dtype="fp32").eval()
+    assert "Rows are limited to the model's sliding window of 16 tokens, within which it has no effect." in caplog.text
+    fits, long = tokens(length=LIMIT), tokens(length=2 * LIMIT)
+    with torch.no_grad():
+        theirs = oracle(directory)(fits).logits
+        assert (model(fits) - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+        with pytest.raises(ConfigError, match=r"a row of 32 tokens.*max_position_embeddings=16"):
+            model(long)
+        with pytest.raises(ConfigError, match="Prompt 0 has 16 tokens and asks for 1 more, but the model"):
+            model.generate([fits[0].tolist()], max_new_tokens=1)
+        model.export_hf(tmp_path / "out")
+        # what goes out has the window too
+        assert torch.equal(oracle(tmp_path / "out")(long).logits, oracle(directory)(long).logits)
 
 
 @every_family

@@ -1,4 +1,8 @@
-"""Every field of every family's config class in transformers, flipped: equal logits, or a refusal in one sentence."""
+"""Every field of every family's config class in transformers, flipped: equal logits, or a refusal in one sentence.
+
+Where logits are equal, those of the flipped field differ from the unflipped model's of the same weights, or the field
+is listed as one that changes none.
+"""
 
 import json
 from dataclasses import fields
@@ -7,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from graftwork import models
@@ -20,6 +24,9 @@ from tests.helpers.tiny_t5 import SIZES as T5_SIZES
 
 TOLERANCE = 5e-5
 """Largest difference of logits, relative to their largest absolute value."""
+LEAST = 1e-7
+"""Largest difference of logits that are the same."""
+TOKENS = torch.randint(57, (2, 40), generator=torch.Generator().manual_seed(3))
 ABSENT = "<absent>"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192}
@@ -102,8 +109,8 @@ QWEN_MOE: dict[str, list[Any]] = {
     "num_experts": [4, 6, 0, ABSENT],
     "moe_intermediate_size": [16, ABSENT],
     "norm_topk_prob": [True, False, ABSENT],
-    "decoder_sparse_step": [2, 1, ABSENT],
-    "mlp_only_layers": [[0], [], None, ABSENT],
+    "decoder_sparse_step": [2, 1, 3, 0, ABSENT],
+    "mlp_only_layers": [[0], [1], [0, 1], [0, 7, -2], [], None, ABSENT],
 }
 CLASSIFIER = {"summary_type": ["mean"], "summary_use_proj": [False], "summary_activation": ["tanh"]}
 CLASSIFIER |= {"summary_proj_to_labels": [False], "summary_first_dropout": [0.3]}
@@ -194,6 +201,17 @@ FLIPS: dict[str, dict[str, list[Any]]] = {
     },
 }
 """Values other than the tiny model's, and other than the default, for every field of a family's config class."""
+QUIET: dict[str, str] = {
+    **dict.fromkeys(
+        ("attention_dropout", "dropout_rate", "attn_pdrop", "resid_pdrop", "embd_pdrop"), "counts in training alone"
+    ),
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), "how long rows may be, no more"),
+    "decoder_start_token_id": "where generation begins",
+    "sliding_window": "no row reaches it",
+    "use_sliding_window": "honoured where it is off",
+    "layer_types": "honoured where every layer has full attention",
+}
+"""Fields that are used and yet change no logits of a given row where they are honoured, with the reason."""
 PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"rope_scaling": {"rope_theta": 500.0}, "rope_parameters": {"rope_theta": 900.0}}),
@@ -205,6 +223,8 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}),
     ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": False}),
     ("qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}),
+    ("qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "num_hidden_layers": 5}),
+    ("qwen3_moe", {"decoder_sparse_step": 3, "mlp_only_layers": [2], "num_hidden_layers": 6}),
     ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 16}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}),
     ("qwen2", {"use_sliding_window": ABSENT, "sliding_window": 16}),
@@ -224,12 +244,16 @@ def tiny_config(family: str) -> dict[str, Any]:
     """Return the fields of a two-layer model, as transformers writes them."""
     layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
     given = {"model_type": family, **T5_SIZES} if FAMILIES[family].kind == "t5" else {**TINY[family], layers: 2}
+    given |= {"mlp_only_layers": [0]} if "mlp_only_layers" in FLIPS[family] else {}  # of both kinds of layers one
     config = AutoConfig.for_model(**given).to_dict()
     return {name: value for name, value in config.items() if name not in ("_name_or_path", "layer_types")}
 
 
-def write(directory: Path, config: dict[str, Any]) -> bool:
-    """Write ``config`` word for word beside random weights of its model; tell whether transformers can make one."""
+def write(directory: Path, config: dict[str, Any], base: nn.Module | None = None) -> bool:
+    """Write ``config`` word for word beside weights of its model; tell whether transformers can make one.
+
+    Weights are random, but for those that a ``base`` has too, in the same shape.
+    """
     directory.mkdir(exist_ok=True)
     path = directory / "config.json"
     path.write_text(json.dumps(config))
@@ -238,29 +262,43 @@ def write(directory: Path, config: dict[str, Any]) -> bool:
         model = _class(directory).from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
     except Exception:  # noqa: BLE001  # transformers refuses in many ways
         return False
+    known = dict(base.named_parameters()) if base is not None else {}
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.08))
+        for name, parameter in model.named_parameters():
+            if name in known and known[name].shape == parameter.shape:
+                parameter.copy_(known[name])
+            else:
+                parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.08))
     model.save_pretrained(directory)
     path.write_text(json.dumps(config))
     return True
 
 
-def outcome(directory: Path) -> str:
-    """Tell what became of a checkpoint: ``refused`` in one sentence or ``equal`` to transformers' logits."""
-    tokens = torch.randint(57, (2, 40), generator=torch.Generator().manual_seed(3))
+def outcome(directory: Path, before: Tensor | None = None) -> str:
+    """Tell what became of a checkpoint: ``refused`` in one sentence, or ``equal`` to transformers' logits.
+
+    ``changed`` is equal to them too, where they are not those ``before``.
+    """
     try:
         check_checkpoint(shape_from_hf(read_config(directory)), directory)
     except CheckpointError as error:
         assert "\n" not in str(error) and len(str(error)) < 500, error
         return "refused"
-    model = _class(directory).from_pretrained(directory, dtype=torch.float32).eval()
-    with torch.no_grad():
-        theirs = (model(tokens, decoder_input_ids=tokens) if _is_t5(directory) else model(tokens)).logits
-    ours = _ours(directory, tokens)[..., : theirs.shape[-1]]
+    longest = shape_from_hf(read_config(directory)).max_position_embeddings  # a window may end it
+    theirs, before = _theirs(directory)[:, :longest], None if before is None else before[:, :longest]
+    ours = _ours(directory, TOKENS[:, :longest])[..., : theirs.shape[-1]]
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     assert difference < TOLERANCE, f"logits differ by {difference:.1e} of their scale"
-    return "equal"
+    if before is None or (before.shape == theirs.shape and torch.allclose(before, theirs, rtol=0, atol=LEAST)):
+        return "equal"
+    return "changed"
+
+
+def _theirs(directory: Path) -> Tensor:
+    model = _class(directory).from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found: Tensor = (model(TOKENS, decoder_input_ids=TOKENS) if _is_t5(directory) else model(TOKENS)).logits
+    return found
 
 
 def _is_t5(directory: Path) -> bool:
@@ -296,20 +334,27 @@ def test_no_field_is_missing_from_the_tables(family: str) -> None:
 
 @pytest.mark.parametrize("family", FLIPS)
 def test_every_field_counts_or_is_refused(family: str, tmp_path: Path) -> None:
-    base, found = tiny_config(family), {}
+    base, found = tiny_config(family), dict[tuple[str, int], str]()
     assert write(tmp_path / "base", base) and outcome(tmp_path / "base") == "equal"
+    weights = _class(tmp_path / "base").from_pretrained(tmp_path / "base", dtype=torch.float32)
+    before = _theirs(tmp_path / "base")
     for field, values in FLIPS[family].items():
         for number, value in enumerate(values):
             directory = tmp_path / f"{field}-{number}"
-            if write(directory, change(base, {field: value})):
+            if write(directory, change(base, {field: value}), weights):
                 try:
-                    found[field, number] = outcome(directory)
+                    found[field, number] = outcome(directory, before)
                 except AssertionError as error:
                     raise AssertionError(f"{family}: {field}={value!r}: {error}") from error
-    assert {"equal", "refused"} == set(found.values())
-    # What says nothing of the mathematics must not be refused.
-    refused = {field for (field, _), result in found.items() if result == "refused"}
-    assert refused.isdisjoint({*IRRELEVANT, *FAMILIES[family].irrelevant}), refused
+    assert {"changed", "equal", "refused"} == set(found.values())
+    results = {field: {found[f, n] for f, n in found if f == field} for field, _ in found}
+    harmless = {*IRRELEVANT, *FAMILIES[family].irrelevant} & results.keys()
+    # What says nothing of the mathematics must not be refused, and must change nothing.
+    assert {field: results[field] for field in harmless if results[field] != {"equal"}} == {}
+    # Everything else that the class has is known to matter: a value of it changes logits, or is refused.
+    known = {f.name for f in fields(type(AutoConfig.for_model(family)))} | FAMILIES[family].used
+    idle = {field for field in known & results.keys() - harmless - QUIET.keys() if results[field] == {"equal"}}
+    assert idle == set()
 
 
 @pytest.mark.parametrize("family, changes", PAIRS)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from graftwork import models, parallel
+from graftwork import parallel
 from graftwork.errors import CheckpointError, ConfigError
 from graftwork.models import shapes
 from graftwork.models.shapes import Shape
@@ -22,16 +22,18 @@ from graftwork.models.weights import (
     hf_config,
     load,
     load_weights,
+    mapping_for,
     read_config,
     shape_from_hf,
 )
-from graftwork.peft import LoRA
 from tests.helpers.core import build, loaded, logits
 from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import layout_of
 from tests.helpers.tiny_hf import ODD_VOCABULARY, make_tiny, oracle, tiny_model
 
 MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe"]
+SOME = ["qwen3_moe_some", "qwen2_moe_every_other"]
+"""Not every layer is one."""
 TOLERANCE = 2e-5
 
 
@@ -133,11 +135,25 @@ def test_what_no_mixture_can_be() -> None:
         hf_config(before_the_choice)
 
 
-def test_adapters_of_experts_are_not_exchanged(tmp_path: Path) -> None:
-    model = models.load(make_tiny("mixtral", tmp_path / "hf"), dtype="fp32")
-    model.add_adapter(LoRA())
-    with pytest.raises(ConfigError, match="adapters of a mixture of experts cannot be exchanged"):
-        model.export_adapters(tmp_path / "out", format="peft")
+def test_layers_without_experts(tmp_path: Path) -> None:
+    tiny = {"num_layers": 3, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2, "vocab_size": 101}
+    mixed = {**tiny, "family": "qwen3_moe", "qk_layernorm": True, "num_moe_experts": 4}
+    shape = shapes.llama2_7b(**mixed, moe_layer_freq=(0, 1, 1))
+    assert shape.moe_layer_freq == [0, 1, 1] and hf_config(shape)["mlp_only_layers"] == [0]
+    assert shape_from_hf(hf_config(shape)) == shape
+    assert shape.transformer_config().moe_layer_freq == [0, 1, 1]
+    assert shapes.llama2_7b(**mixed, moe_layer_freq=[1, 1, 1]) == shapes.llama2_7b(**mixed)
+    module = build(shape)
+    assert shape.total_parameters() == sum(p.numel() for p in module.parameters())
+    assert [hasattr(layer.mlp, "experts") for layer in module.decoder.layers] == [False, True, True]
+    for wrong in ([0, 1], [0, 1, 2], [0, 1, True], "011", 2):
+        with pytest.raises(ConfigError, match="a list of 3 numbers is valid, 1 for a layer that is a mixture and"):
+            shapes.llama2_7b(**mixed, moe_layer_freq=wrong)
+    for wrong in ({**mixed, "moe_layer_freq": [0, 0, 0]}, {**tiny, "moe_layer_freq": [0, 1, 1]}):
+        with pytest.raises(ConfigError, match="moe_layer_freq needs num_moe_experts and a 1 for at least one layer"):
+            shapes.llama2_7b(**wrong)
+    with pytest.raises(ConfigError, match=r"no Hugging Face mixtral model has moe_layer_freq=\[0, 1, 1\]; None is"):
+        mapping_for(shapes.llama2_7b(**{**mixed, "family": "mixtral"}, moe_layer_freq=[0, 1, 1]))
 
 
 def load_and_export(rank: int, world: int, sizes: dict[str, int], sources: list[Path], target: Path) -> list:
@@ -189,7 +205,7 @@ LAYOUTS = [
 @pytest.mark.processes
 @pytest.mark.parametrize("sizes, world", LAYOUTS)
 def test_experts_spread_over_ranks_equal_one_process(sizes: dict[str, int], world: int, tmp_path: Path) -> None:
-    sources = [make_tiny(family, tmp_path / family) for family in MIXTURES]
+    sources = [make_tiny(family, tmp_path / family) for family in (*MIXTURES, *SOME)]
     ranks = run_ranks(load_and_export, world, sizes, sources, tmp_path / "out")
     for index, source in enumerate(sources):
         expected = logits(loaded(source)[0], tokens())

@@ -94,8 +94,9 @@ def cells_of(layout: str) -> list[Cell]:
     """Return the cells that a layout runs: every subject, then what needs another model, packing or recomputation."""
     experts = "ep2" in layout
     main = "mixture" if experts else "llama"
-    # qwen2_moe: loaded, with an expert beside the others that is cut as an MLP is
-    loaded = [Cell("qwen2_moe", subject) for subject in ("full", "everything")] if layout == "tp2_sp_ep2" else []
+    # qwen2_moe: loaded, with an expert beside the others that is cut as an MLP is, in every other layer
+    subjects = ("full", "everything") if layout == "tp2_sp_ep2" else ()
+    loaded = [Cell("qwen2_moe_every_other", subject) for subject in subjects]
     if layout in PRODUCTS:
         packs = ([False] if layout not in ("cp2_dp2", "cp2_ep2") else []) + ([True] if "cp2" in layout else [])
         return [*(Cell(main, subject, packed) for packed in packs for subject in ("full", "everything")), *loaded]

@@ -65,7 +65,7 @@ def _calm(tensors: dict[str, Tensor]) -> None:
 
 
 CHECKPOINTS: dict[str, Callable[[str, Path], Path]] = {
-    **dict.fromkeys(("llama", "gpt2", "qwen3", "qwen2_moe"), make_tiny),
+    **dict.fromkeys(("llama", "gpt2", "qwen3", "qwen2_moe_every_other"), make_tiny),
     **dict.fromkeys(("t5", "mt5"), partial(make_t5, change=_calm, num_layers=1, num_decoder_layers=2)),
 }
 

@@ -21,7 +21,7 @@ MODELS = {
     "gpt2": "GPT-2: learned positions, tied embeddings",
     "qwen3": "Qwen3: norms of queries and keys",
     "mixture": "experts",
-    "qwen2_moe": "Qwen2-MoE: experts, a shared one",
+    "qwen2_moe_every_other": "Qwen2-MoE: experts, a shared one, layers without",
     "t5": "T5: tied embeddings, relu",
     "mt5": "mT5: untied, gated",
 }

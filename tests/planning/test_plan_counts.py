@@ -80,6 +80,20 @@ def test_counts_of_the_papers(sizes: type, method: type, count: int) -> None:
     assert plan(found, [method()], rows=rows, dtype="bf16", devices=()).trainable_parameters == count
 
 
+def test_layers_without_experts_are_counted_as_what_they_are() -> None:
+    mixed = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_layer_freq": [0, 1, 1, 0]}
+    sizes, stack = shape(num_layers=4, **mixed), [LoRA(dim=4), IA3()]
+    model = GPT(sizes, dtype="fp32")
+    model.configure_model()
+    model.add_adapter([LoRA(dim=4), IA3()])
+    made = plan(sizes, stack, Layout(expert_model_parallel_size=2), world=2)
+    assert (made.trainable_parameters, made.total_parameters) == count_parameters(model)
+    assert made.sites == tuple(report.sites(model.stack)) and not made.problems
+    parts = [one for one in parameters(model) if one.owner is None]
+    assert sum(math.prod(one.shape) for one in parts) == sizes.total_parameters()
+    assert {one.layer for one in parts if one.expert} == {1, 2}
+
+
 def test_full_fine_tuning_trains_everything() -> None:
     made = plan(shape(), [], devices=())
     assert made.trainable_parameters == made.total_parameters == shape().total_parameters()

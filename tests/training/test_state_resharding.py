@@ -26,6 +26,7 @@ from tests.helpers.layouts import layout_of
 from tests.helpers.lightning_state import lightning_state
 
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
+SOME = {**EXPERTS, "moe_layer_freq": [0, 1]}
 TIED = {"family": "llama_tied", "num_layers": 4}
 
 
@@ -41,6 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "experts": {"shape": EXPERTS},
     "adapters": {"shape": {}, "stack": _every_kind},
     "in_experts": {"shape": EXPERTS, "stack": lambda: [LoRA(dim=4, target_modules=["linear_fc1", "linear_fc2"])]},
+    "some_layers": {"shape": SOME, "stack": lambda: [LoRA(dim=4), IA3()]},
     "first_stage_only": {"shape": {}, "stack": lambda: [PTuning(virtual_tokens=3, embedding_dim=8, bottleneck_dim=8)]},
 }
 WALKS: dict[str, list[dict[str, int]]] = {
@@ -49,6 +51,7 @@ WALKS: dict[str, list[dict[str, int]]] = {
     "experts": [{"expert": 2}, {"tensor": 2}, {"pipeline": 2}],
     "adapters": [{"tensor": 2}, {"pipeline": 2}, {}],
     "in_experts": [{"expert": 2}, {"tensor": 2}, {"tensor": 2, "expert": 2}],
+    "some_layers": [{"expert": 2}, {"pipeline": 2}, {"tensor": 2, "expert": 2}],
     "first_stage_only": [{"pipeline": 2}, {"tensor": 2}],
 }
 

@@ -10,10 +10,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from graftwork.errors import ArtifactError, CheckpointError, ConfigError, quoted, suggest
-from graftwork.models.exchange import low_rank, prompts, scales, serving
+from graftwork.models.exchange import experts, low_rank, prompts, scales, serving
 from graftwork.models.exchange.lazy import Held, Readable
 from graftwork.models.exchange.piece import Piece, write
 from graftwork.models.exchange.places import Places
+from graftwork.models.exchange.sharing import spread
 from graftwork.models.shape import Shape
 from graftwork.models.weights import family_named
 from graftwork.parallel.collective import agreed
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 FORMATS = ("peft",)
 SERVERS = ("peft", "vllm")
+FORMS = ("parameters", "modules")
 MERGES = "merge it (merge_adapters, export_hf), or serve it here"
 COUNTERPARTS = {
     CanonicalAdapter: "Hugging Face PEFT has no bottleneck adapters; serve it here",
@@ -42,17 +44,32 @@ EXPORTED = (LoRA, CanonicalLoRA, DoRA, IA3, PromptTuning, PTuning)
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to export: format and reader, whose names these are, and the Hugging Face name of the base."""
+    """What to export: format and reader, whose names these are, and the Hugging Face name of the base.
+
+    ``experts``: how a mixture's experts are named, as ``parameters`` that hold them all (transformers 5) or as
+    ``modules`` one by one (transformers 4, vLLM); None: as the reader has them.
+    """
 
     format: str = "peft"
     for_: str = "peft"
     names: Sequence[str] | None = None
     base: str | None = None
+    experts: str | None = None
 
     def __post_init__(self) -> None:
-        for field, value, valid in (("format", self.format, FORMATS), ("for_", self.for_, SERVERS)):
+        named_values = (("format", self.format, FORMATS), ("for_", self.for_, SERVERS), ("experts", self.form, FORMS))
+        for field, value, valid in named_values:
             if value not in valid:
                 raise ConfigError(f"{field} is {quoted(value)}; {suggest(str(value), valid)}")
+        if self.for_ == "vllm" and self.form == "parameters":
+            raise ConfigError(
+                "experts='parameters' cannot be served by vLLM, which reads experts one by one; 'modules' is valid."
+            )
+
+    @property
+    def form(self) -> str:
+        """How experts are named."""
+        return self.experts or ("modules" if self.for_ == "vllm" else "parameters")
 
 
 def export_stack(stack: Stack, shape: Shape, path: str | Path, wanted: Wanted, bos: Callable[[], bool | None]) -> Path:
@@ -121,6 +138,8 @@ def _checked(chosen: Sequence[PEFT], shape: Shape, wanted: Wanted) -> Places:
     if not chosen:
         raise ArtifactError("No adapter was named to be exported; leave names out for all of them.")
     places = Places(shape)
+    if wanted.experts is not None and not places.experts:
+        raise ConfigError(f"experts={wanted.experts!r} counts only for a mixture of experts; leave it out.")
     for transform in chosen:
         if wanted.for_ == "vllm":
             serving.refuse_unserved(transform, places)
@@ -154,11 +173,13 @@ def _pieces(
     for transform in chosen:
         prefix = f"{transform.name}."
         mine = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        held = Held(mine, f"Adapter {transform.name!r}")
+        held = Held(spread(mine, places), f"Adapter {transform.name!r}")
         if isinstance(transform, LoRA):
             found.append(_low_rank(transform, places, held, wanted))
         elif isinstance(transform, IA3):
             vectors = scales.vectors_of(transform, places, held)
+            if wanted.form == "parameters":
+                experts.check_scales(transform, places, vectors)
             config = scales.config_of(transform, places, vectors, wanted.base)
             found.append(Piece(transform.name, config, scales.keyed(vectors)))
         elif isinstance(transform, PromptMethod):
@@ -172,6 +193,8 @@ def _low_rank(transform: LoRA, places: Places, held: Held, wanted: Wanted) -> Pi
     served = wanted.for_ == "vllm"
     if served:
         pairs = serving.padded(transform, places, pairs)
+    elif wanted.form == "parameters":
+        pairs = experts.as_parameters(transform, places, pairs)
     config = low_rank.config_of(transform, places, pairs, wanted.base)
     if served:
         config = {field: config[field] for field in serving.FIELDS}

@@ -27,7 +27,7 @@ KNOWN: Mapping[str, frozenset[str]] = {
     | {
         *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
         *("lora_dropout", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias"),
-        "exclude_modules",
+        *("exclude_modules", "target_parameters"),
         "fan_in_fan_out",  # follows from the module, as Hugging Face PEFT itself sets it
         "megatron_core",  # counts only with megatron_config
         "qalora_group_size",  # counts only with use_qalora
@@ -51,6 +51,7 @@ VALID: Mapping[str, tuple[object, ...]] = {
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),
 }
 """Fields that have several valid values."""
+_ANY = r".*\."
 _NAME = re.compile(r"[\w.-]{1,300}")
 MANY = 100_000
 
@@ -116,13 +117,18 @@ class Fields:
     def patterns(self, field: str) -> dict[str, float]:
         """Return a number by name; a name is the end of a module's, as Hugging Face PEFT reads it."""
         value = self.config.get(field) or {}
-        if not isinstance(value, dict) or len(value) > MANY or not all(_plain(key) for key in value):
+        if not isinstance(value, dict) or len(value) > MANY or not all(_plain(_end(key)) for key in value):
             self.refuse(field, "numbers by module names are needed, without signs of regular expressions")
         assert isinstance(value, dict)
         for number in value.values():
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= MOST:
                 self.refuse(field, f"numbers above 0, at most {MOST:,}, are needed")
-        return value
+        return {key.removeprefix(_ANY): number for key, number in value.items()}
+
+    def targeted_parameters(self, parameters: Collection[str]) -> set[str]:
+        """Return those of the ``parameters`` whose name, or the end of it, target_parameters has."""
+        targets = set(self.names("target_parameters"))
+        return {name for name in parameters if not targets.isdisjoint(_ends(name))}
 
     def layers(self) -> set[int] | None:
         """Return ``layers_to_transform``, None for all."""
@@ -149,6 +155,11 @@ class Fields:
 def value_of(patterns: Mapping[str, float], module: str, default: float) -> float:
     """Return the value of the first pattern that names the module: the whole of it, or the end behind a dot."""
     return next((value for end, value in patterns.items() if end == module or module.endswith(f".{end}")), default)
+
+
+def _end(key: object) -> object:
+    """Return a pattern without the expression for any beginning, which PEFT writes itself and which says nothing."""
+    return key.removeprefix(_ANY) if isinstance(key, str) else key
 
 
 def _plain(name: object) -> bool:

@@ -22,7 +22,8 @@ A, B, MAGNITUDE = "lora_A", "lora_B", "magnitude"
 class Pair:
     """Factors A [rank, in] and B [out, rank] of one Hugging Face module, scaled by alpha over rank (or its root).
 
-    ``magnitude`` [out]: DoRA's. At an ``embedding`` A is [rank, vocab] and B [hidden, rank].
+    ``magnitude`` [out]: DoRA's. At an ``embedding`` A is [rank, vocab] and B [hidden, rank]. Of a parameter ``module``
+    is the name, and ``place`` the module that holds the factors.
     """
 
     module: str
@@ -32,10 +33,11 @@ class Pair:
     B: Lazy
     magnitude: Lazy | None = None
     embedding: bool = False
+    place: str = ""
 
     def tensors(self) -> dict[str, Lazy]:
         """Return its tensors as Hugging Face PEFT calls them."""
-        stem = f"{LAYER_PREFIX}{self.module}."
+        stem = f"{LAYER_PREFIX}{self.place or self.module}."
         if self.embedding:
             return {f"{stem}lora_embedding_A": self.A, f"{stem}lora_embedding_B": self.B}
         found = {f"{stem}lora_A.weight": self.A, f"{stem}lora_B.weight": self.B}
@@ -53,7 +55,8 @@ def pairs_of(transform: LoRA, places: Places, tensors: Held) -> list[Pair]:
 
 def config_of(transform: LoRA, places: Places, pairs: Sequence[Pair], base: str | None) -> dict[str, object]:
     """Return ``adapter_config.json`` of these pairs: targets, ranks, alphas by names that mean these modules alone."""
-    modules = [pair.module for pair in pairs]
+    modules = [pair.module for pair in pairs if not pair.place]
+    parameters = [pair.module for pair in pairs if pair.place]
     ranks, alphas = ({pair.module: value(pair) for pair in pairs} for value in (_rank, _alpha))
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
@@ -65,11 +68,12 @@ def config_of(transform: LoRA, places: Places, pairs: Sequence[Pair], base: str 
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": alpha,
-        "lora_dropout": transform.dropout,
+        "lora_dropout": 0.0 if parameters else transform.dropout,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": patterns(ranks, rank),
         "target_modules": shortest(modules, places.modules),
+        **({"target_parameters": shortest(parameters, places.every_parameter)} if parameters else {}),
         "use_dora": isinstance(transform, DoRA),
         "use_rslora": transform.use_rslora,
     }

@@ -4,18 +4,20 @@ Separate pairs for q, k and v become one of CanonicalLoRA's each; where they are
 A, they become that pair again. DoRA has no such parts here: there the sum of them all is one pair, of the ranks' sum.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from graftwork.models.exchange import sharing, stacks
 from graftwork.models.exchange.fields import Fields, value_of
 from graftwork.models.exchange.lazy import Held, Lazy
 from graftwork.models.exchange.low_rank import MAGNITUDE, A, B, Pair, one_of, patterns
 from graftwork.models.exchange.piece import LAYER_PREFIX
-from graftwork.models.exchange.places import Linear, Places, shortest
+from graftwork.models.exchange.places import Linear, Places, Stacked, shortest
+from graftwork.models.exchange.sharing import Update
 from graftwork.models.shape import Shape
 from graftwork.peft.cuts import OUTPUT
 from graftwork.peft.methods import CanonicalLoRA, DoRA, LoRA
@@ -24,8 +26,6 @@ from graftwork.peft.methods.dora import EMBEDDING
 ALL = "all-linear"
 Group = dict[int, Pair]
 """The pairs at one of our linears, by the index of its Hugging Face module."""
-Update = tuple[str, int, float, dict[str, Lazy]]
-"""One update of ours: its name, rank, alpha, and its tensors by key."""
 
 
 def arriving(
@@ -45,19 +45,22 @@ def arriving(
     else:
         method, note = CanonicalLoRA, "q, k, v, gate and up keep pairs of their own"
         updates = [u for site, group in groups.items() for u in _separate(places.linears[site], group)]
-    known = places.updates(method is CanonicalLoRA)
-    options = {**_options(fields, updates, known), "use_rslora": rslora, "lora_A_init_method": "kaiming"}
+    targets = shortest([update[0] for update in updates], places.updates(method is CanonicalLoRA))
+    one = None if method is DoRA else sharing.shared(updates, places)
+    updates = updates if one is None else one
+    options = {**_options(fields, updates, targets), "use_rslora": rslora, "lora_A_init_method": "kaiming"}
+    options |= {} if one is None else {"share_experts": True}
     transform = method(**options) if name is None else method(name, **options)
     partial_rows = any(len(group) < len(places.linears[site].modules) for site, group in groups.items())
     return transform, {k: v for update in updates for k, v in update[3].items()}, method is DoRA and partial_rows, note
 
 
-def _options(fields: Fields, updates: Iterable[Update], known: list[str]) -> dict[str, Any]:
+def _options(fields: Fields, updates: Iterable[Update], targets: list[str]) -> dict[str, Any]:
     """Return where the updates stand, and their ranks and alphas: those of the fields, and patterns for the others."""
     dim, alpha = fields.whole("r"), fields.number("lora_alpha", 8)
     ranks, alphas = {u[0]: u[1] for u in updates}, {u[0]: u[2] for u in updates}
     return {
-        "target_modules": shortest(ranks, known),
+        "target_modules": targets,
         "dim": dim,
         "alpha": alpha,
         "dropout": fields.number("lora_dropout", 0.0),
@@ -68,27 +71,68 @@ def _options(fields: Fields, updates: Iterable[Update], known: list[str]) -> dic
 
 def _pairs(fields: Fields, places: Places, held: Held) -> dict[str, Pair]:
     """Return the pair of every targeted module; raises ArtifactError for tensors that are missing or too many."""
-    if fields.config.get("target_modules") == ALL:
-        wanted = {m for m, linear in places.modules.items() if linear.leaf not in (EMBEDDING, OUTPUT)}
-    else:
-        wanted = fields.targeted(places.modules)
-    if not wanted:
-        fields.refuse("target_modules", f"this {places.family.name} has no such module")
-    ranks, alphas = fields.patterns("rank_pattern"), fields.patterns("alpha_pattern")
-    dim, alpha, dora = fields.whole("r"), fields.number("lora_alpha", 8), fields.flag("use_dora")
-    found = {}
+    parameters = _parameters(fields, places)
+    wanted = _modules(fields, places, bool(parameters))
+    dora, rslora, found, scale = fields.flag("use_dora"), fields.flag("use_rslora"), dict[str, Pair](), _scales(fields)
     for module, linear in places.modules.items():
         if module in wanted:
-            rank = value_of(ranks, module, dim)
-            if not isinstance(rank, int):
-                fields.refuse("rank_pattern", "ranks are whole numbers")
-            found[module] = _pair(linear, module, int(rank), value_of(alphas, module, alpha), dora, held)
+            found[module] = _pair(linear, module, *scale(module), dora, held)
             if found[module].embedding and (dora or places.seq2seq):
                 fields.refuse(
                     "target_modules", f"{module} is no linear, and can have a LoRA of a decoder-only model only"
                 )
+    holders = stacks.nested([stack for stack in parameters.values() if isinstance(stack, Stacked)])
+    recent = stacks.Recent()
+    for name, parameter in parameters.items():
+        if isinstance(parameter, Stacked):
+            found |= stacks.apart(parameter, holders[name], *scale(name), rslora, held, recent)
+        else:
+            module = name.removesuffix(".weight")
+            found[module] = _pair(parameter, module, *scale(name), False, held)
     held.finish()
     return found
+
+
+def _modules(fields: Fields, places: Places, others: bool) -> set[str]:
+    """Return the targeted modules; raises ArtifactError for none, unless there are ``others``."""
+    given = fields.config.get("target_modules")
+    if others and not given:
+        return set()
+    if given == ALL:
+        return {m for m, linear in places.modules.items() if linear.leaf not in (EMBEDDING, OUTPUT)}
+    wanted = fields.targeted(places.modules)
+    if not (wanted or others):
+        fields.refuse("target_modules", f"this {places.family.name} has no such module")
+    return wanted
+
+
+def _parameters(fields: Fields, places: Places) -> dict[str, Linear | Stacked]:
+    """Return the targeted parameters by name, in the model's order; raises ArtifactError for one that is no linear."""
+    if not fields.config.get("target_parameters"):
+        return {}
+    wanted = fields.targeted_parameters(places.every_parameter)
+    for name in sorted(wanted - places.parameters.keys()):
+        fields.refuse("target_parameters", f"{name} is no linear that has a LoRA here")
+    if not wanted:
+        fields.refuse("target_parameters", f"this {places.family.name} has no such parameter")
+    for field in ("use_dora", "lora_dropout"):
+        if fields.config.get(field):
+            fields.refuse(field, "with target_parameters Hugging Face PEFT has none")
+    return {name: parameter for name, parameter in places.parameters.items() if name in wanted}
+
+
+def _scales(fields: Fields) -> Callable[[str], tuple[int, float]]:
+    """Return what tells rank and alpha of a module or parameter by its name."""
+    ranks, alphas = fields.patterns("rank_pattern"), fields.patterns("alpha_pattern")
+    dim, alpha = fields.whole("r"), fields.number("lora_alpha", 8)
+
+    def told(name: str) -> tuple[int, float]:
+        rank = value_of(ranks, name, dim)
+        if not isinstance(rank, int):
+            fields.refuse("rank_pattern", "ranks are whole numbers")
+        return int(rank), value_of(alphas, name, alpha)
+
+    return told
 
 
 def _pair(linear: Linear, module: str, rank: int, alpha: float, dora: bool, held: Held) -> Pair:

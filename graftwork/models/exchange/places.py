@@ -2,14 +2,16 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
-from graftwork.errors import ConfigError, MatchError, suggest
+from graftwork.errors import ConfigError, MatchError, quoted, suggest
 from graftwork.models.shape import Shape
 from graftwork.models.weights import family_named, mapping_for
+from graftwork.models.weights.mapping import Mapping as Weights
 from graftwork.models.weights.mapping import Rule
-from graftwork.models.weights.ops import KV, QKV, Fused, Gated, Op, Transposed
+from graftwork.models.weights.ops import KV, QKV, Fused, Gated, Op, Transposed, Whole
 from graftwork.peft.cuts import GATED, OUTPUT
 from graftwork.peft.methods.canonical_lora import GATE, UP
 from graftwork.peft.methods.dora import EMBEDDING
@@ -23,7 +25,7 @@ PARTS: Mapping[type[Op], tuple[str, ...]] = {
     Gated: (GATE, UP),
 }
 """What the linears are called that were fused into one, in the order of its rows."""
-MOST_LAYERS = 4096
+MOST_LAYERS, MOST_EXPERTS = 4096, 200_000
 _WEIGHT = ".weight"
 
 
@@ -81,24 +83,72 @@ class Linear(Place):
         return self.rows.join(tensors)
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """A parameter [experts, rows, inputs] that transformers has, since version 5, for a linear of all its experts.
+
+    ``name``: of the parameter; ``linears``: that of each expert, whose modules' rows stand one below the other.
+    """
+
+    name: str
+    linears: tuple[Linear, ...]
+
+    @property
+    def module(self) -> str:
+        """The name of the module that holds the parameter."""
+        return self.name.rpartition(".")[0]
+
+
 class Places:
     """Every linear of a model and its embedding, by our names and by Hugging Face's.
 
-    Raises ConfigError for a mixture of experts, and for more than ``MOST_LAYERS`` layers.
+    Experts' linears have the names of published checkpoints, which are those of their modules up to version 4 of
+    transformers. Raises ConfigError for more than ``MOST_LAYERS`` layers or ``MOST_EXPERTS`` experts.
     """
 
     def __init__(self, shape: Shape) -> None:
         self.family = family_named(shape.family)
-        if shape.num_moe_experts is not None:
-            raise ConfigError("adapters of a mixture of experts cannot be exchanged; num_moe_experts=None is valid.")
         # An untied head has a module of its own; so has a tied one, though not a tensor.
-        mapping = mapping_for(replace(shape, tie_embeddings=False), tensor_parallel=1)
-        layers = sum(mapping.layers.values())
+        self._mapping = mapping_for(replace(shape, tie_embeddings=False), tensor_parallel=1)
+        layers, self.experts = sum(self._mapping.layers.values()), self._mapping.experts
         if layers > MOST_LAYERS:
             raise ConfigError(f"a model of {layers:,} layers has no adapters to exchange; at most {MOST_LAYERS:,} can.")
-        found = (_linear(rule) for rule in mapping.expanded())
+        if layers * self.experts > MOST_EXPERTS:
+            raise ConfigError(f"a model of {layers} times {quoted(self.experts)} experts has no adapters to exchange.")
+        found = (_linear(rule) for rule in self._mapping.expanded())
         self.linears = {linear.name: linear for linear in found if linear is not None}
         self.modules = {module: linear for linear in self.linears.values() for module in linear.modules}
+
+    @cached_property
+    def stacks(self) -> dict[str, Stacked]:
+        """What transformers holds of all experts of a layer together, by its name."""
+        return {one.name: one for one in _stacks(self._mapping, self.linears)}
+
+    @cached_property
+    def parameters(self) -> dict[str, Linear | Stacked]:
+        """Every matrix that Hugging Face PEFT may adapt as a parameter, by the name that transformers gives it."""
+        plain = {
+            name + _WEIGHT: linear
+            for name, linear in self.modules.items()
+            if not (linear.in_expert or linear.leaf == EMBEDDING or self.transposed)
+        }
+        return {**plain, **self.stacks}
+
+    @cached_property
+    def every_parameter(self) -> set[str]:
+        """The names of all parameters of the model that transformers builds."""
+        apart = {module + _WEIGHT for module in self._of_experts}
+        return (self._mapping.hf_shapes().keys() - apart) | self.stacks.keys()
+
+    @cached_property
+    def mistaken(self) -> set[str]:
+        """Modules that PEFT takes for experts' linears, which it looks for by the last part of a name."""
+        leaves = {module.rpartition(".")[2] for module in self._of_experts}
+        return {module for module in self.modules if module.rpartition(".")[2] in leaves} - self._of_experts
+
+    @cached_property
+    def _of_experts(self) -> set[str]:
+        return {module for module, linear in self.modules.items() if linear.in_expert}
 
     @property
     def seq2seq(self) -> bool:
@@ -135,10 +185,19 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
+def _stacks(mapping: Weights, linears: Mapping[str, Linear]) -> Iterable[Stacked]:
+    for stack in mapping.stacks:
+        for layer in range(sum(mapping.layers.values())):
+            if stack.rule.stands_in(layer):
+                names = (stack.rule.at(layer, expert).core for expert in range(mapping.experts))
+                own = tuple(linears[name.removesuffix(_WEIGHT)] for name in names)
+                yield Stacked(stack.parameter.format(layer=layer), own)
+
+
 def _linear(rule: Rule) -> Linear | None:
     site = rule.core.removesuffix(_WEIGHT)
     if site == rule.core or site.rpartition(".")[2] not in LINEARS:
         return None
-    rows = rule.op.inner if isinstance(rule.op, Transposed) else rule.op
+    rows = rule.op.inner if isinstance(rule.op, (Transposed, Whole)) else rule.op
     parts = PARTS.get(type(rows.inner if isinstance(rows, Fused) else rows), ())
     return Linear(site, tuple(name.removesuffix(_WEIGHT) for name in rule.hf), parts, rows)

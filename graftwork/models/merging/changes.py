@@ -10,7 +10,7 @@ from torch import Tensor
 from graftwork.errors import MatchError
 from graftwork.models.exchange.lazy import Held, Lazy
 from graftwork.models.exchange.low_rank import MAGNITUDE
-from graftwork.models.exchange.places import Linear, Places
+from graftwork.models.exchange.places import Linear
 from graftwork.models.exchange.scales import PART, SCALE
 from graftwork.models.merging.source import Source
 from graftwork.models.merging.updates import updates_at
@@ -88,7 +88,7 @@ def changes_of(source: Source) -> Changes:
         if type(transform) not in (*MERGED, Selective):  # what is derived from one of them may compute something else
             why = UNMERGEABLE.get(type(transform), "only its own code knows what it does; merge_adapters may")
             raise MatchError(f"{transform} cannot be merged: {why}.")
-    places, found = Places(source.shape), Changes()
+    places, found = source.places, Changes()
     for transform in source.transforms:
         held = source.held(transform)
         if isinstance(transform, Selective):

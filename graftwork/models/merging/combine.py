@@ -18,6 +18,7 @@ from torch import Tensor
 from graftwork.errors import ArtifactError, ConfigError, quoted, suggest
 from graftwork.models.exchange.low_rank import A, B, patterns
 from graftwork.models.exchange.places import Places, shortest
+from graftwork.models.exchange.sharing import expert_of, gathered
 from graftwork.models.merging.changes import changes_of
 from graftwork.models.merging.source import Source, opened
 from graftwork.models.merging.updates import Update, updates_at
@@ -25,6 +26,7 @@ from graftwork.models.merging.write import check_place, known_dtype, write_merge
 from graftwork.peft.artifact import directory as artifact
 from graftwork.peft.method import MOST
 from graftwork.peft.methods import CanonicalLoRA, LoRA
+from graftwork.peft.methods.lora import unnumbered
 
 Factors = tuple[Tensor, Tensor]
 """A [rank, inputs] and B [outputs, rank] of an update that is not scaled any more."""
@@ -124,19 +126,27 @@ def _check_same_base(first: Source, other: Source) -> None:
 def _combined(sources: Sequence[Source], blend: Blend) -> Source:
     """Return the combination as the one adapter of a source; raises ConfigError where there is none."""
     method = _method(sources)
-    places, found = Places(sources[0].shape), dict[str, list[tuple[float, Update]]]()
+    places, found, targets = sources[0].places, dict[str, list[tuple[float, Update]]](), list[str]()
+    share = all(_shares(source) for source in sources)
     for weight, source in zip(blend.weights, sources):
         for update in _updates(source, places):
-            found.setdefault(update.stem, []).append((weight * update.scale, update))
+            targets.append(update.name)
+            if not (share and expert_of(update.stem)):  # else the same as of expert 0
+                found.setdefault(update.stem, []).append((weight * update.scale, update))
     name = blend.name or sources[0].transforms[0].name
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for stem, weighted in found.items():
         low, high = WAYS[blend.combine](weighted, blend)
         _, update = weighted[0]
-        ranks[update.name] = low.shape[0]
-        tensors |= {f"{name}.{stem}{A}": low.T if update.turned else low, f"{name}.{stem}{B}": high}
-    transform = _transform(method, name, ranks, places.updates(method is CanonicalLoRA), sources)
+        ranks[unnumbered(update.name) if share else update.name] = low.shape[0]
+        shared = share and expert_of(stem) is not None
+        for factor, value in ((A, low.T if update.turned else low), (B, high)):
+            key = f"{stem}{factor}"
+            tensors[f"{name}.{gathered(key, places.linear(key.rpartition('.')[0])) if shared else key}"] = value
+    transform = _transform(
+        method, name, ranks, shortest(targets, places.updates(method is CanonicalLoRA)), share, sources
+    )
     prompts = [source.prompts.get(source.transforms[0].name, {}) for source in sources]
     same = {name: prompts[0]} if all(prompt == prompts[0] for prompt in prompts) else {}
     return replace(sources[0], transforms=[transform], tensors=tensors, prompts=same)
@@ -158,6 +168,12 @@ def _method(sources: Sequence[Source]) -> type[LoRA]:
     return LoRA if type(transforms[0]) is LoRA else CanonicalLoRA
 
 
+def _shares(source: Source) -> bool:
+    """Tell whether all experts of a layer have one update in common."""
+    (transform,) = source.transforms
+    return isinstance(transform, LoRA) and transform.share_experts
+
+
 def _updates(source: Source, places: Places) -> list[Update]:
     (transform,) = source.transforms
     assert isinstance(transform, LoRA)
@@ -169,7 +185,12 @@ def _updates(source: Source, places: Places) -> list[Update]:
 
 
 def _transform(
-    method: type[LoRA], name: str, ranks: Mapping[str, int], known: Sequence[str], sources: Sequence[Source]
+    method: type[LoRA],
+    name: str,
+    ranks: Mapping[str, int],
+    targets: list[str],
+    share: bool,
+    sources: Sequence[Source],
 ) -> LoRA:
     """Return the transform of these ranks; its scale is 1, for theirs went into the factors."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -177,7 +198,8 @@ def _transform(
     dropouts = {t.dropout for source in sources for t in source.transforms if isinstance(t, LoRA)}
     return method(
         name=name,
-        target_modules=shortest(ranks, known),
+        target_modules=targets,
+        share_experts=share,
         dim=rank,
         alpha=rank,
         dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,

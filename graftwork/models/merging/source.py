@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from graftwork.errors import ArtifactError, CheckpointError, quoted
@@ -10,6 +11,8 @@ from graftwork.models.exchange import theirs
 from graftwork.models.exchange.export import shape_of
 from graftwork.models.exchange.incoming import converted
 from graftwork.models.exchange.lazy import Held, Readable
+from graftwork.models.exchange.places import Places
+from graftwork.models.exchange.sharing import spread
 from graftwork.models.shape import Shape
 from graftwork.models.weights import fingerprint, read_config, shape_from_hf
 from graftwork.models.weights.hub import HubModel, find, resolve
@@ -40,7 +43,12 @@ class Source:
         """Return the tensors of one transform, each to be taken once."""
         prefix = f"{transform.name}."
         mine = {key.removeprefix(prefix): tensor for key, tensor in self.tensors.items() if key.startswith(prefix)}
-        return Held(mine, f"Adapter {transform.name!r}")
+        return Held(spread(mine, self.places), f"Adapter {transform.name!r}")
+
+    @cached_property
+    def places(self) -> Places:
+        """Where the base's linears are."""
+        return Places(self.shape)
 
 
 @contextmanager

@@ -19,13 +19,19 @@ class Rule:
 
     ``{layer}`` and ``{expert}`` in the names stand for the layer and the expert, counted over the whole model.
 
-    ``alias``: the same Hugging Face tensor is already written by another rule (tied output layer).
+    ``alias``: the same Hugging Face tensor is already written by another rule (tied output layer); ``only``: the layers
+    that have such a parameter (None: all).
     """
 
     core: str
     hf: tuple[str, ...]
     op: Op
     alias: bool = False
+    only: frozenset[int] | None = None
+
+    def stands_in(self, layer: int) -> bool:
+        """Tell whether a layer has such a parameter."""
+        return self.only is None or layer in self.only
 
     @property
     def of_expert(self) -> bool:
@@ -42,11 +48,13 @@ class Rule:
 class Stack:
     """A tensor [experts, rows, columns] that some checkpoints hold in place of a ``rule``'s tensors of every expert.
 
-    Of each expert it has the rule's tensors one below the other; ``hf`` is its name, with ``{layer}``.
+    Of each expert it has the rule's tensors one below the other; ``hf`` is its name, with ``{layer}``; ``parameter``:
+    that of the parameter in the model that transformers builds.
     """
 
     hf: str
     rule: Rule
+    parameter: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Mapping:
         pattern = _EXPERT.sub("{expert}", _LAYER.sub(r"\1.layers.{layer}.", core_name))
         there = (stack is None or layer < self.layers[stack]) and (numbered is None or expert < self.experts)
         for rule in self.rules:
-            if there and rule.core == pattern:
+            if there and rule.core == pattern and rule.stands_in(layer):
                 return rule.at(layer, expert)
         names = (rule.core for rule in self.rules)
         raise MatchError(f"no {self.family} parameter is called {core_name!r}; {suggest(pattern, names)}")
@@ -114,13 +122,14 @@ class Mapping:
 
     def _of_layer(self, rules: tuple[Rule, ...], layer: int) -> Iterator[Rule]:
         for of_expert, some in groupby(rules, lambda rule: rule.of_expert):
-            group = tuple(some)
+            group = tuple(rule for rule in some if rule.stands_in(layer))
             for expert in range(self.experts if of_expert else 1):
                 yield from (rule.at(layer, expert) for rule in group)
 
     def _times(self, rule: Rule) -> int:
         stack = _stack(rule.core)
-        return (1 if stack is None else self.layers[stack]) * (self.experts if rule.of_expert else 1)
+        layers = 1 if stack is None else self.layers[stack] if rule.only is None else len(rule.only)
+        return layers * (self.experts if rule.of_expert else 1)
 
 
 def _stack(core: str) -> str | None:

@@ -48,7 +48,7 @@ class Update(Place):
     @property
     def plan_name(self) -> str:
         """Its name without the number of its expert."""
-        return _LOCAL_EXPERT.sub("", self.name)
+        return unnumbered(self.name)
 
 
 class LowRankAdapter(Adapter):
@@ -295,8 +295,9 @@ class LoRA(PEFT):
         return LowRank(dim, scale, self.dropout, self.dropout_position, *init)
 
     def rank_and_alpha(self, site_name: str) -> tuple[int, float]:
-        """Return rank and alpha of the site, after ``rank_pattern`` and ``alpha_pattern``."""
-        return _first(self.rank_pattern, site_name, self.dim), _first(self.alpha_pattern, site_name, self.alpha)
+        """Return rank and alpha of the site (of all experts, if they share), after the two patterns."""
+        name = unnumbered(site_name) if self.share_experts else site_name
+        return _first(self.rank_pattern, name, self.dim), _first(self.alpha_pattern, name, self.alpha)
 
     def lr_scale(self, parameter_name: str) -> float:
         """LoRA+: B's share of the learning rate."""
@@ -331,6 +332,11 @@ class LoRA(PEFT):
             for pattern in getattr(self, field) or {}:
                 if not any(matches(pattern, n) for n in known):
                     raise ConfigError(f"{self}: {field} {pattern!r} matches no site; {suggest(pattern, known)}")
+
+
+def unnumbered(name: str) -> str:
+    """Return a name without the number of the expert in it: of what all experts of a layer have in common."""
+    return _LOCAL_EXPERT.sub("", name)
 
 
 def _first(patterns: dict[str, int] | None, name: str, default: int) -> int:

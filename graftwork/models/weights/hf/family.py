@@ -74,7 +74,7 @@ IRRELEVANT: ReadOnly[str, str] = {
     **dict.fromkeys(("transformers_version", "architectures", "name_or_path"), "says where the file comes from"),
     **dict.fromkeys(("dtype", "torch_dtype"), "read where the model's precision is chosen"),
     **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), "says what else is returned"),
-    **dict.fromkeys(("id2label", "label2id", "problem_type"), "belongs to a classifier"),
+    **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type"), "belongs to a classifier"),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "belongs to tokenizer and generation"),
     "chunk_size_feed_forward": "the same arithmetic in parts",
     "initializer_range": "spread of random weights",
@@ -83,6 +83,18 @@ IRRELEVANT: ReadOnly[str, str] = {
     "max_window_layers": "counts only with use_sliding_window",
 }
 """Fields of every family that change no logits of a loaded causal model, with the reason."""
+
+_GEMMA = "its layers have a norm behind attention and one behind the MLP"
+INEXPRESSIBLE: ReadOnly[str, str] = {
+    "gemma": "its embeddings are multiplied by the root of hidden_size; megatron-core's GPTModel has no place for that",
+    "gemma2": f"{_GEMMA}, and its attention scores and logits a soft cap; megatron-core's GPTModel has none of these",
+    **dict.fromkeys(
+        ("gemma3", "gemma3_text"),
+        f"{_GEMMA}, and most of them a window and a rotary base of their own; megatron-core's GPTModel has one base "
+        "for all layers, and none of these norms",
+    ),
+}
+"""Model types that are asked for and cannot be computed exactly, with the reason."""
 
 FAMILIES: Registry[Family] = Registry("family")
 """Every family by its ``model_type``: the one list of them."""
@@ -98,6 +110,9 @@ def family_named(name: str) -> Family:
 def family_of(config: Config) -> Family:
     """Return the family that a checkpoint's config names; raises CheckpointError with near names when there is none."""
     name = config.get("model_type")
+    if isinstance(name, str) and name in INEXPRESSIBLE:
+        valid = ", ".join(FAMILIES)
+        raise CheckpointError(f"model_type {name!r} is not supported: {INEXPRESSIBLE[name]}; valid: {valid}.")
     if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(f"model_type {quoted(name)} is not supported; {suggest(str(name)[:100], FAMILIES)}")
     return FAMILIES[name]

@@ -24,11 +24,13 @@ class LlamaLike(Family):
     """Separate q, k, v (and gate, up) projections, rotary positions; RMSNorm and SwiGLU unless overridden.
 
     ``rotary_base``: transformers' own rope_theta for a config that has none; ``rotated``: its own part of each head
-    that is rotated, None where that is always the whole.
+    that is rotated, None where that is always the whole; ``windowed``: whether its configs may have a sliding window in
+    effect: then the context is the window, and within it the model is the published one.
     """
 
     rotary_base: ClassVar[float] = 10000.0
     rotated: ClassVar[float | None] = None
+    windowed: ClassVar[bool] = False
     used = USED | {"rms_norm_eps"}
     fixed = {"hidden_act": ("silu",), **FIXED}
     defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
@@ -36,7 +38,7 @@ class LlamaLike(Family):
     def read(self, config: Config) -> ShapeFields:
         """Return the Shape fields of a model with RMSNorm, SwiGLU and biases everywhere or nowhere."""
         return {
-            **read_sizes(config),
+            **read_sizes(config, self.windowed),
             **read_rope(config, self.rotated, self.rotary_base),
             "layernorm_epsilon": number(config, "rms_norm_eps"),
             "add_bias_linear": linear_bias(config),
@@ -48,6 +50,7 @@ class LlamaLike(Family):
             **write_sizes(shape),
             "hidden_act": "silu",
             "rms_norm_eps": shape.layernorm_epsilon,
+            **({"sliding_window": shape.sliding_window} if self.windowed else {}),
             **write_rope(shape),
         }
 
@@ -86,9 +89,12 @@ class LlamaLike(Family):
         )
 
 
-def read_sizes(config: Config) -> ShapeFields:
-    """Return sizes and dropout; raises CheckpointError for a sliding window that is in effect."""
-    _refuse_windows(config)
+def read_sizes(config: Config, windowed: bool = False) -> ShapeFields:
+    """Return sizes and dropout; raises CheckpointError for a window in effect, unless the context may be that short."""
+    _refuse_kinds(config)
+    if not windowed:
+        _refuse_window(config)
+    window = config.get("sliding_window") if windowed else None
     return {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -97,7 +103,7 @@ def read_sizes(config: Config) -> ShapeFields:
         "num_query_groups": config.get("num_key_value_heads"),
         "kv_channels": config.get("head_dim"),
         "vocab_size": config["vocab_size"],
-        "max_position_embeddings": config["max_position_embeddings"],
+        **_context(config, window),
         "tie_embeddings": flag(config, "tie_word_embeddings", False),
         "attention_dropout": number(config, "attention_dropout", 0.0),
     }
@@ -130,11 +136,26 @@ def write_linear_bias(shape: Shape) -> Config:
     return {"attention_bias": shape.add_bias_linear, "mlp_bias": shape.add_bias_linear}
 
 
-def _refuse_windows(config: Config) -> None:
-    """Raise CheckpointError unless every layer of the model sees every earlier position."""
+def _context(config: Config, window: object) -> ShapeFields:
+    """Return the longest row: that of the config, but no longer than a window."""
+    longest = config["max_position_embeddings"]
+    if window is None:
+        return {"max_position_embeddings": longest}
+    if type(window) is not int or window < 1:
+        raise CheckpointError(f"sliding_window={quoted(window)} of config.json is not supported; valid: null, 1, ...")
+    shortest = min(longest, window) if type(longest) is int else longest
+    return {"max_position_embeddings": shortest, "sliding_window": window}
+
+
+def _refuse_kinds(config: Config) -> None:
+    """Raise CheckpointError for kinds of layers that do not see every earlier position."""
     kinds = config.get("layer_types")
     if kinds is not None and kinds != ["full_attention"] * len(kinds if isinstance(kinds, list) else ()):
         raise CheckpointError(f"layer_types={quoted(kinds)} of config.json is not supported; valid: 'full_attention'.")
+
+
+def _refuse_window(config: Config) -> None:
+    """Raise CheckpointError for a window that some row would reach."""
     # Families that have the switch look at the window only when it is on.
     window = config.get("sliding_window") if config.get("use_sliding_window") is None else None
     if window is not None and number(config, "sliding_window") < number(config, "max_position_embeddings"):

@@ -8,7 +8,8 @@ class Mixtral(MixtureLike):
 
     name = "mixtral"
     architecture = "MixtralForCausalLM"
-    notes = "mixture of experts; without a sliding window that is in effect"
+    notes = "mixture of experts; rows no longer than its sliding window"
+    windowed = True
     count = "num_local_experts"
     block = "block_sparse_moe."
     linears = ("w1", "w3", "w2")

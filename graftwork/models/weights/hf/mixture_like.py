@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import ClassVar
 
-from graftwork.errors import CheckpointError, quoted
+from graftwork.errors import CheckpointError, ConfigError, quoted
 from graftwork.models.shape import Shape
 from graftwork.models.weights.hf import rules
 from graftwork.models.weights.hf.family import Config, ShapeFields
@@ -12,16 +12,17 @@ from graftwork.models.weights.mapping import Mapping, Rule, Stack
 
 
 class MixtureLike(LlamaLike):
-    """Every layer a mixture; a softmax chooses the experts of a token.
+    """Layers that are mixtures, all of them or some; a softmax chooses the experts of a token.
 
     ``count``: the config's name for the number of experts; ``block``: what the mixture is called in a layer;
-    ``linears``: what an expert's gate, up and down projections are called.
+    ``linears``: what an expert's gate, up and down projections are called; ``some``: whether layers may have none.
     """
 
     mixture = True
     count: ClassVar[str] = "num_experts"
     block: ClassVar[str] = "mlp."
     linears: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    some: ClassVar[bool] = False
     irrelevant = {
         "output_router_logits": "says what else is returned, and adds a loss that is not trained here",
         "router_aux_loss_coef": "weighs a loss that is not trained here",
@@ -47,14 +48,29 @@ class MixtureLike(LlamaLike):
         """Return the rules of LLaMA's tensor names; checkpoints may hold all experts of a layer in two tensors."""
         plain = super().mapping(shape, padded)
         first, second = (rule for rule in plain.rules if rule.of_expert)
-        experts = f"model.layers.{{layer}}.{self.block}experts."
-        stacks = (Stack(experts + "gate_up_proj", first), Stack(experts + "down_proj", second))
-        # transformers calls every mixture "mlp" once its experts are stacked.
+        layer = "model.layers.{layer}."
+        stacks = tuple(  # transformers calls every mixture "mlp" once its experts are stacked
+            Stack(f"{layer}{self.block}experts.{name}", rule, f"{layer}mlp.experts.{name}")
+            for name, rule in (("gate_up_proj", first), ("down_proj", second))
+        )
         renamed = () if self.block == "mlp." else ((r"^(model\.layers\.\d+\.)mlp\.", rf"\1{self.block}"),)
         return replace(plain, experts=shape.num_moe_experts or 0, renamed=renamed, stacks=stacks)
 
     def mlp(self, shape: Shape, layer: str, norm: str) -> tuple[Rule, ...]:
-        """Return the rules of a layer's router and experts and of the ``norm`` in front of them."""
+        """Return the rules of a layer's router and experts, or of its MLP, and of the ``norm`` in front of them."""
+        found = self.routed(shape, layer, norm)
+        if shape.moe_layer_freq is None:
+            return found
+        if not self.some:
+            raise ConfigError(
+                f"no Hugging Face {self.name} model has moe_layer_freq={quoted(shape.moe_layer_freq)}; None is valid."
+            )
+        mixtures = frozenset(index for index, mixed in enumerate(shape.moe_layer_freq) if mixed)
+        dense = frozenset(range(shape.num_layers)) - mixtures
+        return (*rules.of_layers(found, mixtures), *rules.of_layers(super().mlp(shape, layer, norm), dense))
+
+    def routed(self, shape: Shape, layer: str, norm: str) -> tuple[Rule, ...]:
+        """Return the rules of a mixture and of the ``norm`` in front of it."""
         block = layer + self.block
         return (
             *rules.norm(shape, rules.MIXTURE_NORM, norm),

@@ -11,7 +11,8 @@ class Phi3(LlamaLike):
 
     name = "phi3"
     architecture = "Phi3ForCausalLM"
-    notes = "fused projections, Phi-4 too; without longrope, and without a sliding window that is in effect"
+    notes = "fused projections, Phi-4 too; without longrope; rows no longer than its sliding window"
+    windowed = True
     rotated = 1.0
     used = LlamaLike.used | {"original_max_position_embeddings"}
     fixed = {

@@ -13,7 +13,7 @@ class Qwen2MoE(QwenMoELike):
 
     name = "qwen2_moe"
     architecture = "Qwen2MoeForCausalLM"
-    notes = "mixture of experts and a gated shared expert in every layer; qkv biases"
+    notes = "mixture of experts and a gated shared expert, in every layer or in some; qkv biases"
     used = QwenMoELike.used | {"qkv_bias", "shared_expert_intermediate_size"}
     fixed = {**QwenMoELike.fixed, "attention_bias": (None, False)}
     defaults = {
@@ -42,10 +42,10 @@ class Qwen2MoE(QwenMoELike):
             "shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size,
         }
 
-    def mlp(self, shape: Shape, layer: str, norm: str) -> tuple[Rule, ...]:
-        """Return the rules of a layer's router and experts, the shared one after the others."""
+    def routed(self, shape: Shape, layer: str, norm: str) -> tuple[Rule, ...]:
+        """Return the rules of a mixture, the shared expert's after the others'."""
         shared = (f"{layer}mlp.shared_expert.{linear}." for linear in self.linears)
         return (
-            *super().mlp(shape, layer, norm),
+            *super().routed(shape, layer, norm),
             *rules.shared_expert(shape, layer + "mlp.shared_expert_gate.", *shared),
         )

@@ -1,4 +1,4 @@
-"""Qwen 3, mixtures of experts: Qwen 3's attention, every layer's MLP a mixture."""
+"""Qwen 3, mixtures of experts: Qwen 3's attention, every layer's MLP a mixture, or some layers' only."""
 
 from graftwork.models.weights.hf.family import Config, ShapeFields
 from graftwork.models.weights.hf.qwen_moe_like import QwenMoELike
@@ -9,7 +9,7 @@ class Qwen3MoE(QwenMoELike):
 
     name = "qwen3_moe"
     architecture = "Qwen3MoeForCausalLM"
-    notes = "mixture of experts in every layer; normed queries and keys"
+    notes = "mixture of experts in every layer or in some; normed queries and keys"
     aliases = {"num_local_experts": "num_experts"}
     fixed = {**QwenMoELike.fixed, "attention_bias": (None, False)}
     defaults = {

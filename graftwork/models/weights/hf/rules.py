@@ -134,6 +134,11 @@ def shared_expert(shape: Shape, router: str, gate: str, up: str, down: str) -> t
     return weights, first, second
 
 
+def of_layers(rules: tuple[Rule, ...], only: frozenset[int]) -> tuple[Rule, ...]:
+    """Return ``rules`` for these layers alone."""
+    return tuple(replace(rule, only=only) for rule in rules)
+
+
 def conv1d(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """Return ``rules`` for weights that are stored [in, out]; biases stay as they are."""
     return tuple(replace(r, op=Transposed(r.op)) if r.core.endswith("weight") else r for r in rules)
