@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -32,15 +33,15 @@ def interleaved(contestants: Mapping[str, Callable[[], Any]], repetitions: int) 
     return best
 
 
-def peak_memory(side: str, case: str, checkpoint: Path, quick: bool) -> dict[str, float]:
-    """Return MB after imports and at the peak of three steps, in a fresh process."""
+def peak_memory(side: str, case: str, checkpoint: Path, given: Namespace) -> dict[str, float]:
+    """Return MB at the peak of imports, of building and of three steps, in a fresh process."""
     script = Path(__file__).with_name("step_time.py")
-    options = ["--child", side, case, str(checkpoint), *(["--quick"] if quick else [])]
+    options = ["--child", side, case, str(checkpoint), "--model", given.model, *(["--quick"] if given.quick else [])]
     done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"the child process for {side} {case} failed:\n{done.stderr[-2000:]}")
-    imports, peak = (float(x) for x in done.stdout.split()[-2:])
-    return {"imports_mb": imports, "peak_mb": peak}
+    names = ("imports_mb", "ready_mb", "peak_mb")
+    return dict(zip(names, (float(x) for x in done.stdout.split()[-3:]), strict=True))
 
 
 def resident_mb() -> float:

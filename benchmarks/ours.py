@@ -1,23 +1,28 @@
 """graftwork's side of the comparison."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from workload import RANK, Case, microbatches
+import torch
+from workload import RANK, VIRTUAL_TOKENS, Case, microbatches
 from workload import Batch as Work
 
 from graftwork import models
-from graftwork.batch import Batch
+from graftwork.batch import IGNORED, Batch
 from graftwork.data.collate import Collator
 from graftwork.data.packing import best_fit_decreasing
 from graftwork.data.rows import Sample
 from graftwork.optim import AdamW
-from graftwork.peft import PEFT, LoRA
+from graftwork.peft import IA3, PEFT, LoRA, PromptTuning, PTuning
 
-LORAS: dict[str, Callable[[], PEFT]] = {
+ADAPTERS: dict[str, Callable[[], PEFT]] = {
     "lora": lambda: LoRA(dim=RANK),
     "lora_same": lambda: LoRA(dim=RANK, target_modules=["linear_proj", "linear_fc2"]),
+    "ia3": lambda: IA3(),
+    "ptuning": lambda: PTuning(virtual_tokens=VIRTUAL_TOKENS),
+    "prompt": lambda: PromptTuning(virtual_tokens=VIRTUAL_TOKENS),
 }
 
 
@@ -27,9 +32,10 @@ class Ours:
     def __init__(self, checkpoint: Path, case: Case, batch: Work) -> None:
         self.model = load(checkpoint, case.dtype)
         if case.adapters is not None:
-            self.model.add_adapter(LORAS[case.adapters]())
+            self.model.add_adapter(ADAPTERS[case.adapters]())
         self.model.train()
         self.count = batch.target_count
+        batch = self._prompted(batch)
         self.batches = packed(batch) if case.packed else padded(batch)
         self.optimizer, self.schedule = AdamW(schedule="constant").build(self.model, 1)
 
@@ -50,6 +56,13 @@ class Ours:
         self.optimizer.zero_grad()
         self.schedule.step()
         return total / self.count
+
+    def _prompted(self, batch: Work) -> Work:
+        """The same rows with the virtual tokens in front, as the data module lays them."""
+        ids = torch.tensor([i for slot in self.model.prompt_layout.slots for i in slot.ids], dtype=torch.int64)
+        tokens = [torch.cat([ids, row]) for row in batch.tokens]
+        targets = [torch.cat([torch.full_like(ids, IGNORED), row]) for row in batch.targets]
+        return replace(batch, tokens=tokens, targets=targets, length=batch.length + len(ids))
 
     def save(self, path: Path) -> None:
         """Write the adapters."""
@@ -101,7 +114,7 @@ def through_the_trainer(checkpoint: Path, case: Case, batch: Work, steps: int) -
         enable_checkpointing=False,
     )
     model = models.load(checkpoint, trainer=trainer, dtype=case.dtype)
-    model.add_adapter(LORAS[case.adapters or "lora"]())
+    model.add_adapter(ADAPTERS[case.adapters or "lora"]())
     model.prepare(AdamW(schedule="constant"))
     (only,) = padded(batch)
     trainer.fit(model, train_dataloaders=_Repeat(only, steps))

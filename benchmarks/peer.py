@@ -4,9 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM
-from workload import IGNORED, RANK, Batch, Case, microbatches, padded
+from workload import IGNORED, PROMPTS, RANK, VIRTUAL_TOKENS, Batch, Case, microbatches, padded
 
 TARGETS = {
     "lora": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -21,8 +28,7 @@ class Peer:
     def __init__(self, checkpoint: Path, case: Case, batch: Batch) -> None:
         self.model: Any = load(checkpoint, case.dtype)
         if case.adapters is not None:
-            config = LoraConfig(r=RANK, lora_alpha=32, target_modules=TARGETS[case.adapters], task_type="CAUSAL_LM")
-            self.model = get_peft_model(self.model, config)
+            self.model = get_peft_model(self.model, configuration(case.adapters))
         self.model.train()
         self.count = torch.tensor(batch.target_count)
         self.batches = [_inputs(batch, rows, case.data == "mix") for rows in microbatches(batch)]
@@ -52,6 +58,17 @@ class Peer:
     def restore(self, path: Path) -> None:
         """Read the adapters into the bare base (after taking the old ones off)."""
         self.model = PeftModel.from_pretrained(self.model.unload(), path, is_trainable=True)
+
+
+def configuration(adapters: str) -> Any:
+    """Return peft's configuration of a case."""
+    if adapters == "ia3":
+        scaled = ["k_proj", "v_proj", "down_proj"]
+        return IA3Config(target_modules=scaled, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    if adapters in PROMPTS:
+        made = PromptEncoderConfig if adapters == "ptuning" else PromptTuningConfig
+        return made(num_virtual_tokens=VIRTUAL_TOKENS, task_type="CAUSAL_LM")
+    return LoraConfig(r=RANK, lora_alpha=32, target_modules=TARGETS[adapters], task_type="CAUSAL_LM")
 
 
 def load(checkpoint: Path, dtype: str = "fp32") -> Any:

@@ -36,8 +36,9 @@ def _machine(facts: dict[str, Any]) -> str:
 
 def _steps(results: dict[str, Any]) -> str:
     lines = [
-        "| step | threads | graftwork, tokens/s | peer, tokens/s | ratio | trained parameters | peak memory |",
-        "|---|---|---|---|---|---|---|",
+        "| step | threads | graftwork, tokens/s | peer, tokens/s | ratio | trained parameters | added by steps "
+        "| loss, first to last |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in results["steps"]:
         memory = results["memory"][row["case"]]
@@ -45,9 +46,18 @@ def _steps(results: dict[str, Any]) -> str:
             f"| {row['title']} | {row['threads']} | {row['ours_tokens_per_second']:,.0f} "
             f"| {row['peer_tokens_per_second']:,.0f} | **{row['ratio']:.2f}** "
             f"| {row['ours_trainable']:,} / {row['peer_trainable']:,} "
-            f"| {memory['ours']['peak_mb']:,.0f} / {memory['peer']['peak_mb']:,.0f} MB |"
+            f"| {_added(memory['ours']):,.0f} / {_added(memory['peer']):,.0f} MB | {_losses(row['losses'])} |"
         )
     return "\n".join(lines)
+
+
+def _added(memory: dict[str, float]) -> float:
+    """Return MB that steps add to the peak of building the model."""
+    return memory["peak_mb"] - memory["ready_mb"]
+
+
+def _losses(losses: dict[str, dict[str, float]]) -> str:
+    return " / ".join(f"{losses['first'][side]:.4f} to {losses['last'][side]:.4f}" for side in ("ours", "peer"))
 
 
 def _left_out(results: dict[str, Any]) -> str:
@@ -56,6 +66,8 @@ def _left_out(results: dict[str, Any]) -> str:
 
 
 def _times(results: dict[str, Any]) -> str:
+    if not results["files"]:
+        return ""
     lines = ["| files | graftwork, ms | peer, ms | ratio |", "|---|---|---|---|"]
     for row in results["files"]:
         ours, peer = 1000 * row["ours_seconds"], 1000 * row["peer_seconds"]
@@ -65,6 +77,8 @@ def _times(results: dict[str, Any]) -> str:
 
 def _overhead(results: dict[str, Any]) -> str:
     found = results["trainer"]
+    if found is None:
+        return ""
     share = 100 * (found["trainer_seconds"] / found["loop_seconds"] - 1)
     return (
         f"`trainer.fit` with `MegatronStrategy` against a bare loop over the same model and batch ({found['title']}): "

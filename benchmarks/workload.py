@@ -11,6 +11,9 @@ from torch import Tensor
 from graftwork.batch import IGNORED
 
 RANK = 16
+VIRTUAL_TOKENS = 20
+PROMPTS = ("ptuning", "prompt")
+"""Cases that start from a prompt drawn at random, each side from its own."""
 MIX_MEDIAN, MIX_SPREAD = 90, 0.9
 """Row lengths of the mix: log-normal, as instruction data are (a long tail of long rows)."""
 
@@ -43,6 +46,23 @@ FULL = Size(
     mix_length=512,
     micro=8,
 )
+SMOLLM2 = Size(
+    {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 2048,
+    },
+    rows=8,
+    length=128,
+    mix_rows=32,
+    mix_length=512,
+    micro=8,
+)
+"""The shape of SmolLM2-135M; a step takes as long with random values as with trained ones."""
 QUICK = Size(
     {
         "vocab_size": 300,
@@ -145,6 +165,9 @@ CASES = [
     Case("lora_same_fp32", "LoRA on attention output and fc2 only (identical tensors), fp32", adapters="lora_same"),
     Case("lora_fp32", "LoRA on every linear, fp32"),
     Case("lora_bf16", "LoRA on every linear, bf16 base, fp32 adapters", dtype="bf16"),
+    Case("ia3_fp32", "IA3, fp32", adapters="ia3"),
+    Case("ptuning_fp32", "P-tuning (MLP), 20 virtual tokens, fp32", adapters="ptuning"),
+    Case("prompt_fp32", "prompt tuning, 20 virtual tokens, fp32", adapters="prompt"),
     Case("mix_padded", "LoRA fp32, length mix: ours padded, peer padded", data="mix"),
     Case("mix_packed", "LoRA fp32, length mix: ours packed, peer padded", data="mix", packed=True),
 ]

@@ -44,8 +44,9 @@ HELP = {
 
     nemorun graft verify runs/default/adapter
     nemorun graft verify runs/default/adapter base=path/to/base
+    nemorun graft verify runs/default/adapter against=merged client=transformers
 
-    Exits 1 where logits differ by more than the tolerance.""",
+    It may be an exported adapter or a merged model too. Exits 1 where logits differ by more than the tolerance.""",
     "graftwork.cli.profile:profile": """Describe a cluster in cluster.yaml, and try the description out.
 
     nemorun graft profile init

@@ -14,7 +14,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "attach": ("experiment",),
     "cancel": ("experiment",),
     "compare": ("directories*",),
-    "verify": ("adapter",),
+    "verify": ("directory",),
     "completion": ("shell",),
 }
 """The fields of a verb that bare words fill in turn; one that ends in ``*`` takes all that are left, as a list."""

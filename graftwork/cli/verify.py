@@ -1,36 +1,33 @@
-"""``nemorun graft verify``: the proof that an adapter carries, run again on a base loaded anew."""
+"""``nemorun graft verify``: the proof that an adapter, an export or a merged model carries, run again."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Optional
 
 import typer
 
 from graftwork.executors.process.task import FAILED_RUN
-from graftwork.models import load
-from graftwork.models.merging.source import opened
+from graftwork.inference.verify import verify_directory
 from graftwork.models.proof import Compared
-from graftwork.peft.artifact.directory import read_everywhere
-from graftwork.peft.artifact.proof import read
 
 
-def verify(adapter: str, base: Optional[str] = None, dtype: Optional[str] = None) -> None:
-    """Run the probe of the adapter in directory ``adapter`` again and print how far its logits are from the proof's.
+def verify(
+    directory: str,
+    base: Optional[str] = None,
+    against: Optional[str] = None,
+    client: str = "graftwork",
+    dtype: Optional[str] = None,
+) -> None:
+    """Run the probe that ``directory`` carries again and print how far the logits are from the proof's.
 
-    ``base``: the checkpoint, default the one that the adapter names. ``dtype``: default that of the proof. Exits 1
-    where they differ by more than the tolerance. Raises ArtifactError for an adapter without a proof, with a damaged
-    one, or of another base; CheckpointError for a base that cannot be read.
+    ``directory``: an adapter, an exported one or a merged model; ``against``: another of these that is to answer in its
+    place. ``base``: the checkpoint of an adapter, default the one that it names. ``client``: ``graftwork``, or
+    ``transformers`` (with PEFT). ``dtype``: default that of the proof. Exits 1 where they differ by more than the
+    tolerance. Raises as ``verify_directory`` does.
     """
-    proof = read(adapter, read_everywhere(adapter).checksum)
-    with opened(adapter, base) as source:
-        directory = source.directory
-    assert directory is not None, "it was asked for"
-    model = load(directory, dtype=dtype or proof.dtype)
-    model.load_adapters(adapter, trainable=False)
-    found = model.verify_adapters(adapter)
-    typer.echo(f"{Path(adapter).name} on {source.base.name}, {len(proof.probe.prompts)} rows, {dtype or proof.dtype}")
-    typer.echo(_table(found))
-    if not all(one.ok for one in found):
+    found = verify_directory(directory, base, against, client, dtype)
+    typer.echo(found.what)
+    typer.echo(_table(found.rows))
+    if not found.ok:
         raise SystemExit(FAILED_RUN)
 
 

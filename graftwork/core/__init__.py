@@ -4,7 +4,9 @@ Here belongs arithmetic inside a transformer. No checkpoint, no adapter, no trai
 """
 
 import graftwork.compat  # noqa: F401  # before any other megatron import
-from graftwork.compat import frozen_linear, recompute
+from graftwork.compat import frozen_linear, gated, recompute, rotary
 
 recompute.install()
 frozen_linear.install()
+gated.install()
+rotary.install()

@@ -3,6 +3,8 @@
 State-dict keys, Hugging Face mappings and adapter targets are therefore the same on CPU and on GPU.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+_SHARED = "graftwork_shared_norm"
 
 
 def normalize(
@@ -30,7 +34,10 @@ def normalized_input(linear: nn.Module, x: Tensor) -> Tensor:
     weight = getattr(linear, "layer_norm_weight", None)
     if weight is None:
         return x
-    return normalize(
+    shared: list[Tensor] | None = vars(linear).get(_SHARED)
+    if shared and shared[0] is x:
+        return shared[1]
+    made = normalize(
         x,
         weight,
         getattr(linear, "layer_norm_bias", None),
@@ -38,6 +45,22 @@ def normalized_input(linear: nn.Module, x: Tensor) -> Tensor:
         zero_centered_gamma=linear.zero_centered_gamma,  # type: ignore[arg-type]
         normalization=linear.normalization,  # type: ignore[arg-type]
     )
+    if shared is not None:
+        shared[:] = [x, made]
+    return made
+
+
+@contextmanager
+def shared_norm(linear: nn.Module) -> Iterator[None]:
+    """Compute the norm of a fused norm+linear once inside the block, for all who ask for it with the same input."""
+    if getattr(linear, "layer_norm_weight", None) is None:
+        yield
+        return
+    vars(linear)[_SHARED] = []
+    try:
+        yield
+    finally:
+        del vars(linear)[_SHARED]
 
 
 def _gamma(config: TransformerConfig, size: int | tuple[int, ...], device: torch.device | None) -> nn.Parameter:

@@ -44,9 +44,13 @@ class RelativeT5(T5Model):
         self.remembering = tuple(m for m in self.decoder.modules() if isinstance(m, kinds))
 
     def run(self, source: Tensor, source_lengths: Tensor, tokens: Tensor) -> Tensor:
-        """Return logits [b, sd, v/tp] of decoder ids [b, sd] after right-padded source ids [b, se]."""
+        """Return logits [b, sd, v/tp] of decoder ids [b, sd] after right-padded source ids [b, se].
+
+        With ``post_process`` switched off what the output layer would read, [sd(/tp), b, h].
+        """
         context, padding = self.encode(source, source_lengths)
-        return self.logits(self.decode(tokens, context, padding))
+        hidden = self.decode(tokens, context, padding)
+        return self.logits(hidden) if self.post_process else hidden
 
     def encode(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return the encoder's output [se(/tp), b, h] and where the source is padding, bool [b, 1, 1, se]."""
@@ -59,7 +63,7 @@ class RelativeT5(T5Model):
         return output, padding
 
     def decode(self, tokens: Tensor, context: Tensor, padding: Tensor, start: int = 0) -> Tensor:
-        """Return the decoder's output [n(/tp), b, h] at ids [b, n], which follow ``start`` ids that it remembers."""
+        """Return what the output layer reads [n(/tp), b, h] at ids [b, n], which follow ``start`` remembered ids."""
         keys = torch.arange(start + tokens.shape[1], device=tokens.device)
         future = keys > keys[start:, None]
         bias = _forbid(future, _biases(self.decoder_relative_pos_emb, keys[start:], keys))
@@ -68,12 +72,12 @@ class RelativeT5(T5Model):
         output: Tensor = self.decoder(
             hidden, attention_mask=None, context=context, context_mask=padding, attention_bias=bias
         )
-        return output
+        return output if self.output_scale == 1.0 else output * self.output_scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [b, s, v/tp] of the decoder's output [s(/tp), b, h]."""
+        """Return logits [b, s, v/tp] of what ``decode`` returns [s(/tp), b, h]."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits: Tensor = self.output_layer(hidden * self.output_scale, weight=weight)[0]
+        logits: Tensor = self.output_layer(hidden, weight=weight)[0]
         return logits.transpose(0, 1).contiguous()
 
 

@@ -54,7 +54,7 @@ def load(stack: Stack, asked: Load, shape: Shape, identity: Callable[[str | None
         chosen = agreed(lambda: _checked(stack, asked, held, identity))
         names = [transform.name for transform in chosen]
         contents = agreed(lambda: Contents.of(held.file, held.config, names))
-        with _attached(stack, chosen, contents, asked.trainable, lambda outlines: _check_order(stack, outlines, held)):
+        with attached(stack, chosen, contents, asked.trainable, lambda outlines: _check_order(stack, outlines, held)):
             stack.prompt_formats |= prompt_formats(held.config, names)
             _keep_tasks(stack, chosen)
 
@@ -66,12 +66,12 @@ def _load_theirs(stack: Stack, asked: Load, shape: Shape) -> None:
         arrival = agreed(lambda: _arrived(stack, asked, held, shape))
         transform = arrival.transform
         contents = (PartialContents if arrival.partial else Contents)(str(held), arrival.tensors, [transform.name])
-        with _attached(stack, [transform], contents, asked.trainable):
+        with attached(stack, [transform], contents, asked.trainable):
             pass
 
 
 @contextmanager
-def _attached(
+def attached(
     stack: Stack,
     chosen: Sequence[PEFT],
     contents: Contents,

@@ -32,12 +32,14 @@ from graftwork.models.adapters import (
     seen,
     warn_of_other_prompts,
 )
+from graftwork.models.cards import describe
 from graftwork.models.exchange.export import Wanted, export_stack
+from graftwork.models.exchange.proved import prove as prove_export
 from graftwork.models.fitting import ValidationLoss, prompt_format_of, refuse_unfit, schedules_steps, trained_only
 from graftwork.models.generation.answers import Answer, answer, refuse_spread_experts
 from graftwork.models.generation.decoding import Decoding, Options, generate
 from graftwork.models.loss import LossFunction
-from graftwork.models.microbatch import Targets
+from graftwork.models.microbatch import Targets, headless
 from graftwork.models.pending import Add, Change, Freeze, Load, Pending, Request
 from graftwork.models.precision import common_dtype
 from graftwork.models.proof import Compared, prove, repeat
@@ -51,6 +53,7 @@ from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT, report
 from graftwork.peft import tasks as tasks_of
 from graftwork.peft.artifact import directory as artifact
+from graftwork.peft.artifact.card import NOTHING, Told
 from graftwork.peft.sites import Host
 from graftwork.peft.stack import Stack
 from graftwork.routes import Routes
@@ -101,7 +104,6 @@ class Model(pl.LightningModule):
         self._stack: Stack | None = None
         self._pending = Pending()
         self._validation = ValidationLoss()
-        self._targets = Targets()
 
     # ---- what a family supplies ----------------------------------------------------------------------------------
 
@@ -117,9 +119,9 @@ class Model(pl.LightningModule):
         """Return how prompts, each with the tokens that follow it, reach the model, with targets on those tokens."""
         raise TypeError(f"{type(self).__name__} must say how prompts and answers reach it.")
 
-    def forward_step(self, data_iterator: Iterator[Batch], module: nn.Module) -> tuple[Tensor, LossFunction]:
-        """megatron-core's ``forward_step_func``: one microbatch's output and the function that reads its loss."""
-        raise TypeError(f"{type(self).__name__} must say how it runs a microbatch.")
+    def local(self, batch: Batch) -> Batch:
+        """Return this rank's part of a microbatch, laid out as ``run_chunk`` reads it."""
+        raise TypeError(f"{type(self).__name__} must say how a microbatch reaches a chunk.")
 
     def draw(self) -> Draw:
         """Return how random weights are drawn."""
@@ -273,17 +275,20 @@ class Model(pl.LightningModule):
         step: int | None = None,
         recipe: str | None = None,
         verify: bool = True,
+        told: Told = NOTHING,
     ) -> Path:
         """Write the named adapters (default all) as one artifact directory, atomically; call it on every rank.
 
         ``verify``: before the directory is there, its adapters are built anew from the files and compared with these
-        on a small batch that it then carries as a proof. Raises ArtifactError, and leaves what was there, when they
-        differ.
+        on a small batch that it then carries as a proof. ``told``: what the card says of the training. Raises
+        ArtifactError, and leaves what was there, when they differ.
         """
         if not self.adapters:
             raise ArtifactError("The model has no adapters to save; add one with model.add_adapter(...).")
         proving = partial(prove, self) if verify else None
-        return artifact.save(self.stack, path, self.base_identity(), names, step, recipe, proving)
+        return artifact.save(
+            self.stack, path, self.base_identity(), names, step, recipe, proving, partial(describe, told)
+        )
 
     def verify_adapters(self, path: str | Path) -> list[Compared]:
         """Repeat the proof of the artifact whose adapters this model holds, in any layout; call it on every rank.
@@ -299,17 +304,21 @@ class Model(pl.LightningModule):
         for_: str = "peft",
         names: Sequence[str] | None = None,
         experts: str | None = None,
+        verify: bool = True,
     ) -> Path:
         """Write the named adapters (default all) for Hugging Face PEFT, or ``for_="vllm"``; call it on every rank.
 
         One adapter becomes the directory ``path``, several one directory each inside of it. ``experts`` of a mixture:
-        ``parameters`` (all in one, as transformers 5 has them) or ``modules``; default the reader's. Raises ConfigError
-        for an adapter that has no exact counterpart there, ArtifactError when ``path`` holds anything but an export.
+        ``parameters`` (all in one, as transformers 5 has them) or ``modules``; default the reader's. ``verify``: before
+        it is there, each is read back as any adapter of Hugging Face PEFT and compared with the live one on a small
+        batch, which it then carries as a proof. Raises ConfigError for an adapter that has no exact counterpart there,
+        ArtifactError when they differ or ``path`` holds anything but an export; what was there is then intact.
         """
         if not self.adapters:
             raise ArtifactError("The model has no adapters to export; add one with model.add_adapter(...).")
         wanted = Wanted(format, for_, names, self._base_name(), experts)
-        return export_stack(self.stack, self.shape, path, wanted, self._adds_bos)
+        proving = partial(prove_export, self, self.shape) if verify else None
+        return export_stack(self.stack, self.shape, path, wanted, self._adds_bos, proving)
 
     def prompt_format(self, given: Collection[str] = (), way: Way = None) -> dict[str, Any]:
         """Return how the adapters were trained to be asked: templates, BOS and EOS, without the keys ``given``.
@@ -403,6 +412,22 @@ class Model(pl.LightningModule):
         refuse_spread_experts()
         return self.answer_batch(batch, **self.generation)
 
+    # ---- microbatches --------------------------------------------------------------------------------------------
+
+    def forward_step(self, data_iterator: Iterator[Batch], module: nn.Module) -> tuple[Tensor, LossFunction]:
+        """megatron-core's ``forward_step_func``: a chunk's hidden states and the function that reads their loss.
+
+        The function returns (sum of the answer tokens' losses, their number, {"loss_sum", "num_tokens"}), so that
+        whoever drives the schedule divides once, by the tokens of the whole global batch.
+        """
+        targets, hidden = self._run(next(data_iterator), module)
+        return hidden, targets.loss
+
+    def target_logits(self, batch: Batch) -> Tensor:
+        """Return this tensor-parallel rank's logits [n, v/tp] at the targets of a microbatch; one stage only."""
+        targets, hidden = self._run(batch, self.chunks[0])
+        return targets.logits(hidden)
+
     # ---- fitting -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -445,6 +470,16 @@ class Model(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what trains in Lightning's checkpoint: the adapters, or all weights in full fine-tuning."""
         checkpoint["state_dict"] = trained_only(checkpoint.get("state_dict", {}), self.named_parameters())
+
+    @property
+    def _starts_gradients(self) -> bool:
+        """Whether gradients reach a frozen embedding: recomputed layers, and stages without adapters, ask for them."""
+        return self.recompute == "full" or parallel.pp_size() > 1
+
+    def _run(self, batch: Batch, chunk: nn.Module) -> tuple[Targets, Tensor]:
+        batch = self.local(batch)
+        with headless(chunk):
+            return Targets(chunk, batch, self.shape.vocab_size), self.run_chunk(chunk, batch)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         output, loss_function = self.forward_step(iter([batch]), self.chunks[0])

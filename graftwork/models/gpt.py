@@ -1,7 +1,5 @@
 """GPT: a decoder-only megatron-core model as a LightningModule."""
 
-from collections.abc import Iterator
-
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -14,8 +12,6 @@ from graftwork.core.gpt import build_gpt
 from graftwork.errors import ConfigError
 from graftwork.models.base import Model
 from graftwork.models.generation.logits import masked_logits
-from graftwork.models.loss import LossFunction
-from graftwork.models.microbatch import loss_of
 from graftwork.models.recompute import start_gradients
 
 
@@ -30,10 +26,8 @@ class GPT(Model):
         first, last = parallel.is_first_stage(vp_stage), parallel.is_last_stage(vp_stage)
         arguments = self.shape.gpt_arguments(parallel.tp_size())
         chunk = build_gpt(config, pre_process=first, post_process=last, vp_stage=vp_stage, **arguments)
-        if first:
+        if first and self._starts_gradients:
             chunk.embedding.register_forward_hook(start_gradients)
-        if last:
-            chunk.decoder.register_forward_hook(self._targets.keep)
         return chunk
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -66,19 +60,9 @@ class GPT(Model):
         """Return rows of a prompt and its answer, whose tokens are the targets."""
         return Batch.following(prompts, answers, device)
 
-    def forward_step(self, data_iterator: Iterator[Batch], module: nn.Module) -> tuple[Tensor, LossFunction]:
-        """megatron-core's ``forward_step_func``: one microbatch's output and the function that reads its loss.
-
-        The function returns (sum of the answer tokens' losses, their number, {"loss_sum", "num_tokens"}), so that
-        whoever drives the schedule divides once, by the tokens of the whole global batch.
-        """
-        batch = next(data_iterator)
-        batch = slice_batch(batch.in_one_line() if batch.packed else batch)
-        # Under sequence parallelism the hidden states hold only a part of the sequence: rows are taken from the logits.
-        scattered = bool(self.config.sequence_parallel)
-        with self._targets.only(batch.labels, scattered) as rows:
-            output = self.run_chunk(module, batch)
-        return output, loss_of(batch.labels, rows, scattered, self.shape.vocab_size)
+    def local(self, batch: Batch) -> Batch:
+        """Return a microbatch with packed rows in one line, and only this context-parallel rank's positions."""
+        return slice_batch(batch.in_one_line() if batch.packed else batch)
 
     def _check_length(self, length: int) -> None:
         limit = self.shape.max_position_embeddings

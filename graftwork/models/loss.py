@@ -10,8 +10,11 @@ from torch import Tensor
 from graftwork.batch import IGNORED
 from graftwork.parallel.state import tp_rank, tp_size
 
-LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""Reads (sum of the answer tokens' losses, their number, both again by name) from a microbatch's output."""
+Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""The sum of a microbatch's answer-token losses, their number, and both again by name."""
+
+LossFunction = Callable[[Tensor], Loss]
+"""Reads the loss from a microbatch's output."""
 
 
 def mask_padded_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
@@ -25,8 +28,9 @@ def mask_padded_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
 
 
 def token_losses(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Return the fp32 cross entropy [n] of logits [n, v/tp] against real-vocabulary targets [n]."""
-    logits = mask_padded_vocabulary(logits.float(), vocab_size)
+    """Return the cross entropy [n], in fp32 or more, of logits [n, v/tp] against real-vocabulary targets [n]."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    logits = mask_padded_vocabulary(logits.to(exact), vocab_size)
     if tp_size() == 1:
         return F.cross_entropy(logits, targets, reduction="none")
     losses: Tensor = vocab_parallel_cross_entropy(logits.unsqueeze(1), targets.unsqueeze(1))
@@ -38,7 +42,7 @@ def answer_rows(labels: Tensor) -> Tensor:
     return (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)
 
 
-def summed_loss(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return a microbatch's token losses [n] in the form that megatron-core's schedule takes, as in LossFunction."""
-    total, count = losses.sum(), torch.tensor(len(losses), dtype=torch.int, device=losses.device)
+def summed_loss(total: Tensor, number: int) -> Loss:
+    """Return the sum of a microbatch's ``number`` token losses in the form that megatron-core's schedule takes."""
+    count = torch.tensor(number, dtype=torch.int, device=total.device)
     return total, count, {"loss_sum": total.detach().clone(), "num_tokens": count.clone()}

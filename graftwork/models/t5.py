@@ -1,6 +1,5 @@
 """T5: an encoder-decoder megatron-core model as a LightningModule."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar
@@ -16,8 +15,6 @@ from graftwork.core.t5 import RelativeT5, build_t5
 from graftwork.errors import ConfigError
 from graftwork.models.base import Model
 from graftwork.models.generation.logits import RightPadded, gather_vocabulary
-from graftwork.models.loss import LossFunction
-from graftwork.models.microbatch import loss_of
 from graftwork.models.recompute import start_gradients
 from graftwork.models.shape import Shape
 from graftwork.models.t5_shape import T5Shape
@@ -44,8 +41,8 @@ class T5(Model):
     def build_chunk(self, config: TransformerConfig, vp_stage: int | None) -> nn.Module:
         """Return the whole T5 model, its weights not yet filled."""
         chunk = build_t5(config, **self.sizes.t5_arguments(parallel.tp_size()))
-        chunk.embedding.register_forward_hook(start_gradients)
-        chunk.decoder.register_forward_hook(self._targets.keep)
+        if self._starts_gradients:
+            chunk.embedding.register_forward_hook(start_gradients)
         return chunk
 
     def draw(self) -> Draw:
@@ -77,7 +74,7 @@ class T5(Model):
         whole = torch.full_like(input_ids[:, 0], input_ids.shape[1])
         lengths = whole if attention_mask is None else attention_mask.sum(1)
         batch = replace(Batch.of(read.tokens), source=source.tokens, source_lengths=lengths)
-        logits = gather_vocabulary(self.run_chunk(self.chunks[0], self._even(batch)))
+        logits = gather_vocabulary(self.run_chunk(self.chunks[0], self.local(batch)))
         return read.restore(logits[:, : read.tokens.shape[1], : self.shape.vocab_size])
 
     def run_chunk(self, chunk: nn.Module, batch: Batch) -> Tensor:
@@ -93,18 +90,7 @@ class T5(Model):
         with self.stack.routed(batch.routes):
             return chunk.run(batch.source, batch.source_lengths, batch.tokens)
 
-    def forward_step(self, data_iterator: Iterator[Batch], module: nn.Module) -> tuple[Tensor, LossFunction]:
-        """megatron-core's ``forward_step_func``: one microbatch's output and the function that reads its loss.
-
-        The function returns (sum of the answer tokens' losses, their number, {"loss_sum", "num_tokens"}), so that
-        whoever drives the schedule divides once, by the tokens of the whole global batch.
-        """
-        batch, scattered = self._even(next(data_iterator)), bool(self.config.sequence_parallel)
-        with self._targets.only(batch.labels, scattered) as rows:
-            output = self.run_chunk(module, batch)
-        return output, loss_of(batch.labels, rows, scattered, self.shape.vocab_size)
-
-    def _even(self, batch: Batch) -> Batch:
+    def local(self, batch: Batch) -> Batch:
         """Pad source and tokens so that sequence parallelism can cut them in equal parts."""
         if not self.config.sequence_parallel or batch.source is None:
             return batch

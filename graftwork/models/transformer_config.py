@@ -46,12 +46,18 @@ def transformer_config(
     merged = {**model, **layout.transformer_fields(), **_run_fields(given), **given}
     if "cuda_graph_scope" in valid:
         merged.setdefault("cuda_graph_scope", [])  # its default in 0.16 is deprecated and warns
+    merged.setdefault("bias_activation_fusion", _is_swiglu(merged))
     with warnings.catch_warnings():
         # what 0.19 says of every selective recomputation, where there is no Transformer Engine either
         warnings.filterwarnings("ignore", message="If you are using transformer_engine as the")
         # the router multiplies in the model's dtype, as transformers' does
         warnings.filterwarnings("ignore", message="Using a large number of experts")
         return TransformerConfig(**merged)
+
+
+def _is_swiglu(fields: Mapping[str, object]) -> bool:
+    """Tell whether the MLP has the one gate whose gradient is made in one piece."""
+    return bool(fields.get("gated_linear_unit")) and fields.get("activation_func") is F.silu
 
 
 def _run_fields(given: Mapping[str, object]) -> dict[str, object]:

@@ -29,11 +29,12 @@ def routed(routes: Routes | None) -> Iterator[None]:
         _ROUTES.reset(token)
 
 
-def only_positions(positions: Tensor, rows: int, length: int) -> None:
-    """Go on with some positions (flat indices [n]) of ``rows`` of ``length`` tokens, as hidden states [n, 1, h]."""
+@contextmanager
+def at_positions(positions: Tensor, rows: int, length: int) -> Iterator[None]:
+    """Inside the block run some positions (flat indices [n]) of ``rows`` of ``length`` tokens, as [n, 1, ...]."""
     routes = _ROUTES.get()
-    if routes is not None:
-        _ROUTES.set(routes.at(positions, rows, length))
+    with routed(None if routes is None else routes.at(positions, rows, length)):
+        yield
 
 
 def acts_on(adapter: str, x: Tensor) -> Tensor | None:

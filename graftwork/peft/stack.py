@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graftwork.errors import ConfigError, MatchError, suggest
-from graftwork.parallel.collective import agreed
+from graftwork.parallel.collective import agree, agreed
 from graftwork.parallel.record import record_of
 from graftwork.peft.adapter import Adapter, Birth
 from graftwork.peft.asking import PromptFormat, learned
@@ -206,14 +206,34 @@ class Stack:
         births = [(item.site, Birth(host.seed, name, item.site.name, _META)) for item in self.grafted[name]]
         return [Grafted(site, transform.build(site, birth, host).eval()) for site, birth in births]
 
+    def newcomer(self, transform: PEFT) -> tuple[list[Grafted], PromptLayout]:
+        """Return what ``transform`` builds at the sites that it finds itself, on the meta device, and its own prompts.
+
+        Collective. Raises MatchError unless these are the sites of the attached adapter of its name.
+        """
+        layout, name = PromptLayout().appended(transform.prompt_slots(0)), transform.name
+        items = _sketched(transform, replace(self._host, prompts=layout)).grafts
+        found, own = {item.site.name for item in items}, self.sites(name)
+        differing = sorted(found ^ own)
+        problem = f"{transform} stands at other modules than {name!r}, such as {differing[0]}" if differing else None
+        agree(None if problem is None else MatchError(problem))
+        for item in items:
+            item.adapter.eval()
+        return items, layout
+
     @contextmanager
-    def standing_in(self, others: Mapping[str, list[Grafted]]) -> Iterator[None]:
-        """Put other adapter modules in the place of the named adapters' inside the block; the own ones stay as are."""
-        own = {name: self.grafted[name] for name in others}
+    def standing_in(self, others: Mapping[str, list[Grafted]], prompts: PromptLayout | None = None) -> Iterator[None]:
+        """Put other adapter modules in the place of the named adapters' inside the block; the own ones stay as are.
+
+        ``prompts``: the virtual tokens that there are meanwhile; None: those of the own ones.
+        """
+        own, layout = {name: self.grafted[name] for name in others}, self._prompts
         self._put(others)
+        self._prompts = layout if prompts is None else prompts
         try:
             yield
         finally:
+            self._prompts = layout
             self._put(own)
 
     @contextmanager

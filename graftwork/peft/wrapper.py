@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
+from graftwork.core.layers import shared_norm
 from graftwork.peft.adapter import Adapter, Inner, Offsets
 
 _ORIGINALS = "graftwork_originals"
@@ -47,7 +48,8 @@ class AdaptedModule(nn.Module):
         call: Inner = self.base
         for adapter in self.active():
             call = partial(adapter, call)
-        return call(*args, **kwargs)
+        with shared_norm(self.base):
+            return call(*args, **kwargs)
 
     def active(self) -> Iterator[Adapter]:
         """Yield the adapters that are switched on and not merged."""

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from graftwork.batch import Batch
 from graftwork.models.base import Model
+from graftwork.models.recompute import start_gradients
 
 Weigh = Callable[[Tensor], float]
 """The share of a tensor's bytes that a rank holds."""
@@ -49,10 +51,12 @@ def trace(model: Model, batch: Batch, targets: int, weigh: Weigh = lambda _: 1.0
         stack.enter_context(tape)
         stack.enter_context(stand_ins := _StandIns(targets, tape))
         stack.enter_context(_inside_attention(model, stand_ins))
+        stack.enter_context(_from_the_embedding(model))
         output, loss_function = model.forward_step(iter([batch]), model.chunks[0])
+        forward, attention = tape.flops + _alone(tape, partial(loss_function, output)), tape.attention
         loss, _, _ = loss_function(output)
         del output
-        saved, forward, attention = tape.live, tape.flops, tape.attention
+        saved = tape.live
         loss.backward()
     return Trace(saved, tape.peak, forward, tape.flops - forward, attention)
 
@@ -151,6 +155,15 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None, None
 
 
+def _alone(tape: _Tape, compute: Callable[[], object]) -> float:
+    """Return the FLOPs of ``compute`` without gradients, which a loss makes on the way; they count as backward's."""
+    before = tape.flops
+    with torch.no_grad():
+        compute()
+    taken, tape.flops = tape.flops - before, before
+    return taken
+
+
 @contextmanager
 def _inside_attention(model: nn.Module, mode: TorchFunctionMode) -> Iterator[None]:
     """Keep ``mode`` on in every core attention: torch turns modes off in a backward pass, which may recompute it."""
@@ -169,6 +182,16 @@ def _inside_attention(model: nn.Module, mode: TorchFunctionMode) -> Iterator[Non
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _from_the_embedding(model: Model) -> Iterator[None]:
+    """Let gradients reach every layer, so that one that stands for many does not depend on where it stands."""
+    hook = model.chunks[0].embedding.register_forward_hook(start_gradients)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _storages(model: nn.Module) -> set[int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from graftwork.batch import Batch
 from graftwork.models.loss import LossFunction
 from graftwork.optim import AdamW
 from graftwork.peft import PEFT
+from graftwork.peft.artifact.card import NOTHING, Told
 
 
 class Trainee(Protocol):
@@ -34,13 +35,23 @@ class Trainee(Protocol):
         """Run the next microbatch; return its output and the function that reads its loss."""
         ...
 
-    def save_adapters(self, path: Path, *, step: int, recipe: str | None, verify: bool = True) -> object:
+    def save_adapters(
+        self, path: Path, *, step: int, recipe: str | None, verify: bool = True, told: Told = NOTHING
+    ) -> object:
         """Write the adapters as one artifact directory, from every rank together."""
         ...
 
     def export_hf(self, path: Path) -> object:
         """Write the base weights as a Hugging Face directory, from every rank together."""
         ...
+
+
+@runtime_checkable
+class HasFiles(Protocol):
+    """Data that come from files."""
+
+    files: Mapping[str, str | None]
+    """Their paths by split."""
 
 
 def trainee(module: LightningModule | None) -> Trainee:

@@ -23,11 +23,12 @@ def results() -> dict[str, Any]:
     step = {"case": "lora_fp32", "title": "LoRA", "threads": 1, "ratio": 1.5}
     for side in SIDES:
         step |= {f"{side}_tokens_per_second": 1234.5, f"{side}_trainable": 1000}
+    step["losses"] = {when: dict.fromkeys(SIDES, 9.68) for when in ("first", "last")}
     versions = dict.fromkeys(("torch", "megatron-core", "lightning", "transformers", "peft", "python"), "1")
     return {
         "machine": {"processor": "P", "cores": 2, "bf16_in_hardware": True, "load_at_start": 0.1, **versions},
         "steps": [step],
-        "memory": {"lora_fp32": {side: {"imports_mb": 1.0, "peak_mb": 500.0} for side in SIDES}},
+        "memory": {"lora_fp32": {side: {"imports_mb": 1.0, "ready_mb": 200.0, "peak_mb": 500.0} for side in SIDES}},
         "files": [{"title": "save the adapter", "ours_seconds": 0.02, "peer_seconds": 0.01}],
         "left_out": [],
         "trainer": {"title": "LoRA", "loop_seconds": 0.1, "trainer_seconds": 0.11},
@@ -50,7 +51,14 @@ def test_only_the_tables_are_replaced(tmp_path: Path) -> None:
     table.write(results(), page)
     text = page.read_text()
     assert text.startswith("before\n\n" + table.BEGIN) and text.endswith(table.END + "\n\nafter\n")
-    assert "old" not in text and "**1.50**" in text and "**0.50**" in text and "+10.0 %" in text
+    assert (
+        "old" not in text
+        and "**1.50**" in text
+        and "300 / 300 MB" in text
+        and "9.6800 to" in text
+        and "**0.50**" in text
+        and "+10.0 %" in text
+    )
 
 
 def test_the_page_has_a_place_for_the_tables() -> None:

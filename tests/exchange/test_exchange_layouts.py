@@ -10,8 +10,10 @@ from torch import Tensor
 
 from graftwork import parallel
 from graftwork.errors import GraftworkError
+from graftwork.inference.verify import verify_directory
 from graftwork.models.base import Model
-from graftwork.models.exchange.export import Wanted, export_directory
+from graftwork.models.exchange.directory import export_directory
+from graftwork.models.exchange.export import Wanted
 from graftwork.peft import IA3, CanonicalLoRA, DoRA, LoRA, PromptTuning
 from graftwork.training import Layout
 from tests.contracts.methods import prompted, shake
@@ -103,9 +105,15 @@ def test_two_ranks_write_and_read_as_one(layout: str, root: Path) -> None:
         assert len(refused) == 2 and "bias='all'" in refused[0] and "holds no adapter_config.json" in refused[1]
         for kind in KINDS:
             assert (found[kind] - wanted[kind]).abs().max() <= 1e-5 * wanted[kind].abs().max(), kind
+    for name in ("lora", "dora", "canonical_lora", "ia3", "prompt_tuning"):
+        proved = verify_directory(root / layout / name, str(root / "llama"))
+        assert proved.ok and all(row.difference <= 1e-5 for row in proved.rows) and proved.rows[1].effect > 1e-2
+    parallel.destroy()
     export_directory(root / "artifact", root / "without", Wanted(base="llama"), lambda: None)
     names = sorted(str(p.relative_to(root / "one")) for p in (root / "one").rglob("*") if p.is_file())
-    assert len(names) == 2 * 5
+    assert len(names) == 4 * 5
     for name in names:
+        if name.endswith(("proof.json", "README.md")):
+            continue  # they tell the layout
         for other in (layout, "without"):
             assert (root / other / name).read_bytes() == (root / "one" / name).read_bytes(), (other, name)

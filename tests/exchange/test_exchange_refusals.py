@@ -14,7 +14,8 @@ from torch import Tensor
 
 from graftwork.errors import GraftworkError
 from graftwork.models.base import Model
-from graftwork.models.exchange.export import Wanted, export_directory
+from graftwork.models.exchange.directory import export_directory
+from graftwork.models.exchange.export import Wanted
 from graftwork.peft import IA3, PEFT, CanonicalAdapter, DoRA, LoRA, PromptTuning, Selective
 from tests.contracts.methods import make
 from tests.exchange.desk import Desk

@@ -127,7 +127,11 @@ def test_the_comparison_notices_a_mistake(
     if mistake == "the base's own lengths":
         monkeypatch.setattr(changes, "rescaling", lambda magnitude, norm: torch.ones_like(norm))
     names = ["lora", "dora"] if mistake == "one left out" else None
-    merge_directory(tmp_path / "adapter", tmp_path / "merged", llama.directory, names)
+    if names is None:
+        with pytest.raises(ArtifactError, match="The adapter was not merged: what was written fails its proof"):
+            merge_directory(tmp_path / "adapter", tmp_path / "merged", llama.directory)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+    merge_directory(tmp_path / "adapter", tmp_path / "merged", llama.directory, names, verify=False)
     found = llama.logits(oracle(llama, tmp_path / "merged"))
     assert not (found - wanted).abs().max() <= 10 * llama.close * wanted.abs().max()
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from graftwork import models
+from graftwork.errors import ArtifactError
 from graftwork.models.weights.ops import QKV, Gated
 from graftwork.peft import IA3, PEFT, CanonicalLoRA, DoRA, LoRA, PromptTuning, PTuning
 from tests.contracts.methods import shake
@@ -93,7 +94,8 @@ def test_a_stack_goes_out_one_directory_each_and_so_do_tasks(llama: Desk, tmp_pa
     written = sorted(str(p.parent.relative_to(tmp_path / "out")) for p in tmp_path.rglob("adapter_config.json"))
     assert written == ["lora", "prompts/mood", "prompts/topic"]
     model.export_adapters(tmp_path / "out", names=["lora"])  # an export takes the place of an export
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors", "proof.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files
     assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 2 * 7 * 4
 
 
@@ -112,7 +114,11 @@ def test_the_comparison_notices_a_mistake(
         monkeypatch.setattr(QKV, "write", lambda op, full: [write[QKV](op, full)[i] for i in (0, 2, 1)])
     if mistake == "gate as up":
         monkeypatch.setattr(Gated, "write", lambda op, full: write[Gated](op, full)[::-1])
-    model.export_adapters(tmp_path / "out")
+    if mistake in ("keys as values", "gate as up"):
+        with pytest.raises(ArtifactError, match="The adapter was not exported: what was written fails its proof"):
+            model.export_adapters(tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+    model.export_adapters(tmp_path / "out", verify=False)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     if mistake == "scale left out":
         config["lora_alpha"] = config["r"]

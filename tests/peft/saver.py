@@ -20,7 +20,8 @@ def save_for_ever(path: Path, config: dict[str, object], ready: Connection) -> N
     value = 0.0
     while True:
         value += 1
-        directory._write(path, tensors(value), config)
+        with directory._staged(path, tensors(value), config) as files:
+            files.finish(tensors(value), None, directory.plain_card)
         if value == 1:
             ready.send(True)
             ready.close()

@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,19 +12,20 @@ from typing import Any
 from safetensors import SafetensorError
 
 from graftwork.errors import ArtifactError, CheckpointError, ConfigError, quoted, suggest
-from graftwork.models.exchange import experts, low_rank, prompts, scales, serving
+from graftwork.models.exchange import experts, loading, low_rank, prompts, scales, serving
 from graftwork.models.exchange.lazy import Held, Readable
-from graftwork.models.exchange.piece import Piece, write
+from graftwork.models.exchange.piece import Piece, Staged, staged
 from graftwork.models.exchange.places import Places
 from graftwork.models.exchange.sharing import spread
 from graftwork.models.shape import Shape
 from graftwork.models.weights import family_named
 from graftwork.parallel.collective import agreed
 from graftwork.peft import PEFT
-from graftwork.peft.artifact import directory as artifact
-from graftwork.peft.artifact.entries import named, prompt_formats, transforms
+from graftwork.peft.artifact.card import Section, card, code, header_of, loading_section, proof_section
+from graftwork.peft.artifact.config import BaseEntry
+from graftwork.peft.artifact.directory import CARD
+from graftwork.peft.artifact.proof import PROOF
 from graftwork.peft.artifact.tensors import bring_together
-from graftwork.peft.artifact.verified import stored_tensors
 from graftwork.peft.methods import IA3, CanonicalAdapter, CanonicalLoRA, DoRA, LoRA, PromptTuning, PTuning, Selective
 from graftwork.peft.methods.prompt_table import PromptMethod
 from graftwork.peft.stack import Stack
@@ -72,50 +75,76 @@ class Wanted:
         return self.experts or ("modules" if self.for_ == "vllm" else "parameters")
 
 
-def export_stack(stack: Stack, shape: Shape, path: str | Path, wanted: Wanted, bos: Callable[[], bool | None]) -> Path:
+Prove = Callable[[Staged | None], Mapping[str, str]]
+"""Takes what was written (on the first rank), on every rank; returns proofs by the names of pieces."""
+
+
+def export_stack(
+    stack: Stack,
+    shape: Shape,
+    path: str | Path,
+    wanted: Wanted,
+    bos: Callable[[], bool | None],
+    prove: Prove | None = None,
+) -> Path:
     """Write the named adapters of a model (default all), from every rank together.
 
     One adapter becomes the directory ``path``, several one directory each inside of it, and so do the tasks of a
-    prompt. ``bos`` tells whether the tokenizer puts BOS in front of a row. Raises, on every rank, MatchError for an
-    unknown name, ConfigError for what has no exact counterpart, ArtifactError or CheckpointError when it cannot be
-    written.
+    prompt. ``bos`` tells whether the tokenizer puts BOS in front of a row; ``prove`` sees what was written before
+    anybody else does. Raises what it raises and, on every rank, MatchError for an unknown name, ConfigError for what
+    has no exact counterpart, ArtifactError or CheckpointError when it cannot be written.
     """
     asked = set(stack.known(wanted.names))
     chosen = [transform for name, transform in stack.transforms.items() if name in asked]
-    places = agreed(lambda: _checked(chosen, shape, wanted))
+    places = agreed(lambda: checked(chosen, shape, wanted))
     tensors = bring_together(stack, [transform.name for transform in chosen])
-    formats = _with_bos(chosen, stack.prompt_formats, bos)
-
-    def put() -> None:
-        if tensors is not None:
-            write(Path(path), _pieces(chosen, places, shape, tensors, formats, wanted))
+    formats = with_bos(chosen, stack.prompt_formats, bos)
 
     def explain(problem: Exception) -> CheckpointError:
         return CheckpointError(f"The adapter was not exported to {quoted(path)}: {quoted(str(problem), bare=True)}.")
 
-    agreed(put, catch=(OSError, SafetensorError), explain=explain)
+    def put() -> Staged | None:
+        if tensors is None:
+            return None
+        warn_of_company(chosen, tensors)
+        return held.enter_context(staged(Path(path), pieces_of(chosen, places, shape, tensors, formats, wanted)))
+
+    together = partial(agreed, catch=(OSError, SafetensorError), explain=explain)
+    with ExitStack() as held:
+        written = together(put)
+        proofs = {} if prove is None else prove(written)
+        together(lambda: None if written is None else finish(written, proofs, Path(path).resolve(), wanted))
+        together(held.close)
     return Path(path)
 
 
-def export_directory(
-    adapter: str | Path, path: str | Path, wanted: Wanted, bos: Callable[[], bool | None]
-) -> list[Path]:
-    """Write the adapters of an artifact as ``export_stack`` does, without a model; return the directories."""
-    with artifact.opened(adapter) as held:
-        chosen = named(transforms(held.config, held.path), wanted.names, str(held))
-        shape = shape_of(held)
-        places = _checked(chosen, shape, wanted)
-        formats = _with_bos(chosen, prompt_formats(held.config, [transform.name for transform in chosen]), bos)
-        wanted = replace(wanted, base=wanted.base or held.config.base.name)
-        pieces = _pieces(chosen, places, shape, stored_tensors(held.file), formats, wanted)
-        try:
-            write(Path(path), pieces)
-        except OSError as error:
-            raise CheckpointError(f"{quoted(path)} cannot be written: {error.strerror}.") from error
-    return [Path(path) / piece.place for piece in pieces]
+def finish(written: Staged, proofs: Mapping[str, str], path: Path, wanted: Wanted) -> None:
+    """Put beside each piece its proof, by its name, and its card; ``path``: what the export will be called."""
+    for piece in written.pieces:
+        directory, proof = written.directory / piece.place, proofs.get(piece.name)
+        if proof is not None:
+            (directory / PROOF).write_text(proof)
+        place = f"{path.name}/{piece.place}".rstrip("/")
+        (directory / CARD).write_text(_card(piece, proof, place, wanted), encoding="utf-8")
 
 
-def _warn_of_company(chosen: Sequence[PEFT], tensors: Mapping[str, Readable]) -> None:
+def _card(piece: Piece, proof: str | None, place: str, wanted: Wanted) -> str:
+    base, kind = wanted.base or loading.RANDOM, str(piece.config["peft_type"])
+    left = {k: v for k, v in piece.config.items() if k not in ("base_model_name_or_path", "peft_type", "task_type")}
+    options = ", ".join(f"{key}={value!r}" for key, value in sorted(left.items()) if value not in (None, False, {}, ""))
+    seq2seq = piece.config["task_type"] == "SEQ_2_SEQ_LM"
+    return card(
+        header_of(base, "peft", ["peft", kind.lower()], seq2seq, "adapter"),
+        f"Adapter {code(piece.name)} for {code(base)}",
+        [
+            Section("Stack", f"{code(kind)} of Hugging Face PEFT: {code(options, 1000)}."),
+            proof_section(proof),
+            loading_section(loading.exported(piece.config, base, place, piece.adapter, wanted.for_)),
+        ],
+    )
+
+
+def warn_of_company(chosen: Sequence[PEFT], tensors: Mapping[str, Readable]) -> None:
     """Warn when adapters stand at the same modules: each directory is one of them, and not what they do together."""
     sites: dict[str, set[str]] = {transform.name: set() for transform in chosen}
     for key in tensors:
@@ -133,7 +162,7 @@ def _warn_of_company(chosen: Sequence[PEFT], tensors: Mapping[str, Readable]) ->
             )
 
 
-def _checked(chosen: Sequence[PEFT], shape: Shape, wanted: Wanted) -> Places:
+def checked(chosen: Sequence[PEFT], shape: Shape, wanted: Wanted) -> Places:
     """Return where the linears are, once everything that can be refused without a tensor is known to be fine."""
     if not chosen:
         raise ArtifactError("No adapter was named to be exported; leave names out for all of them.")
@@ -160,7 +189,7 @@ def _check_dropout(transform: LoRA) -> None:
         )
 
 
-def _pieces(
+def pieces_of(
     chosen: Sequence[PEFT],
     places: Places,
     shape: Shape,
@@ -168,7 +197,7 @@ def _pieces(
     formats: Mapping[str, Mapping[str, Any]],
     wanted: Wanted,
 ) -> list[Piece]:
-    _warn_of_company(chosen, tensors)
+    """Return the directories that adapters become, their tensors not made yet."""
     found = []
     for transform in chosen:
         prefix = f"{transform.name}."
@@ -185,7 +214,7 @@ def _pieces(
         elif isinstance(transform, PromptMethod):
             prompts.check_placement(transform, places, formats.get(transform.name, {}).get("add_bos"))
             found += _prompts(transform, places, shape, held, wanted)
-    return [replace(found[0], place="")] if len(found) == 1 else found
+    return [replace(found[0], alone=True)] if len(found) == 1 else found
 
 
 def _low_rank(transform: LoRA, places: Places, held: Held, wanted: Wanted) -> Piece:
@@ -212,7 +241,7 @@ def _prompts(transform: PromptMethod, places: Places, shape: Shape, held: Held, 
     ]
 
 
-def _with_bos(
+def with_bos(
     chosen: Sequence[PEFT], known: Mapping[str, Mapping[str, Any]], bos: Callable[[], bool | None]
 ) -> dict[str, Mapping[str, Any]]:
     """Return prompt formats that say whether rows have BOS, also where the data left it to the tokenizer."""
@@ -223,12 +252,11 @@ def _with_bos(
     }
 
 
-def shape_of(held: artifact.Artifact) -> Shape:
+def shape_of(base: BaseEntry, who: str) -> Shape:
     """Return the shape of the base that an artifact remembers; raises ArtifactError for one that is unknown here."""
-    base = held.config.base
     fields: dict[str, Any] = dict(base.shape)  # checked by the shape itself
     try:
         return family_named(base.family).shape_class(**fields)
     except TypeError as error:
         reason = quoted(str(error), bare=True)
-        raise ArtifactError(f"Adapter {held} describes no base of this version: {reason}.") from error
+        raise ArtifactError(f"Adapter {who} describes no base of this version: {reason}.") from error

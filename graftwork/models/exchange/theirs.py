@@ -13,7 +13,8 @@ from graftwork.models.exchange.fields import Fields
 from graftwork.models.exchange.piece import is_theirs
 from graftwork.parallel.collective import agreed, all_gather_objects
 from graftwork.peft.artifact.directory import CONFIG, MOST_BYTES, TENSORS
-from graftwork.peft.artifact.verified import DTYPES, StoredTensor, VerifiedFile, stored_tensors
+from graftwork.peft.artifact.tensors import Shaped
+from graftwork.peft.artifact.verified import DTYPES, VerifiedFile, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Theirs:
 
     path: Path
     fields: Fields
-    stored: Mapping[str, StoredTensor]
+    stored: Mapping[str, Shaped]
     checksum: str
 
     def __str__(self) -> str:
@@ -62,13 +63,14 @@ def _is_theirs(directory: Path) -> bool:
 
 def _open(directory: Path, held: ExitStack) -> Theirs:
     try:
-        return _read(directory, held)
+        return read(directory, held)
     except (OSError, ValueError) as error:
         reason = quoted(getattr(error, "strerror", None) or str(error), bare=True)
         raise ArtifactError(f"Adapter {quoted(directory)} cannot be read: {reason}.") from error
 
 
-def _read(directory: Path, held: ExitStack) -> Theirs:
+def read(directory: Path, held: ExitStack) -> Theirs:
+    """Read the adapter in a directory on this rank alone, its file open as long as ``held``; raises as ``opened``."""
     where = f"Adapter {quoted(directory)}"
     config = _json(directory)
     if not isinstance(config, dict):

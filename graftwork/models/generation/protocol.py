@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from graftwork.batch import Batch, Ids
 from graftwork.data.tokenizer import Tokenizer
-from graftwork.models.loss import LossFunction
 from graftwork.peft import PEFT
 from graftwork.routes import Routes
 from graftwork.virtual_tokens import PromptLayout
@@ -96,6 +95,6 @@ class CausalModel(Protocol):
         """Call one chunk on a microbatch: logits [b, s, v/tp], or hidden states before the last stage."""
         ...
 
-    def forward_step(self, data_iterator: Iterator[Batch], module: nn.Module) -> tuple[Tensor, LossFunction]:
-        """Return one microbatch's output at the positions with a target, and the function that reads its loss."""
+    def target_logits(self, batch: Batch) -> Tensor:
+        """Return this tensor-parallel rank's logits [n, v/tp] at the n positions with a target."""
         ...

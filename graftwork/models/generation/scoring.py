@@ -50,11 +50,8 @@ def target_logits(model: CausalModel, batch: Batch) -> Tensor:
     if not one_piece(model):
         whole = all_logits(model, batch)
         return whole.reshape(-1, whole.shape[-1])[answer_rows(batch.labels)].float()
-    # The training step lets only positions with a target reach the output layer: over a large vocabulary the logits of
-    # all the others would cost more than the layers.
-    output, _ = model.forward_step(iter([batch]), model.chunks[0])
-    whole = gather_vocabulary(output.reshape(-1, output.shape[-1]))
-    return whole[:, : model.shape.vocab_size].float()
+    # Over a large vocabulary the logits of all the other positions would cost more than the layers.
+    return gather_vocabulary(model.target_logits(batch))[:, : model.shape.vocab_size].float()
 
 
 def last_logits(model: CausalModel, prompts: Ids, answers: Ids) -> Tensor:

@@ -10,20 +10,24 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from graftwork.errors import ArtifactError, ConfigError, quoted, suggest
+from graftwork.models.cards import describe
 from graftwork.models.exchange.low_rank import A, B, patterns
 from graftwork.models.exchange.places import Places, shortest
 from graftwork.models.exchange.sharing import expert_of, gathered
 from graftwork.models.merging.changes import changes_of
+from graftwork.models.merging.proved import Combination, based
 from graftwork.models.merging.source import Source, opened
 from graftwork.models.merging.updates import Update, updates_at
 from graftwork.models.merging.write import check_place, known_dtype, write_merged
 from graftwork.peft.artifact import directory as artifact
+from graftwork.peft.artifact.card import NOTHING
 from graftwork.peft.method import MOST
 from graftwork.peft.methods import CanonicalLoRA, LoRA
 from graftwork.peft.methods.lora import unnumbered
@@ -63,19 +67,28 @@ class Blend:
 
 
 def combine_directories(
-    adapters: Sequence[str | Path], output: str | Path, blend: Blend, base: str | Path | None = None
+    adapters: Sequence[str | Path],
+    output: str | Path,
+    blend: Blend,
+    base: str | Path | None = None,
+    verify: bool = True,
 ) -> Path:
     """Write one adapter that is the weighted combination of several, each of ours or of Hugging Face PEFT.
 
-    Only those of Hugging Face PEFT need the base. Raises ConfigError for adapters or weights that cannot be combined,
-    ArtifactError for a directory that cannot be read, adapters of different bases, or when ``output`` holds anything
-    but an adapter, CheckpointError when it cannot be written; what was there is then intact.
+    Only those of Hugging Face PEFT need the base. ``verify``: where the base is at hand, what was written is proved on
+    it, and ``cat`` is compared with the sum; where it is not, a warning says so. Raises ConfigError for adapters or
+    weights that cannot be combined, ArtifactError for a directory that cannot be read, adapters of different bases,
+    where the proof fails or ``output`` holds anything but an adapter, CheckpointError when it cannot be written; what
+    was there is then intact.
     """
     with ExitStack() as held:
-        combined = _combined(_opened(adapters, blend, base, True, held), blend)
+        sources = _opened(adapters, blend, base, True, held)
+        combined = _combined(sources, blend)
         (transform,) = combined.transforms
         tensors = {key: tensor[:].contiguous() for key, tensor in combined.tensors.items()}
-        return artifact.put(output, transform, tensors, combined.base, combined.prompts.get(transform.name, {}))
+        prove = _proving(combined, sources, blend) if verify else None
+        prompt, card = combined.prompts.get(transform.name, {}), partial(describe, NOTHING)
+        return artifact.put(output, transform, tensors, combined.base, prompt, prove, card)
 
 
 def merge_combined(
@@ -84,14 +97,23 @@ def merge_combined(
     blend: Blend,
     base: str | Path | None = None,
     dtype: str | None = None,
+    verify: bool = True,
 ) -> Path:
     """Write the base with the weighted combination of several adapters folded in, as ``merge_directory`` does."""
     wanted = known_dtype(dtype)
     check_place(Path(output))
     with ExitStack() as held:
         combined = _combined(_opened(adapters, blend, base, False, held), blend)
-        write_merged(combined, changes_of(combined), Path(output), wanted)
+        write_merged(combined, changes_of(combined), Path(output), wanted, verify)
     return Path(output)
+
+
+def _proving(combined: Source, sources: Sequence[Source], blend: Blend) -> artifact.Prove | None:
+    directory = based(combined)
+    if directory is None:
+        return None
+    parts = list(zip(blend.weights, sources)) if blend.combine == "cat" else []
+    return Combination(combined, directory, parts)
 
 
 def _opened(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from graftwork.errors import ArtifactError, CheckpointError, quoted
+from graftwork.errors import ArtifactError, quoted
 from graftwork.models.exchange import theirs
 from graftwork.models.exchange.export import shape_of
 from graftwork.models.exchange.incoming import converted
@@ -15,7 +15,7 @@ from graftwork.models.exchange.places import Places
 from graftwork.models.exchange.sharing import spread
 from graftwork.models.shape import Shape
 from graftwork.models.weights import fingerprint, read_config, shape_from_hf
-from graftwork.models.weights.hub import HubModel, find, resolve
+from graftwork.models.weights.hub import at_hand, resolve
 from graftwork.peft import PEFT
 from graftwork.peft.artifact import directory as artifact
 from graftwork.peft.artifact.entries import named, prompt_formats, transforms
@@ -76,7 +76,7 @@ def opened(
         directory = None
         if base is not None or not alone:
             directory = _directory(remembered.name, base, str(held), remembered.fingerprint)
-        shape = shape_of(held) if directory is None else shape_from_hf(read_config(directory))
+        shape = shape_of(held.config.base, str(held)) if directory is None else shape_from_hf(read_config(directory))
         if directory is not None and check_base:
             _check_base(held, directory, shape)
         prompts = prompt_formats(held.config, [transform.name for transform in chosen])
@@ -107,15 +107,12 @@ def _directory(name: object, given: str | Path | None, who: str, printed: str | 
             f"Adapter {who} was trained on random weights, which no directory holds; merge it where they are "
             "(merge_adapters, export_hf)."
         )
-    try:
-        found = find(name) if isinstance(name, str) else None
-    except CheckpointError:  # a name that means nothing here
-        found = None
-    if found is None or isinstance(found, HubModel):
+    found = at_hand(name) if isinstance(name, str) else None
+    if found is None:
         raise ArtifactError(
             f"Adapter {who} belongs to {quoted(name)}, which is not here; name its checkpoint with base=."
         )
-    return found if isinstance(found, Path) else found.make()
+    return found
 
 
 def _check_base(held: artifact.Artifact, directory: Path, shape: Shape) -> None:

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from pydantic import BaseModel
+from torch import Tensor
 
 from graftwork.atomic import atomic_write_text, clear_leftovers
 from graftwork.cache import cache_directory, file_stamp, locked
@@ -44,6 +46,23 @@ def fingerprint(directory: str | Path, like: str | None = None) -> str:
         return _noted(files)
 
 
+class Passing:
+    """The fingerprint of a checkpoint whose tensors are yet to be written: each is told when it passes."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, bytes] = {}
+
+    def note(self, name: str, tensor: Tensor, dtype: str) -> None:
+        """Take a tensor by its Hugging Face name; ``dtype`` as safetensors names it."""
+        data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+        self._parts[name] = _described(name, list(tensor.shape), dtype) + hashlib.sha256(data).digest()
+
+    @property
+    def value(self) -> str:
+        """What ``fingerprint`` returns of the files, if every tensor is in them as it was told."""
+        return WHOLE + hashlib.sha256(b"".join(self._parts[name] for name in sorted(self._parts))).hexdigest()
+
+
 def _noted(files: TensorFiles) -> str:
     """Return the fingerprint from the cache, else compute and note it; other ranks and processes wait for the first."""
     held = sorted(set(files.files.values()))
@@ -76,8 +95,12 @@ def _digest(files: TensorFiles) -> str:
     digest = hashlib.sha256()
     with ThreadPoolExecutor(THREADS) as threads:  # hashing lets other threads run
         for name, found in zip(names, threads.map(one, names)):
-            digest.update(f"{name}\0{entry(name).shape}\0{entry(name).dtype}\0".encode() + found)
+            digest.update(_described(name, entry(name).shape, entry(name).dtype) + found)
     return digest.hexdigest()
+
+
+def _described(name: str, shape: list[int], dtype: str) -> bytes:
+    return f"{name}\0{shape}\0{dtype}\0".encode()
 
 
 def _sampled(files: TensorFiles) -> str:
@@ -87,7 +110,7 @@ def _sampled(files: TensorFiles) -> str:
     for name in sorted(files.files):
         header = headers[files.files[name]]
         entry = header.entry(files.stored_name(name), files.part(name))
-        digest.update(f"{name}\0{entry.shape}\0{entry.dtype}\0".encode())
+        digest.update(_described(name, entry.shape, entry.dtype))
         digest.update(header.sample(*entry.data_offsets))
     return digest.hexdigest()
 

@@ -151,6 +151,15 @@ def find(name_or_path: str | Path) -> Path | Conversion | HubModel:
         return found if isinstance(found, Path) else found.present() or found
 
 
+def at_hand(name: str) -> Path | None:
+    """Return the checkpoint that a name means here, made from what is here; None where it would be downloaded."""
+    try:
+        found = find(name)
+        return found if isinstance(found, Path) else None if isinstance(found, HubModel) else found.make()
+    except CheckpointError:
+        return None
+
+
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
     """Say in one sentence what the system says of a name: too long, NUL in it, ~ of nobody, no permission."""

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graftwork.atomic import atomic_directory
-from graftwork.errors import ArtifactError, CheckpointError, quoted
+from graftwork.errors import ArtifactError, CheckpointError, GraftworkError, quoted
 from graftwork.jsonfile import parse_json, read_bytes, refuse_outside, validated
 from graftwork.parallel.collective import agreed, all_gather_objects
-from graftwork.peft.artifact.card import model_card
+from graftwork.peft.artifact.card import NOTHING, adapter_card
 from graftwork.peft.artifact.config import FORMAT, SCHEMA, ArtifactConfig
 from graftwork.peft.artifact.entries import entries_of, entry_of, transforms
 from graftwork.peft.artifact.proof import PROOF
@@ -64,6 +64,31 @@ Prove = Callable[[Sequence[str], Artifact | None, Mapping[str, Tensor]], str | N
 """Takes the names of what is saved, the files and what was to be in them (on the first rank), on every rank."""
 
 
+Describe = Callable[[ArtifactConfig, Mapping[str, Tensor], str | None, str], str]
+"""Takes what is saved, the text of its proof and the directory's name; returns the text of its card."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Files of an artifact that is not there yet: where they are, what loading will see, what it will be called."""
+
+    directory: Path
+    config: ArtifactConfig
+    name: str
+
+    def finish(self, tensors: Mapping[str, Tensor], proof: str | None, describe: Describe) -> None:
+        """Put proof and card beside them."""
+        if proof is not None:
+            (self.directory / PROOF).write_text(proof)
+        (self.directory / CARD).write_text(describe(self.config, tensors, proof, self.name), encoding="utf-8")
+
+
+def plain_card(config: ArtifactConfig, tensors: Mapping[str, Tensor], proof: str | None, place: str) -> str:
+    """Return the card of an artifact of which nothing else is known."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return adapter_card(config, shapes, proof, NOTHING, [])
+
+
 def save(
     stack: Stack,
     path: str | Path,
@@ -72,10 +97,12 @@ def save(
     step: int | None = None,
     recipe: str | None = None,
     prove: Prove | None = None,
+    describe: Describe = plain_card,
 ) -> Path:
     """Write the named adapters (default all) to directory ``path`` in one step, from every rank together.
 
-    ``prove`` sees what was written before anybody else does, and returns the text of the proof. Raises what it raises,
+    ``prove`` sees what was written before anybody else does, and returns the text of the proof; ``describe`` the card,
+    on the first rank. Raises what it raises,
     MatchError for an unknown name, ArtifactError when ``path`` holds anything but an adapter, CheckpointError
     when it cannot be written (disk full) or a value is not finite; what was there is then intact and no rank goes on.
     """
@@ -85,7 +112,7 @@ def save(
         raise ArtifactError("No adapter was named to be saved; leave names out for all of them.")
     tensors = bring_together(stack, chosen)
 
-    def write() -> Path | None:
+    def write() -> Staged | None:
         if tensors is None:
             return None
         config = _config(entries_of(stack, chosen), list(stack.transforms), base, step, recipe)
@@ -96,24 +123,36 @@ def save(
 
     together = partial(agreed, catch=(OSError, ValueError, SafetensorError), explain=explain)
     with ExitStack() as staged:
-        directory = together(write)
+        files, proof = together(write), None
         if prove is not None:
             with ExitStack() as reading:
-                written = together(lambda: None if directory is None else _read(directory, reading))
+                written = together(lambda: None if files is None else _read(files.directory, reading))
                 proof = prove(chosen, written, tensors or {})
-            together(lambda: directory and proof and (directory / PROOF).write_text(proof))
+        together(lambda: None if files is None else files.finish(tensors or {}, proof, describe))
         together(staged.close)
     return Path(path)
 
 
-def put(path: str | Path, transform: PEFT, tensors: Mapping[str, Tensor], base: Base, prompt: PromptFormat) -> Path:
+def put(
+    path: str | Path,
+    transform: PEFT,
+    tensors: Mapping[str, Tensor],
+    base: Base,
+    prompt: PromptFormat,
+    prove: Prove | None = None,
+    describe: Describe = plain_card,
+) -> Path:
     """Write one adapter that no model holds to directory ``path`` in one step; ``tensors`` by full name, fp32.
 
     Raises as ``save`` does.
     """
     config = _config([entry_of(transform, prompt)], [transform.name], base, None, None)
     try:
-        _write(Path(path).resolve(), tensors, config)
+        with _staged(Path(path).resolve(), tensors, config) as files, ExitStack() as reading:
+            proof = prove and prove([transform.name], _read(files.directory, reading), tensors)
+            files.finish(tensors, proof, describe)
+    except GraftworkError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"The adapter was not saved to {quoted(path)}: {quoted(str(error), bare=True)}."
@@ -128,7 +167,7 @@ def opened(path: str | Path) -> Iterator[Artifact]:
     Raises ArtifactError on every rank when one cannot read it, or reads another adapter.
     """
     with ExitStack() as held:
-        artifact = agreed(lambda: _open(Path(path), held))
+        artifact = agreed(lambda: open_here(Path(path), held))
         if len(set(all_gather_objects(artifact.config.checksum))) > 1:
             raise ArtifactError(f"{artifact} is not the same adapter on every machine; copy one of them to all.")
         yield artifact
@@ -157,7 +196,8 @@ def check_base(artifact: Artifact, base: Base) -> None:
         )
 
 
-def _open(directory: Path, held: ExitStack) -> Artifact:
+def open_here(directory: Path, held: ExitStack) -> Artifact:
+    """Open an artifact on this rank alone, as long as ``held``; raises ArtifactError as ``opened`` does."""
     try:
         return _read(directory, held)
     except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
@@ -203,13 +243,8 @@ def _checked_format(config: object, where: str) -> dict[str, object]:
     return config
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], config: dict[str, object]) -> None:
-    with _staged(path, tensors, config):
-        pass
-
-
 @contextmanager
-def _staged(path: Path, tensors: Mapping[str, Tensor], config: dict[str, object]) -> Iterator[Path]:
+def _staged(path: Path, tensors: Mapping[str, Tensor], config: dict[str, object]) -> Iterator[Staged]:
     """Write the files beside ``path``, where they stay until the block has ended without an error."""
     _check_place(path)
     for key, tensor in tensors.items():
@@ -220,8 +255,7 @@ def _staged(path: Path, tensors: Mapping[str, Tensor], config: dict[str, object]
         save_file(dict(tensors), directory / TENSORS, metadata={"format": "pt"})
         checked = config | {"checksum": _checksum(config, directory / TENSORS)}
         (directory / CONFIG).write_text(json.dumps(checked, indent=2, sort_keys=True) + "\n")
-        (directory / CARD).write_text(model_card(known, tensors), encoding="utf-8")
-        yield directory
+        yield Staged(directory, known, path.name)
 
 
 def _as_read(config: Mapping[str, object], path: Path) -> ArtifactConfig:
@@ -262,8 +296,13 @@ def _config(
         "dtype": "float32",
         "step": step,
         "recipe": recipe,
-        "versions": {p: _version(p) for p in ("graftwork", "megatron-core", "torch", "lightning", "nemo-run")},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of what makes an adapter, None for a package that is not there."""
+    return {p: _version(p) for p in ("graftwork", "megatron-core", "torch", "lightning", "nemo-run")}
 
 
 def _checksum(config: Mapping[str, object], tensors: Path) -> str:

@@ -1,6 +1,7 @@
-"""What an artifact's ``proof.json`` holds: a small batch, and what base and adapters made of it when they were saved.
+"""What a ``proof.json`` holds: a small batch, and what base and adapters made of it when they were written.
 
-It stands beside the artifact's other files and names its checksum; loading never reads it.
+It stands beside the other files of an artifact, an export or a merged model and names their checksum (of a model: its
+fingerprint); loading never reads it.
 """
 
 import hashlib
@@ -82,17 +83,17 @@ def read(directory: str | Path, artifact: str | None) -> Proof:
     file, where = Path(directory) / PROOF, quoted(directory)
     if not file.is_file():
         raise ArtifactError(
-            f"{where} carries no proof: it was saved by an earlier version, without verify, or without a model; load "
-            "it and save it again."
+            f"{where} carries no proof: it was written by an earlier version, without verify, or where its base was "
+            "not at hand; write it again."
         )
     refuse_outside(Path(directory), file, ArtifactError)
     what = f"{PROOF} in {where}"
     raw = parse_json(read_bytes(file, ArtifactError, MOST_BYTES), what, ArtifactError)
     proof = validated(raw, Proof, what, ArtifactError)
     if not isinstance(raw, dict) or proof.checksum != _checksum({k: v for k, v in raw.items() if k != "checksum"}):
-        raise ArtifactError(f"{what} was changed: its checksum does not match; save the adapter again.")
+        raise ArtifactError(f"{what} was changed: its checksum does not match; write what it is of again.")
     if proof.artifact != artifact:
-        raise ArtifactError(f"{what} is the proof of another adapter; save this one again.")
+        raise ArtifactError(f"{what} is the proof of another adapter; write this one again.")
     probe, size = proof.probe, len(proof.probe.prompts)
     positions = sum(map(len, probe.answers))
     fits = len(probe.answers) == len(probe.tasks) == size and all(

@@ -41,9 +41,9 @@ def rebuilt(
     for tensors in _pieces(file, gathered):
         problem = problem or _compared(stack, names, tensors)
         for name, items in twins.items():
-            _fill(stack, name, items, tensors)
+            fill(stack, name, items, tensors)
         seen |= tensors.keys()
-    empty = {f"{name}.{key}" for name, items in twins.items() for item in items for key in _unfilled(item)}
+    empty = {f"{name}.{key}" for name, items in twins.items() for item in items for key in unfilled(item)}
     missing = sorted(({tensor.key for name in names for tensor in stack.tensors(name)} - seen) | empty)
     problem = problem or (f"tensor {missing[0]!r} is missing" if missing else None)
     agree(None if problem is None else ArtifactError(problem))
@@ -70,7 +70,7 @@ def _plain(transform: PEFT) -> str:
 def _pieces(file: VerifiedFile | None, gathered: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Yield the tensors of the file on every rank, whole, some at a time; the first rank compares what it reads."""
     stored: dict[str, StoredTensor] = agreed(lambda: {} if file is None else _stored(file, gathered))
-    for group in broadcast_object(_groups(gathered)):
+    for group in broadcast_object(groups(gathered)):
         read = partial(_read, stored, gathered, group)
         yield broadcast_object(agreed(read, catch=(OSError,), explain=lambda error: ArtifactError(str(error))))
 
@@ -96,16 +96,17 @@ def _stored(file: VerifiedFile, gathered: Mapping[str, Tensor]) -> dict[str, Sto
     return stored
 
 
-def _groups(gathered: Mapping[str, Tensor]) -> list[list[str]]:
-    groups: list[list[str]] = []
+def groups(gathered: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return the names of tensors in groups of about ``PIECE`` bytes."""
+    found: list[list[str]] = []
     size = 0
     for key, tensor in gathered.items():
-        if size + tensor.nbytes > PIECE or not groups:
-            groups.append([])
+        if size + tensor.nbytes > PIECE or not found:
+            found.append([])
             size = 0
-        groups[-1].append(key)
+        found[-1].append(key)
         size += tensor.nbytes
-    return groups
+    return found
 
 
 def _compared(stack: Stack, names: Sequence[str], tensors: Mapping[str, Tensor]) -> str | None:
@@ -122,7 +123,8 @@ def _compared(stack: Stack, names: Sequence[str], tensors: Mapping[str, Tensor])
     return None
 
 
-def _fill(stack: Stack, name: str, items: Sequence[Grafted], tensors: Mapping[str, Tensor]) -> None:
+def fill(stack: Stack, name: str, items: Sequence[Grafted], tensors: Mapping[str, Tensor]) -> None:
+    """Give those adapters without values that ``tensors`` hold, whole and by full name, this rank's part of them."""
     for item in items:
         device = parameter_device(stack.host.chunks[item.site.chunk])
         for key, parameter in list(item.adapter.named_parameters()):
@@ -135,5 +137,6 @@ def _fill(stack: Stack, name: str, items: Sequence[Grafted], tensors: Mapping[st
             item.adapter.get_submodule(head).register_parameter(leaf, filled)
 
 
-def _unfilled(item: Grafted) -> list[str]:
+def unfilled(item: Grafted) -> list[str]:
+    """Return the names of the tensors of an adapter that have no values yet."""
     return [f"{item.site.name}.{key}" for key, value in item.adapter.named_parameters() if value.is_meta]

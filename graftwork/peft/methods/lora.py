@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Optional
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from graftwork.parallel.sharding import Sharding
 from graftwork.peft.adapter import INITIALIZERS, Adapter, Birth, Inner, normal
 from graftwork.peft.cuts import Cut, Region, cut_of, drop, is_embedding, is_linear
 from graftwork.peft.embedding import EmbeddingLookup
+from graftwork.peft.low_rank import is_whole, low_rank_linear
 from graftwork.peft.method import PEFT, LayerChoice
 from graftwork.peft.sites import Host, Place, Site, matches
 
@@ -97,6 +98,8 @@ class LoRALinear(LowRankAdapter):
 
     def forward(self, inner: Inner, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor | None, ...]:
         """Add the update to the first output of ``inner`` (megatron-core linears return (output, bias))."""
+        if inner is self.base and not (args or kwargs) and self._at_once(x):
+            return self._with_base(x)
         output, *rest = inner(x, *args, **kwargs)
         return (self.added(output, self.update(normalized_input(self.base, x))), *rest)
 
@@ -109,6 +112,17 @@ class LoRALinear(LowRankAdapter):
         if plan.dropout and plan.dropout_position == "post":
             out = drop(out, plan.dropout, self.training, cut.outputs_differ)
         return out
+
+    def _at_once(self, x: Tensor) -> bool:
+        """Tell whether base and update are one function of x: on all rows, without dropout, not cut over ranks."""
+        dropped = self.training and self.low_rank.dropout
+        return is_whole(self.base) and not self.cut.region.cut and not dropped and self._here(x) is None
+
+    def _with_base(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        base: Any = self.base
+        added, handed_on = (None, base.bias) if base.skip_bias_add else (base.bias, None)
+        x = normalized_input(base, x)
+        return low_rank_linear(x, base.weight, added, *self.factors, self.low_rank.scale), handed_on
 
     def product(self, x: Tensor) -> Tensor:
         """Return scale * B A x without dropout."""

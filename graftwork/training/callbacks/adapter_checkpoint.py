@@ -1,6 +1,8 @@
 """The result of a run: best adapters by validation loss, the last ones, or the exported model of full fine-tuning."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -9,10 +11,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import BaseModel
 
+from graftwork.data.files import content_hash
 from graftwork.errors import CheckpointError
 from graftwork.jsonfile import validated
+from graftwork.models.cards import retell
+from graftwork.peft.artifact.card import DataFile, Told
 from graftwork.training.run import WritesRunDown
-from graftwork.training.trainee import Trainee, trainee
+from graftwork.training.summary import Metrics
+from graftwork.training.trainee import HasFiles, Trainee, data_of, trainee
 
 
 class _Saved(BaseModel):
@@ -41,6 +47,8 @@ class AdapterCheckpoint(WritesRunDown, Checkpoint):
         self.best_step: int | None = None
         self.path: Path | None = None
         self._ended = False
+        self._files: Sequence[DataFile] | None = None
+        self._told: tuple[Path, Told] | None = None
 
     @property
     def state_key(self) -> str:
@@ -72,7 +80,7 @@ class AdapterCheckpoint(WritesRunDown, Checkpoint):
             return
         found = float(value)
         if math.isfinite(found) and (self.best is None or found < self.best) and model.adapters:
-            self.path = self._save(trainer, model, "adapter")
+            self.path = self._save(trainer, model, "adapter", {self.monitor: {"after": found}})
             self.best, self.best_step = found, trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,10 +102,28 @@ class AdapterCheckpoint(WritesRunDown, Checkpoint):
         if not self._ended and trainer.global_step:
             self.on_train_end(trainer, pl_module)
 
-    def _save(self, trainer: Trainer, model: Trainee, name: str) -> Path:
+    def retell(self, metrics: Metrics) -> None:
+        """Write into the card of what was saved last what was measured of it; on the first rank alone."""
+        if self._told is not None:
+            path, told = self._told
+            retell(path, replace(told, metrics={**told.metrics, **metrics}))
+
+    def _save(self, trainer: Trainer, model: Trainee, name: str, metrics: Metrics | None = None) -> Path:
         path = self._root(trainer) / name
-        model.save_adapters(path, step=trainer.global_step, recipe=self.facts.recipe_text, verify=self.verify)
+        if self._files is None:
+            self._files = _files(data_of(trainer)) if trainer.is_global_zero else []
+        told = Told(self._files, metrics or {})
+        facts, step = self.facts, trainer.global_step
+        model.save_adapters(path, step=step, recipe=facts.recipe_text, verify=self.verify, told=told)
+        self._told = path, told
         return path
 
     def _root(self, trainer: Trainer) -> Path:
         return Path(self.directory or trainer.default_root_dir).resolve()
+
+
+def _files(data: object) -> list[DataFile]:
+    """Return the files that data train on and are validated with."""
+    given = data.files if isinstance(data, HasFiles) else {}
+    named = [(use, given.get(use)) for use in ("train", "validation")]
+    return [DataFile(use, Path(path).name, content_hash(path)) for use, path in named if path is not None]

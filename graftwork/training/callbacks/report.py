@@ -96,12 +96,15 @@ class Report(WritesRunDown, Callback):
     def _write(self, trainer: Trainer, pl_module: LightningModule, made: Summary) -> None:
         root = Path(self.directory or trainer.default_root_dir).resolve()
         atomic_write_text(root / "summary.json", json.dumps(made, indent=2) + "\n")
+        checkpoint = _checkpoint(trainer)
+        if checkpoint is not None and made["metrics"]:
+            checkpoint.retell(made["metrics"])
         names = " + ".join(type(t).__name__ for t in trainee(pl_module).adapters.values()) or "full fine-tuning"
         atomic_write_bytes(root / "loss.png", loss_curve(self.train, self.validation, f"{root.name}: {names}"))
 
     def _summarise(self, trainer: Trainer) -> Summary:
         callbacks = callbacks_of(trainer)
-        checkpoint = next((c for c in callbacks if isinstance(c, AdapterCheckpoint)), None)
+        checkpoint = _checkpoint(trainer)
         rate = next((c for c in callbacks if isinstance(c, Throughput)), None)
         metrics = {k: v for c in callbacks if isinstance(c, BeforeAfter) for k, v in c.metrics.items()}
         best = checkpoint.best if checkpoint is not None else None
@@ -115,3 +118,7 @@ class Report(WritesRunDown, Callback):
             parameters=self._parameters,
             adapter_path=checkpoint.path if checkpoint is not None else None,
         )
+
+
+def _checkpoint(trainer: Trainer) -> AdapterCheckpoint | None:
+    return next((c for c in callbacks_of(trainer) if isinstance(c, AdapterCheckpoint)), None)
