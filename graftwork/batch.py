@@ -128,9 +128,26 @@ class Batch:
         return replace(self, tokens=wide.tokens, labels=wide.labels, position_ids=wide.position_ids, source=source)
 
     def at_positions(self, keep: Tensor) -> "Batch":
-        """Return only the positions ``keep`` (indices along s) of every row; a source stays whole."""
+        """Return only the positions ``keep`` (indices along s) of every row; a source and boundaries stay whole."""
         tokens, labels, positions = (t.index_select(1, keep) for t in (self.tokens, self.labels, self.position_ids))
-        return replace(self, tokens=tokens, labels=labels, position_ids=positions)
+        routes = self.routes
+        if routes is not None and self.packed:
+            routes = routes.each(lambda chosen: chosen.index_select(1, keep))
+        return replace(self, tokens=tokens, labels=labels, position_ids=positions, routes=routes)
+
+    def rearranged(self, source: Tensor, cu_seqlens: Tensor) -> "Batch":
+        """Return packed rows laid anew, with boundaries ``cu_seqlens`` [b, k].
+
+        ``source`` int64 [b, s'] says where the token of every place stood: at i, or at -1 - i to lose its target.
+        """
+        at = torch.where(source < 0, -1 - source, source)
+        tokens, labels, positions = (t.gather(1, at) for t in (self.tokens, self.labels, self.position_ids))
+        labels = labels.masked_fill(source < 0, IGNORED)
+        rows, length = self.tokens.shape
+        routes = self.routes
+        if routes is not None:
+            routes = routes.each(lambda chosen: chosen.expand(rows, length).gather(1, at))
+        return replace(self, tokens=tokens, labels=labels, position_ids=positions, cu_seqlens=cu_seqlens, routes=routes)
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on ``device``."""

@@ -156,15 +156,14 @@ class Layout:
 
     def check_packing(self, seq_length: int) -> None:
         """Raise ParallelismError naming the field unless packed rows can be cut over the ranks of a sequence."""
-        if self.context_parallel_size > 1:
-            raise ParallelismError(
-                f"context_parallel_size={self.context_parallel_size} cannot cut packed rows: "
-                "set packing=False or context_parallel_size=1."
-            )
         if seq_length % self.pad_to_multiple:
+            parts = (
+                [f"2 x context_parallel_size={self.context_parallel_size}"] if self.context_parallel_size > 1 else []
+            )
+            parts += [f"tensor_model_parallel_size={self.tensor_model_parallel_size}"] if self.sequence_parallel else []
             raise ParallelismError(
-                f"with packing and sequence_parallel=True seq_length={seq_length} must be a multiple of "
-                f"tensor_model_parallel_size={self.tensor_model_parallel_size}."
+                f"seq_length={seq_length} must be a multiple of {' x '.join(parts)}, over which packed rows are cut; "
+                f"valid: multiples of {self.pad_to_multiple}."
             )
 
     def check_transformer(self, shape: Dimensions) -> None:

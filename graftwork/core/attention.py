@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from graftwork.core.context_parallel import gather_rows
-from graftwork.core.segments import Group, Segment, batches, row_positions, segments
+from graftwork.core.segments import Group, Segment, batches, runs, segments
 from graftwork.errors import ConfigError
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -68,17 +68,18 @@ class SDPACoreAttention(MegatronModule):
         """query [sq, b, heads, d], key and value [sk, b, groups, d] -> [sq, b, heads * d]; packed: b is 1 or absent."""
         # In decode megatron-core passes no_mask to a causal layer; aligning to the end gives one query the same.
         causal = self.attn_mask_type in CAUSAL or attn_mask_type in CAUSAL
-        if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params, causal)
-        rows = None
-        if self._cp_size > 1:
-            whole = [Segment(0, key.shape[0] * self._cp_size)]
-            rows = row_positions(whole, self._cp_rank, self._cp_size)
-            key, value = (self._gather(t, whole) for t in (key, value))
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        allowed = _allowed(q, k, attention_mask, causal, rows)
-        out = self._attend(q, k, v, allowed, attention_bias, causal)
-        return out.permute(2, 0, 1, 3).flatten(2)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if packed_seq_params is not None:
+                return self._packed(q, k, v, packed_seq_params, causal)
+            if self._cp_size > 1:
+                return self._zigzag(q, k, v, attention_mask, attention_bias, causal)
+            return self._row(q, k, v, attention_mask, attention_bias, causal)
+
+        if self._again and torch.is_grad_enabled():
+            found: Tensor = tensor_parallel.checkpoint(attend, False, query, key, value)
+            return found
+        return attend(query, key, value)
 
     @property
     def _cp_size(self) -> int:
@@ -88,8 +89,39 @@ class SDPACoreAttention(MegatronModule):
     def _cp_rank(self) -> int:
         return 0 if self.cp_group is None else self.cp_group.rank()
 
+    @property
+    def _again(self) -> bool:
+        """Whether backward gathers the keys and values of all ranks, and attends, again.
+
+        Kept from the forward pass they, and masks over them, would be the part of a layer's memory that more ranks do
+        not make smaller. Where the layer itself is recomputed they are not kept anyway.
+        """
+        return self._cp_size > 1 and self.config.recompute_granularity is None
+
     def _gather(self, local: Tensor, row: list[Segment]) -> Tensor:
         return local if self.cp_group is None else gather_rows(local, row, self.cp_group)
+
+    def _row(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool
+    ) -> Tensor:
+        """Attend over whole rows, queries being the last of the keys: [sq, b, heads, d] -> [sq, b, heads * d]."""
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = self._attend(q, k, v, _allowed(q, k, mask, causal), bias, causal)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _zigzag(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool
+    ) -> Tensor:
+        """Attend from this rank's two chunks of every row to the keys of all ranks that each of them may see."""
+        if mask is not None or bias is not None:
+            raise ConfigError("a mask or a bias of the attention cannot be cut over context-parallel ranks.")
+        whole = [Segment(0, key.shape[0] * self._cp_size)]
+        key, value = (self._gather(t, whole) for t in (key, value))
+        parts = [
+            self._row(query[run.row : run.row + run.count], key[: run.keys], value[: run.keys], None, None, causal)
+            for run in runs(whole, self._cp_rank, self._cp_size, causal)
+        ]
+        return torch.cat(parts)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams, causal: bool) -> Tensor:
         """Attend inside each segment only: [tokens, (1,) heads, d] -> [tokens, (1,) heads * d].
@@ -104,7 +136,7 @@ class SDPACoreAttention(MegatronModule):
         if self._cp_size > 1:
             k, v = (self._gather(t, row) for t in (k, v))
         rows, values = [], []
-        for group in batches(row, self._cp_rank, self._cp_size):
+        for group in batches(row, self._cp_rank, self._cp_size, causal):
             rows.append(group.queries[group.real])
             values.append(self._attend_group(q, k, v, group, causal)[group.real])
         found = torch.cat(values)
@@ -112,15 +144,10 @@ class SDPACoreAttention(MegatronModule):
         return out.reshape(*query.shape[:-2], -1)
 
     def _attend_group(self, q: Tensor, k: Tensor, v: Tensor, group: Group, causal: bool) -> Tensor:
-        """Return [n, mq, heads, d] for one group of segments."""
+        """Return [n, mq, heads, d] for one group of runs."""
         qb, kb, vb = (t[i].transpose(1, 2) for t, i in ((q, group.queries), (k, group.keys), (v, group.keys)))
-        allowed = None
-        if self._cp_size > 1 or not causal:
-            positions = torch.arange(kb.shape[2])
-            allowed = (positions < group.lengths[:, None])[:, None, None, :]
-            if causal:
-                allowed = allowed & (positions <= group.query_positions[..., None])[:, None]
-            allowed = allowed.to(q.device)
+        plain = causal and group.square
+        allowed = None if plain else group.allowed(causal)[:, None].to(q.device)
         return self._attend(qb, kb, vb, allowed, None, causal).transpose(1, 2)
 
     def _attend(
@@ -154,17 +181,16 @@ class SDPACoreAttention(MegatronModule):
         return contextlib.nullcontext()
 
 
-def _allowed(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, rows: Tensor | None) -> Tensor | None:
+def _allowed(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
     """Return where attention may look, [b, 1, sq, sk] broadcastable, or None for plain causal or no restriction.
 
-    ``rows`` are the whole-row positions of the local queries under context parallelism; else the queries are the last
-    ``sq`` positions of the keys.
+    The queries are the last ``sq`` positions of the keys.
     """
     sq, sk = q.shape[2], k.shape[2]
-    plain = mask is None and rows is None and sq in (1, sk)
+    plain = mask is None and sq in (1, sk)
     if plain or (mask is None and not causal):
         return None
-    where = torch.arange(sk - sq, sk, device=q.device) if rows is None else rows.to(q.device)
+    where = torch.arange(sk - sq, sk, device=q.device)
     allowed = None
     if mask is not None:
         allowed = ~(mask if mask.shape[-2] in (1, sq) else mask.index_select(-2, where))

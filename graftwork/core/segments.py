@@ -6,6 +6,7 @@ parallelism every segment is cut into 2 * size chunks and rank r holds chunks r 
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,19 +24,46 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Segments of similar length as padded matrices; ``n`` segments, ``mq`` query rows, ``mk`` key rows.
+class Run:
+    """Neighbouring queries of a segment on one rank: ``count`` of them, the last ones of those that ``keys`` reach.
 
-    queries [n, mq] and keys [n, mk] index rows of the local query tensor and of the whole key tensor;
-    query_positions [n, mq] count inside the segment; lengths [n] are the whole segments' lengths;
-    real [n, mq] is False on padding.
+    row: the first one's place in the rank's part of the row; start: the segment's in the whole row; keys: how many of
+    the segment's keys they may see. Queries that see each other backwards too have ``keys`` of the whole segment, and
+    their own place in it does not matter.
+    """
+
+    row: int
+    count: int
+    start: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of similar size as padded matrices: ``n`` runs, ``mq`` query rows, ``mk`` key rows.
+
+    queries [n, mq] and keys [n, mk] index rows of the local query tensor and of the whole key tensor; counts and seen
+    [n] are the runs' numbers of queries and keys; real [n, mq] is False on padding.
     """
 
     queries: Tensor
     keys: Tensor
-    query_positions: Tensor
-    lengths: Tensor
+    counts: Tensor
+    seen: Tensor
     real: Tensor
+
+    @property
+    def square(self) -> bool:
+        """Whether every run begins with its segment, so that queries and keys count alike."""
+        return torch.equal(self.counts, self.seen)
+
+    def allowed(self, causal: bool) -> Tensor:
+        """Return where a query may look, bool [n, mq, mk]; behind the end of a run, anything."""
+        at = torch.arange(self.keys.shape[1])
+        last = self.seen[:, None].expand_as(self.queries) - 1
+        if causal:
+            last = torch.minimum(last, torch.arange(self.queries.shape[1]) + (self.seen - self.counts)[:, None])
+        return at <= last[..., None]
 
 
 def segments(cu_seqlens: Tensor, padded: Tensor | None = None) -> list[Segment]:
@@ -50,12 +78,7 @@ def local_positions(length: int, rank: int, size: int) -> Tensor:
     """Return the positions of a segment of ``length`` tokens that context-parallel rank ``rank`` holds, in order."""
     if size == 1:
         return torch.arange(length)
-    if length % (2 * size):
-        raise ParallelismError(
-            f"a sequence of {length} tokens cannot be cut for context_parallel_size={size}: "
-            f"its length must be a multiple of {2 * size}."
-        )
-    chunks = torch.arange(length).chunk(2 * size)
+    chunks = torch.arange(length).split(_chunk(length, size))
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
 
 
@@ -64,24 +87,47 @@ def row_positions(row: list[Segment], rank: int, size: int) -> Tensor:
     return torch.cat([s.start + local_positions(s.length, rank, size) for s in row])
 
 
-def batches(row: list[Segment], rank: int = 0, size: int = 1) -> list[Group]:
-    """Group segments by length (within a factor of two), so that padding costs at most 4 x the sum of length^2."""
-    groups: dict[int, list[tuple[int, Segment]]] = {}
+def runs(row: list[Segment], rank: int, size: int, causal: bool) -> Iterator[Run]:
+    """Yield the queries that ``rank`` holds of every segment: a whole one, or its two chunks, in local order.
+
+    A causal chunk sees the segment up to its own end: all ranks have as many pairs of queries and keys.
+    """
     local = 0
     for segment in row:
-        groups.setdefault(segment.length.bit_length(), []).append((local if size > 1 else segment.start, segment))
-        local += segment.length // size
-    return [_batch(group, rank, size) for group in groups.values()]
+        if size == 1:
+            yield Run(segment.start, segment.length, segment.start, segment.length)
+            continue
+        chunk = _chunk(segment.length, size)
+        for place in (rank, 2 * size - 1 - rank):
+            yield Run(local, chunk, segment.start, chunk * (place + 1) if causal else segment.length)
+            local += chunk
 
 
-def _batch(group: list[tuple[int, Segment]], rank: int, size: int) -> Group:
-    firsts = torch.tensor([first for first, _ in group])[:, None]
-    starts = torch.tensor([s.start for _, s in group])[:, None]
-    lengths = torch.tensor([s.length for _, s in group])
-    longest = int(lengths.max())
-    positions = [local_positions(s.length, rank, size) for _, s in group]
-    query_positions = torch.nn.utils.rnn.pad_sequence(positions, batch_first=True)
-    rows = torch.arange(query_positions.shape[1])[None].expand(len(group), -1)
-    real = rows < (lengths // size)[:, None]
-    keys = starts + torch.minimum(torch.arange(longest)[None], lengths[:, None] - 1)
-    return Group(firsts + torch.where(real, rows, 0), keys, query_positions, lengths, real)
+def batches(row: list[Segment], rank: int = 0, size: int = 1, causal: bool = True) -> list[Group]:
+    """Group runs by size (within a factor of two), so that padding costs at most 4 x what the runs themselves do."""
+    groups: dict[tuple[int, int], list[Run]] = {}
+    for run in runs(row, rank, size, causal):
+        groups.setdefault((run.count.bit_length(), run.keys.bit_length()), []).append(run)
+    return [_batch(group) for group in groups.values()]
+
+
+def _chunk(length: int, size: int) -> int:
+    if length % (2 * size):
+        raise ParallelismError(
+            f"a sequence of {length} tokens cannot be cut for context_parallel_size={size}: "
+            f"its length must be a multiple of {2 * size}."
+        )
+    return length // (2 * size)
+
+
+def _batch(group: list[Run]) -> Group:
+    firsts, starts = (torch.tensor(numbers)[:, None] for numbers in zip(*((run.row, run.start) for run in group)))
+    counts, seen = (torch.tensor(numbers) for numbers in zip(*((run.count, run.keys) for run in group)))
+    queries, keys = (torch.arange(int(sizes.max()))[None] for sizes in (counts, seen))
+    return Group(
+        queries=firsts + torch.minimum(queries, counts[:, None] - 1),
+        keys=starts + torch.minimum(keys, seen[:, None] - 1),
+        counts=counts,
+        seen=seen,
+        real=queries < counts[:, None],
+    )

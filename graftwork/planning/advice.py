@@ -121,11 +121,10 @@ def _tensor_sizes(intent: Intent, world: int) -> list[int]:
 def _settings(intent: Intent, world: int) -> Iterator[Intent]:
     """Yield every division by pipeline and context, and every microbatch, that the rules of a layout allow."""
     shape, work = intent.blueprint.shape, intent.workload
-    whole = work.packing or shape.undivided
     for pipeline in POWERS if not shape.undivided else (1,):
-        for context in (1,) if whole else POWERS[:4]:
+        for context in POWERS[:4] if not shape.undivided else (1,):
             layout = replace(intent.layout, pipeline_model_parallel_size=pipeline, context_parallel_size=context)
-            if world % layout.model_ranks or (not work.packing and work.seq_length % layout.pad_to_multiple):
+            if world % layout.model_ranks or work.seq_length % layout.pad_to_multiple:
                 continue
             for micro in (n for n in POWERS if n <= work.global_batch_size):
                 found = replace(intent, layout=layout, world=world, workload=replace(work, micro_batch_size=micro))

@@ -66,7 +66,8 @@ class Setting:
     @property
     def hidden_bytes(self) -> float:
         """Bytes of one microbatch's hidden states between two layers, whole along the tensor-parallel ranks."""
-        tokens = self.workload.micro_batch_size * self.workload.seq_length / self.layout.context_parallel_size
+        context = self.layout.context_parallel_size
+        tokens = self.workload.micro_batch_size * self.workload.length(context) / context
         return tokens * self.shape.hidden_size * self.width
 
 
@@ -116,7 +117,7 @@ def _buffers(setting: Setting) -> float:
         found += 2 * setting.hidden_bytes  # the whole sequence in front of a linear, and its gradient
     if layout.context_parallel_size > 1:
         heads = 2 * shape.groups * shape.channels / layout.tensor_model_parallel_size
-        tokens = setting.workload.micro_batch_size * setting.workload.seq_length
+        tokens = setting.workload.micro_batch_size * setting.workload.length(layout.context_parallel_size)
         found += 2 * tokens * heads * setting.width  # keys and values of all ranks, and their gradients
     if layout.pipeline_model_parallel_size > 1:
         found += 2 * setting.hidden_bytes / part  # what is sent and what is received

@@ -29,6 +29,11 @@ class Workload:
         """Tokens of a row: of an encoder-decoder those of both."""
         return self.seq_length + (self.answer_length or 0)
 
+    def length(self, context: int = 1) -> int:
+        """Tokens of a (packed) row at the most, as ``context`` ranks cut it: every sample may have to be made even."""
+        more = self.samples * (2 * context - 1) if self.packing and context > 1 else 0
+        return self.seq_length + more + -more % (2 * context)
+
     def positions(self, context: int = 1) -> int:
         """Positions of a microbatch, on one of ``context`` context-parallel ranks, that may have a target."""
         return self.micro_batch_size * (self.answer_length or self.seq_length) // context
@@ -39,7 +44,7 @@ class Workload:
 
     def microbatch(self, model: Model, context: int = 1) -> Batch:
         """Return a microbatch on the meta device for ``model``: as many rows and tokens as a rank gets."""
-        rows, length = self.micro_batch_size, max(1, self.seq_length // context)
+        rows, length = self.micro_batch_size, max(1, self.length(context) // context)
         tokens = torch.zeros(rows, length, dtype=torch.int64, device="meta")
         if model.seq2seq:
             answers = torch.zeros(rows, self.answer_length or length, dtype=torch.int64, device="meta")

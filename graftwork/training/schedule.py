@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from graftwork import parallel
 from graftwork.batch import Batch
+from graftwork.core.context_parallel import cuttable
 from graftwork.models.loss import LossFunction
 
 ForwardStep: TypeAlias = Callable[[Iterator[Batch], nn.Module], tuple[Tensor, LossFunction]]
@@ -41,6 +42,7 @@ def run_schedule(forward_step: ForwardStep, chunks: Sequence[nn.Module], batch: 
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    batch = cuttable(batch)
     parts = batch.microbatches()
     tokens = count_tokens(batch)
     rows, length = parts[0].sequence_shape

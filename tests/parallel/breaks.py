@@ -5,11 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
 from graftwork import parallel
-from graftwork.core import records, t5
+from graftwork.batch import Batch
+from graftwork.core import context_parallel, records, t5
 from graftwork.models import GPT
 from graftwork.parallel.record import Record, record_of
 from graftwork.parallel.sharding import Sharding
@@ -170,6 +172,45 @@ def biases_of_the_first_heads() -> None:
     t5.tp_rank = lambda: 0
 
 
+@pytest.mark.fault(
+    "a context-parallel rank takes neighbouring chunks of a sample where its attention expects an early and a late one",
+    "cut, positions and attention go by one zig-zag; a layout must give one process's losses",
+)
+def neighbouring_chunks() -> None:
+    """Cut every sample into as many parts as there are ranks, in order."""
+    context_parallel.row_positions = lambda row, rank, size: torch.cat(
+        [s.start + torch.arange(s.length).chunk(size)[rank] for s in row]
+    )
+
+
+@pytest.mark.fault(
+    "positions in a pack go on over its samples once it is laid for context parallelism",
+    "every token keeps its position wherever it is laid; a layout must give one process's losses",
+)
+def positions_of_the_row() -> None:
+    """Count positions from the start of the row that is laid anew."""
+    exact = Batch.rearranged
+
+    def rearranged(self: Batch, source: Tensor, cu_seqlens: Tensor) -> Batch:
+        return replace(exact(self, source, cu_seqlens), position_ids=torch.arange(source.shape[1]).expand_as(source))
+
+    Batch.rearranged = rearranged  # type: ignore[method-assign]
+
+
+@pytest.mark.fault(
+    "what makes a sample divisible by the context-parallel ranks is learned from",
+    "it has no target; a layout must give one process's losses",
+)
+def padding_is_learned() -> None:
+    """Leave the token that is repeated behind a sample the target that it has there."""
+    exact = Batch.rearranged
+
+    def rearranged(self: Batch, source: Tensor, cu_seqlens: Tensor) -> Batch:
+        return exact(self, torch.where(source < 0, -1 - source, source), cu_seqlens)
+
+    Batch.rearranged = rearranged  # type: ignore[method-assign]
+
+
 BREAKS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
@@ -186,5 +227,8 @@ BREAKS: dict[str, Callable[[], None]] = {
         table_of_own_heads,
         biases_of_the_first_heads,
         task_slot_off_by_one,
+        neighbouring_chunks,
+        positions_of_the_row,
+        padding_is_learned,
     )
 }

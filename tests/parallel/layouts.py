@@ -41,8 +41,10 @@ LAYOUTS: dict[str, Ranks] = {
     "tp2_sp_cp2": _ranks("TP2+SP×CP2", 4, tp=2, **SP, **CP),
     "pp2_cp2": _ranks("PP2×CP2", 4, pp=2, **CP),
     "pp2_ep2": _ranks("PP2×EP2", 4, pp=2, **EP),
+    "cp2_dp2": _ranks("CP2×DP2", 4, **CP),
+    "cp2_ep2": _ranks("CP2×EP2", 2, **CP, **EP),
 }
-PRODUCTS = ("tp2_sp_ep2", "tp2_dp2", "tp2_sp_cp2", "pp2_cp2", "pp2_ep2")
+PRODUCTS = ("tp2_sp_ep2", "tp2_dp2", "tp2_sp_cp2", "pp2_cp2", "pp2_ep2", "cp2_dp2", "cp2_ep2")
 """Layouts of several axes that train everything once, not every method."""
 SUBJECTS: dict[str, str] = {
     "base": "base, forward only",
@@ -53,6 +55,7 @@ SUBJECTS: dict[str, str] = {
 }
 """What every layout trains. The stack shows each tensor of each method, so one method alone is a cell only where less
 is at work than in the stack: LoRA, and P-tuning, of which later pipeline stages train nothing."""
+PROMPTED = ("tp2", "tp2_sp", "pp2", "cp2", "dp2")
 TASKS: dict[str, str] = {"tasks": "[PTuning with an LSTM, PromptTuning], each with two tasks"}
 """Prompts by task, whose rows take turns; trained where a prompt meets another layout than in one process."""
 assert set(SUBJECTS) - {"base", "full"} <= set(STACKS)
@@ -95,7 +98,8 @@ def cells_of(layout: str) -> list[Cell]:
     subjects = ("full", "everything") if layout == "tp2_sp_ep2" else ()
     loaded = [Cell("qwen2_moe_every_other", subject) for subject in subjects]
     if layout in PRODUCTS:
-        return [*(Cell(main, subject) for subject in ("full", "everything")), *loaded]
+        packs = ([False] if layout not in ("cp2_dp2", "cp2_ep2") else []) + ([True] if "cp2" in layout else [])
+        return [*(Cell(main, subject, packed) for packed in packs for subject in ("full", "everything")), *loaded]
     special = [Cell(main, "lent experts"), Cell(main, "shared experts")] if experts else _special(layout)
     return [*(Cell(main, subject) for subject in SUBJECTS), *special]
 
@@ -106,18 +110,21 @@ def _special(layout: str) -> list[Cell]:
     learned = [Cell("gpt2", subject) for subject in ("full", "everything", lent)]
     # qwen3: norms of queries and keys, which see only a rank's heads
     normed = [Cell("qwen3", subject) for subject in ("full", "ia3")]
-    packed = [] if layout == "cp2" else [Cell("llama", subject, packed=True) for subject in ("full", "everything")]
+    packed = [Cell("llama", subject, packed=True) for subject in ("full", "everything")]
+    packed += [Cell("gpt2", "full", packed=True)] if layout == "cp2" else []
     # between pipeline stages the stack is replayed with routes, below
     again = ("ptuning",) if "pp2" in layout else ("everything", "ptuning")
     replayed = [Cell("llama", subject, recompute="full") for subject in again]
-    tasks = [Cell("llama", "tasks", packed=layout == "pp2")] if layout in ("tp2", "tp2_sp", "pp2", "dp2") else []
+    tasks = [Cell("llama", "tasks", packed=layout in ("pp2", "cp2"))] if layout in PROMPTED else []
     return [*learned, *normed, *packed, *replayed, *tasks, *_routed(layout), *_encoded(layout)]
 
 
 def _routed(layout: str) -> list[Cell]:
     """Routes of whole rows and of packed samples; recomputed where another microbatch is under way by then."""
     rows = Cell("llama", "everything", recompute="full" if "pp2" in layout else None, routed=True)
-    samples = [Cell("llama", "everything", packed=True, routed=True)] if layout == "tp2_sp" else []
+    again = "full" if layout == "cp2" else None
+    packed = layout in ("tp2_sp", "cp2")
+    samples = [Cell("llama", "everything", packed=True, recompute=again, routed=True)] if packed else []
     return [rows, *samples]
 
 

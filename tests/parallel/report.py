@@ -75,7 +75,7 @@ def _products(figure: Figure) -> str:
     for layout in PRODUCTS:
         trained = cells_of(layout)
         for full, every in zip(trained[::2], trained[1::2], strict=True):
-            cells = [LAYOUTS[layout].title, MODELS[full.base], figure(layout, full), figure(layout, every)]
+            cells = [LAYOUTS[layout].title, _trained(full), figure(layout, full), figure(layout, every)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -97,9 +97,14 @@ def _main() -> list[str]:
 
 
 def _describe(cell: Cell) -> str:
+    return f"{_trained(cell)}: {TITLES[cell.subject]}"
+
+
+def _trained(cell: Cell) -> str:
+    """Name the model of a cell and what is special about its rows."""
     extra = [word for word in ("packed", "routed") if getattr(cell, word)]
     extra += [f"recompute={cell.recompute}"] if cell.recompute else []
-    return f"{', '.join([MODELS[cell.base], *extra])}: {TITLES[cell.subject]}"
+    return ", ".join([MODELS[cell.base], *extra])
 
 
 def _worst(figures: dict[str, float]) -> str:

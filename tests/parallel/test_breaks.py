@@ -36,6 +36,9 @@ MISTAKES = [
     ("table_of_own_heads", "tp2", Cell("t5", "full"), "gradients"),
     ("biases_of_the_first_heads", "tp2_sp", Cell("mt5", "everything"), "logits"),
     ("drop_the_sequence_sum", "tp2_sp", Cell("mt5", "everything"), "gradients"),
+    ("neighbouring_chunks", "cp2", Cell("llama", "lora", packed=True), "losses"),
+    ("positions_of_the_row", "cp2", Cell("gpt2", "full", packed=True), "losses"),
+    ("padding_is_learned", "cp2", Cell("llama", "lora", packed=True), "losses"),
 ]
 BY_PROCESSES = sorted({(breakage, layout) for breakage, layout, _, _ in MISTAKES})
 

@@ -141,12 +141,12 @@ def test_pipeline_parallel_sends_activations_the_loss_and_the_norm(heard: Any) -
 
 @pytest.mark.processes
 def test_context_parallel_gathers_keys_and_values(heard: Any) -> None:
-    """Keys and values of a layer forward, the sums of their gradients backward; the trainable gradients, the loss."""
+    """Keys and values of a layer forward and again backward, sums of their gradients; the trainable gradients, loss."""
     for rank in heard("cp2"):
         for traffic, _, trainable in rank.values():
             sites = times(2 * LAYERS * MICROBATCHES, LENGTH * MICRO * KEYS)
             sums = added({"all_reduce": sites}, {"all_reduce": (1, trainable["dense"])}, numbers(1))
-            assert traffic == added({"all_gather": sites}, sums)
+            assert traffic == added({"all_gather": sites}, {"all_gather": sites}, sums)
 
 
 @pytest.mark.processes

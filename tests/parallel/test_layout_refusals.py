@@ -69,9 +69,11 @@ def test_interleaved_stages_need_whole_rounds_of_microbatches() -> None:
 def test_packed_rows_that_cannot_be_cut() -> None:
     data = Rows()
     data.packing, data.seq_length = True, 15  # type: ignore[attr-defined]
-    assert f"{CP}=2 cannot cut packed rows" in refused(GPT(shape()), {CP: 2}, 2, data)
+    assert f"seq_length=15 must be a multiple of 2 x {CP}=2, over" in refused(GPT(shape()), {CP: 2}, 2, data)
     sentence = refused(GPT(shape()), {TP: 2, "sequence_parallel": True}, 2, data)
     assert f"seq_length=15 must be a multiple of {TP}=2" in sentence
+    sentence = refused(GPT(shape()), {TP: 2, "sequence_parallel": True, CP: 2}, 4, data)
+    assert f"2 x {CP}=2 x {TP}=2" in sentence and "valid: multiples of 8" in sentence
 
 
 BUILDABLE: dict[str, Any] = {

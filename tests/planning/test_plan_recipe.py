@@ -30,7 +30,7 @@ def intent(layout: Layout | None = None, world: int = 1, rows: Workload = ROWS, 
         (Layout(1, 3), 3, ROWS, "trainer.strategy.pipeline_model_parallel_size"),
         (Layout(4), 4, ROWS, "trainer.strategy.tensor_model_parallel_size"),
         (Layout(), 3, ROWS, "data.global_batch_size"),
-        (Layout(1, 1, None, 2), 2, Workload(16, 1, 4, packing=True), "data.packing"),
+        (Layout(1, 1, None, 2), 2, Workload(18, 1, 4, packing=True), "data.seq_length"),
         (Layout(), 1, Workload(16, 3, 4), "data.global_batch_size"),
     ],
 )

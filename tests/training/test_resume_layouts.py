@@ -39,10 +39,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_model_parallel_size": 2},
     "dp2": {},
 }
-VIRTUAL = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+FEW: dict[str, dict[str, Any]] = {
+    "vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
+}
+"""Layouts that train only some of the cases."""
 DEEP = replace(tiny_run.SHAPE, num_layers=4)
 CASES = [(method, batch) for method in METHODS for batch in BATCHES]
-MOVES = [("tp2_sp", "one"), ("pp2", "one"), ("vpp2", "one"), ("one", "tp2_sp"), ("tp2_sp", "pp2"), ("pp2", "dp2")]
+FEW_CASES = [("full", "padded", "vpp2"), ("full", "packed", "cp2")]
+MOVES = [
+    *(("tp2_sp", "one", "padded"), ("pp2", "one", "padded"), ("vpp2", "one", "padded"), ("one", "tp2_sp", "padded")),
+    *(("tp2_sp", "pp2", "padded"), ("pp2", "dp2", "padded"), ("one", "cp2", "packed"), ("cp2", "one", "packed")),
+]
 """Full fine-tuning, cut in one layout and resumed in another."""
 
 
@@ -61,7 +69,7 @@ def train(rank: int, data: Path, root: Path, layout: str, method: str, batch: st
     """Train all steps, or up to a request to stop on the last rank only; return what this rank has seen and become."""
     world_size = torch.distributed.get_world_size() if layout != "one" else 1
     os.environ["LOCAL_RANK"] = str(rank)
-    sizes = VIRTUAL if layout == "vpp2" else LAYOUTS[layout]
+    sizes = {**LAYOUTS, **FEW}[layout]
     rows = Rows()
     asked = [tiny_run.StopAfter(stop)] if stop and rank == world_size - 1 else []
     options = {"max_steps": STEPS, "limit_val_batches": 0, "enable_progress_bar": False}
@@ -103,12 +111,13 @@ def two_ranks(rank: int, world_size: int, data: Path, root: Path) -> dict[Any, A
     found: dict[Any, Any] = {}
     for layout in ("tp2_sp", "pp2", "dp2"):
         found |= every_case(rank, data, root, layout, CASES)
-    found |= every_case(rank, data, root, "vpp2", [("full", "padded")])
-    for source, target in MOVES:
+    for method, batch, layout in FEW_CASES:
+        found |= every_case(rank, data, root, layout, [(method, batch)])
+    for source, target, batch in MOVES:
         if target != "one":
-            at = root / source / "full" / "padded"
+            at = root / source / "full" / batch
             _copy(rank, at / "moved", at / target)
-            found[source, target] = train(rank, data, at / target, target, "full", "padded")
+            found[source, target] = train(rank, data, at / target, target, "full", batch)
     return found
 
 
@@ -129,10 +138,10 @@ def results(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
     parallel.destroy()
     one = every_case(0, tiny_data, root, "one", CASES)
     ranks = run_ranks(two_ranks, 2, tiny_data, root, timeout=400)
-    for source, target in MOVES:
+    for source, target, batch in MOVES:
         if target == "one":
-            at = root / source / "full" / "padded" / "moved"
-            one[source, target] = train(0, tiny_data, at, target, "full", "padded")
+            at = root / source / "full" / batch / "moved"
+            one[source, target] = train(0, tiny_data, at, target, "full", batch)
     return [one, *ranks]
 
 
@@ -143,7 +152,7 @@ def results(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("method", "batch", "layout"),
-    [*((*case, layout) for case in CASES for layout in LAYOUTS), ("full", "padded", "vpp2")],
+    [*((*case, layout) for case in CASES for layout in LAYOUTS), *FEW_CASES],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(method: str, batch: str, layout: str, results: list) -> None:
     for rank in results[:1] if layout == "one" else results[1:]:
@@ -157,9 +166,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(method: str, batch: str, l
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("source", "target"), MOVES)
-def test_full_fine_tuning_resumes_in_another_layout(source: str, target: str, results: list) -> None:
+@pytest.mark.parametrize(("source", "target", "batch"), MOVES)
+def test_full_fine_tuning_resumes_in_another_layout(source: str, target: str, batch: str, results: list) -> None:
     wholes = results[:1] * 2 if source == "one" else results[1:]
     for whole, moved in zip(wholes, results[:1] if target == "one" else results[1:]):
-        wanted = whole["full", "padded", source]["whole"]["losses"]
+        wanted = whole["full", batch, source]["whole"]["losses"]
         assert moved[source, target]["losses"] == pytest.approx(wanted, rel=1e-6)
