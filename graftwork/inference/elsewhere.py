@@ -44,10 +44,11 @@ def logits(model: Any, probe: Probe, vocabulary: int) -> Tensor:
 
 
 def _row(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
+    found: Tensor
     if model.config.is_encoder_decoder:
         ids, read = torch.tensor([prompt]), torch.tensor([[model.config.decoder_start_token_id, *answer[:-1]]])
         found = model(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=read).logits[0]
-        return found[-len(answer) :]  # type: ignore[no-any-return]
+        return found[-len(answer) :]
     ids = torch.tensor([[*prompt, *answer]])
     found = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]  # virtual tokens stand in front
-    return found[-len(answer) - 1 : -1]  # type: ignore[no-any-return]
+    return found[-len(answer) - 1 : -1]

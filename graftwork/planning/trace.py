@@ -14,7 +14,6 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -134,7 +133,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], causal: bool, tape: _Tape
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], causal: bool, tape: _Tape
     ) -> Tensor:
         """query [b, heads, sq, d], key and value [b, groups, sk, d] -> [b, heads, sq, d]."""
         out = torch.empty_like(query)
@@ -142,9 +141,9 @@ class _FusedAttention(torch.autograd.Function):
         ctx.save_for_backward(*kept, query.new_empty(query.shape[:-1], dtype=torch.float32))
         rows, heads, length, channels = query.shape
         pairs = length * (length + 1) / 2 if causal else length * key.shape[2]
-        ctx.flops = 4.0 * rows * heads * channels * pairs  # type: ignore[attr-defined]
-        ctx.tape = tape  # type: ignore[attr-defined]
-        tape.add_attention(ctx.flops, forward=True)  # type: ignore[attr-defined]
+        ctx.flops = 4.0 * rows * heads * channels * pairs
+        ctx.tape = tape
+        tape.add_attention(ctx.flops, forward=True)
         return out
 
     @staticmethod
