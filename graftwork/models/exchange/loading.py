@@ -1,5 +1,6 @@
 """How an adapter, an export or a merged model is loaded: the lines of its card, for every place that can."""
 
+import re
 import shlex
 from collections.abc import Mapping
 
@@ -7,6 +8,8 @@ from graftwork.models.weights.hub import REGISTERED
 from graftwork.peft.artifact.card import LONGEST, Way
 
 RANDOM = "random weights"
+_PLAIN = re.compile(r"[\w.-]+", re.ASCII)
+"""Names that double quotes leave as they are."""
 HERE, PEFT, VLLM = "Here", "Hugging Face PEFT", "vLLM"
 
 
@@ -50,8 +53,11 @@ def export(place: str, output: str, name: str, alone: bool, for_: str) -> tuple[
     """Return the command that exports one adapter of an artifact."""
     words = ["nemorun", "graft", "export", f"adapter={_shown(place, 'path/to/adapter')}", f"output={output}"]
     words += [] if for_ == "peft" else [f"for_={for_}"]
-    words += [] if alone else [f"names=['{name}']"]
-    return "sh", " ".join(map(shlex.quote, words))
+    command = " ".join(map(shlex.quote, words))
+    if alone:
+        return "sh", command
+    chosen = f"names=['{name}']"
+    return "sh", f'{command} "{chosen}"' if _PLAIN.fullmatch(name) else f"{command} {shlex.quote(chosen)}"
 
 
 def merged(place: str, seq2seq: bool) -> list[Way]:

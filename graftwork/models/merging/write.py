@@ -25,6 +25,7 @@ from graftwork.models.weights.load import open_checkpoint, read
 from graftwork.models.weights.mapping import Rule
 from graftwork.models.weights.writer import DTYPES as STORED
 from graftwork.models.weights.writer import Entry, write_sharded
+from graftwork.peft import PEFT
 from graftwork.peft.artifact.card import (
     Section,
     base_section,
@@ -119,7 +120,7 @@ def _keep(proof: str | None, directory: Path) -> None:
 def _card(source: Source, directory: Path, place: str) -> str:
     proof = (directory / PROOF).read_text() if (directory / PROOF).is_file() else None
     base, methods = source.base, sorted({type(transform).__name__.lower() for transform in source.transforms})
-    rows = [[code(one.name), code(repr(one), 1000)] for one in source.transforms]
+    rows = [[code(one.name), code(_brief(one), 1000)] for one in source.transforms]
     seq2seq = Places(source.shape).seq2seq
     return card(
         header_of(base.name, "transformers", ["merged", *methods], seq2seq, "finetune"),
@@ -190,3 +191,9 @@ def check_place(output: Path) -> None:
     """Refuse to replace anything: a whole directory would be lost, and may be the base."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ArtifactError(f"{quoted(output)} is there already; name a new directory for the merged model.")
+
+
+def _brief(transform: PEFT) -> str:
+    """Return a method with what is set of it."""
+    settings = ", ".join(f"{k}={v!r}" for k, v in transform.hyperparameters().items() if v is not None)
+    return f"{type(transform).__name__}({settings})"

@@ -159,8 +159,12 @@ def _stack(config: ArtifactConfig, shapes: Shapes) -> str:
         rows.append([code(f"{entry.method}({settings})", 2000), f"{count:,}"])
     steps = f"{config.step} steps" if config.step is not None else "an unknown number of steps"
     total = sum(map(prod, shapes.values()))
-    heading = f"Inner to outer; {total:,} values in fp32 ({4 * total / 1e6:.1f} MB), trained for {steps}."
+    heading = f"Inner to outer; {total:,} values in fp32 ({_size(4 * total)}), trained for {steps}."
     return heading + "\n\n" + table(["adapter", "values"], rows)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
 
 
 def _data(adapters: Sequence[Entry], files: Sequence[DataFile]) -> str:
