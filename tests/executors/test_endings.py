@@ -187,6 +187,7 @@ def stopped(command: list[str], number: signal.Signals) -> tuple[int, list[str]]
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_ctrl_c_in_one_process_saves_the_state_and_says_how_to_go_on(tmp_path: Path) -> None:
     code, err = stopped(training(tiny_run.write_data(tmp_path), ranks=1), signal.SIGINT)
     assert code == 130 and err[-2].startswith("stopping after this step"), err

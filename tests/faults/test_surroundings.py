@@ -41,6 +41,7 @@ MACHINES = {
     "every text file is UTF-8 by name; two machines write the same bytes",
 )
 @pytest.mark.processes
+@pytest.mark.slow
 def test_two_machines_write_the_same_bytes(tmp_path: Path) -> None:
     tiny_tokenizer(tmp_path / "data" / "tokenizer", 301)
     (tmp_path / "data" / "rows.jsonl").write_text('{"input": "é", "output": "漢"}\n', encoding="utf-8")

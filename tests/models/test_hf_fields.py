@@ -332,7 +332,11 @@ def test_no_field_is_missing_from_the_tables(family: str) -> None:
     assert set(FLIPS) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("family", FLIPS)
+FAST = ("llama", "gpt2", "t5", "qwen2_moe")
+"""One of each kind of class; the others are slow tests."""
+
+
+@pytest.mark.parametrize("family", [pytest.param(one, marks=() if one in FAST else pytest.mark.slow) for one in FLIPS])
 def test_every_field_counts_or_is_refused(family: str, tmp_path: Path) -> None:
     base, found = tiny_config(family), dict[tuple[str, int], str]()
     assert write(tmp_path / "base", base) and outcome(tmp_path / "base") == "equal"

@@ -74,7 +74,7 @@ def test_the_card_of_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "--max-lora-rank 8 --lora-modules lora=vllm-lora",
     ):
         assert said in text, said
-    assert "export adapter=adapter output=peft-lora 'names=['" in text and "vllm-ia3" not in text
+    assert 'export adapter=adapter output=peft-lora "names=[' in text and "vllm-ia3" not in text
     assert "canonical_adapter'" not in text.partition("## Load it")[2], "no way that does not work"
     names = run(tmp_path / "adapter", monkeypatch)
     assert isinstance(names["model"], torch.nn.Module) and (tmp_path / "vllm-lora" / "proof.json").is_file()

@@ -95,7 +95,7 @@ def likelihoods(row: dict[str, Any]) -> list[float]:
     return [float(value) for value, _ in row["filtered_resps"]]
 
 
-@pytest.mark.parametrize("form", ("peft", "merged"))
+@pytest.mark.parametrize("form", ("peft", pytest.param("merged", marks=pytest.mark.slow)))
 def test_lm_eval_measures_what_we_do(lm_eval: Run, desk: Path, tmp_path: Path, form: str) -> None:
     place = {"peft": f"pretrained={desk / 'base'},peft={desk / 'peft'}", "merged": f"pretrained={desk / 'merged'}"}
     ours = evaluate(

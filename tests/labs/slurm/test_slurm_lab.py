@@ -109,6 +109,7 @@ def test_two_nodes_of_two_ranks_give_one_rank_s_losses_and_are_followed_from_oth
     shell.check("cluster.md", "slurm")
 
 
+@pytest.mark.slow
 def test_a_requeued_run_goes_on_and_ends_with_the_weights_of_an_undisturbed_one(
     slurm_lab: SlurmLab, place: Path, here: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +192,7 @@ def test_a_cancelled_run_saves_its_state_and_the_same_recipe_goes_on(
     same_weights(place / "cancelled", here)
 
 
+@pytest.mark.slow
 def test_one_crashed_rank_ends_the_job_with_its_own_words(slurm_lab: SlurmLab, place: Path, tmp_path: Path) -> None:
     task = recipe(place, "crashed", *over_ranks(), pause=paused(tmp_path, crash=3))
     experiment = executors.launch(task, slurm(nodes=2, ntasks_per_node=2), name="crashed", wait=False)
