@@ -107,6 +107,7 @@ def setting_of(intent: Intent, device: Device) -> Setting:
         workload=intent.workload,
         replicas=intent.layout.data_parallel_size(intent.world),
         device=device,
+        shards=intent.shards,
     )
 
 

@@ -71,7 +71,9 @@ def _intent(
     blueprint = Blueprint(
         type(model), model.shape, _dtype(model, directory), model.recompute, tuple(_transforms(recipe))
     )
-    return Intent(blueprint, layout, _ranks(recipe), _workload(data, model, rows)), problems
+    strategy = getattr(getattr(recipe, "trainer", None), "strategy", None)
+    shared: bool | None = getattr(strategy, "distributed_optimizer", None)
+    return Intent(blueprint, layout, _ranks(recipe), _workload(data, model, rows), shared), problems
 
 
 def _model(recipe: run.Partial) -> Model:
