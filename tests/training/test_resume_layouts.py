@@ -49,7 +49,13 @@ CASES = [(method, batch) for method in METHODS for batch in BATCHES]
 FEW_CASES = [("full", "padded", "vpp2"), ("full", "packed", "cp2")]
 MOVES = [
     *(("tp2_sp", "one", "padded"), ("pp2", "one", "padded"), ("vpp2", "one", "padded"), ("one", "tp2_sp", "padded")),
-    *(("tp2_sp", "pp2", "padded"), ("pp2", "dp2", "padded"), ("one", "cp2", "packed"), ("cp2", "one", "packed")),
+    *(
+        ("tp2_sp", "pp2", "padded"),
+        ("pp2", "dp2", "padded"),
+        ("dp2", "one", "padded"),
+        ("one", "cp2", "packed"),
+        ("cp2", "one", "packed"),
+    ),
 ]
 """Full fine-tuning, cut in one layout and resumed in another."""
 
