@@ -22,31 +22,34 @@ from tests.helpers.standin import Curve, Rows, StandIn, trainer_for
 from tests.training.test_strategy_layouts import EXPERTS, FOUR_LAYERS, LAYOUTS
 
 BF16 = {"params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16, "tied": True}
-VIRTUAL = {**LAYOUTS["pp2"], "virtual_pipeline_model_parallel_size": 2}
 TWO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dp2": ({}, {"tied": True}),
-    "dp2_some": ({}, {"train": "linear_qkv.weight", "tied": False}),
     "cp2": ({"context_parallel_size": 2}, {"tied": True}),
-    "ep2": ({"expert_model_parallel_size": 2}, EXPERTS),
 }
 FOUR: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dp4": ({}, {"tied": True}),
     "dp2_tp2": (LAYOUTS["tp2_sp"], {"tied": True}),
     "dp2_pp2_bf16": (LAYOUTS["pp2"], BF16),
-    "dp2_vpp2": (VIRTUAL, FOUR_LAYERS),
     "dp2_ep2": ({"expert_model_parallel_size": 2}, EXPERTS),
 }
-SHARES = {"dp2": 2, "dp2_some": 2, "cp2": 2, "dp4": 4, "dp2_tp2": 2, "dp2_pp2_bf16": 2, "dp2_vpp2": 2}
+SPECIAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dp2_vpp2": ({**LAYOUTS["pp2"], "virtual_pipeline_model_parallel_size": 2}, FOUR_LAYERS),
+    "dp2_pp2_some": (LAYOUTS["pp2"], {"train": "linear_qkv.weight", "tied": False}),
+    "ep4": ({"expert_model_parallel_size": 4}, EXPERTS),
+}
+SHARES = {"dp2": 2, "cp2": 2, "dp4": 4, "dp2_tp2": 2, "dp2_pp2_bf16": 2}
 """How many ranks share all of the state out: experts have fewer."""
 
 
 def train(
     rank: int, world: int, layout: dict[str, Any], model: dict[str, Any], shared: bool, state: Path | None = None
 ) -> dict[str, Any]:
-    """Train three clipped steps; return what they gave, and save the training state's tensors."""
+    """Train two clipped steps; return what they gave, and save the training state's tensors."""
     curve, module, early = Curve(), StandIn(optim=AdamW(lr=1e-2, weight_decay=0.1), **model), list[tuple[int, int]]()
     layout = {**layout, "distributed_optimizer": shared}
-    trainer = trainer_for(layout, world, rank, callbacks=[curve], gradient_clip_val=0.5, limit_val_batches=0)
+    trainer = trainer_for(
+        layout, world, rank, callbacks=[curve], gradient_clip_val=0.5, limit_val_batches=0, max_steps=2
+    )
     finish = Queue.finish
 
     def noting(self: Queue) -> None:
@@ -88,18 +91,12 @@ def two_ranks(rank: int, world: int, root: Path) -> dict[str, Any]:
     return found
 
 
-def four_ranks(rank: int, world: int, root: Path) -> dict[str, Any]:
-    """Every case of four ranks."""
-    return every(rank, world, FOUR, root)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """Return what every rank found, by case, and where the states are."""
     root = tmp_path_factory.mktemp("states")
     found: dict[str, list[Any]] = {"root": [root]}
-    for function, world in ((two_ranks, 2), (four_ranks, 4)):
-        ranks = run_ranks(function, world, root, timeout=240)
+    for ranks in (run_ranks(two_ranks, 2, root, timeout=240), run_ranks(every, 4, FOUR, root, timeout=240)):
         found |= {name: [rank[name] for rank in ranks] for name in ranks[0]}
     return found
 
@@ -110,6 +107,16 @@ def test_weights_are_those_of_a_whole_optimizer_bit_for_bit(case: str, trained: 
     for whole, shared in trained[case]:
         assert shared["curve"] == whole["curve"] and max(whole["curve"][1]) > 0.5, "clipping must have acted"
         assert not [n for n, value in whole["weights"].items() if not torch.equal(value, shared["weights"][n])]
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_virtual_stages_some_weights_and_spread_experts_are_no_exception(tmp_path: Path) -> None:
+    ranks = run_ranks(every, 4, SPECIAL, tmp_path, timeout=240)
+    for case in SPECIAL:
+        found = {case: [rank[case] for rank in ranks], "root": [tmp_path]}
+        test_weights_are_those_of_a_whole_optimizer_bit_for_bit(case, found)
+        test_training_states_are_those_of_a_whole_optimizer_bit_for_bit(case, found)
 
 
 @pytest.mark.processes
@@ -140,7 +147,7 @@ def test_weights_that_do_not_come_back_are_noticed(trained: dict[str, list[Any]]
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("case", ["dp2", "dp4", "dp2_pp2_bf16", "dp2_vpp2"])
+@pytest.mark.parametrize("case", ["dp2", "dp4", "dp2_pp2_bf16"])
 def test_buckets_leave_while_the_backward_pass_runs(case: str, trained: dict[str, list[Any]]) -> None:
     """From the second step on all but those that other sums precede; the first step learns what comes twice."""
     for rank in trained[case]:
@@ -200,6 +207,7 @@ def refused(rank: int, world: int) -> tuple[str, bool]:
     with pytest.raises(ConfigError) as error:
         strict.fit(module, datamodule=Rows())
     free = trainer_for({}, world, rank)
+    free.strategy.connect(module)
     return str(error.value), free.strategy._shares_out([Whole(module.parameters())])  # type: ignore[attr-defined]
 
 
