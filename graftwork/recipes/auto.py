@@ -73,12 +73,13 @@ def finetune_recipe(
         raise ConfigError("auto needs a base, auto(base=PLACE): a checkpoint directory, a GGUF file or a hub id.")
     found, devices = describe(str(base)), _devices(num_nodes, num_gpus_per_node, device)
     stack = parts.stack(parts.ATTENTION_LORA if peft is parts.LORA and found.shape.mixtures else peft)
-    chosen = choose(_intent(found, devices, stack or [], seq_length), devices.of_a_node, devices.kind)
-    if chosen is None:
-        raise ConfigError(_nothing_fits(str(base), found, devices))
-    model = _model(str(base), found, devices, chosen.blueprint.recompute)
-    trainer = _trainer(dir, name, devices, chosen.layout)
-    return parts.finetune_task(model, trainer, _data(found, chosen.workload), stack, 10 if devices.cpu else 50)
+    for dtype in _dtypes(found, devices.cpu):
+        wanted = _intent(found, devices, stack or [], seq_length, dtype)
+        if chosen := choose(wanted, devices.of_a_node, devices.kind):
+            model = _model(str(base), found, dtype, chosen.blueprint.recompute)
+            trainer = _trainer(dir, name, devices, chosen.layout)
+            return parts.finetune_task(model, trainer, _data(found, chosen.workload), stack, 10 if devices.cpu else 50)
+    raise ConfigError(_nothing_fits(str(base), found, devices))
 
 
 def _devices(nodes: int, of_a_node: Optional[int], device: Optional[str]) -> Devices:
@@ -96,7 +97,9 @@ def _devices(nodes: int, of_a_node: Optional[int], device: Optional[str]) -> Dev
     return Devices(nodes, of_a_node or present or 1, kind)
 
 
-def _intent(found: Description, devices: Devices, stack: list[run.Config], seq_length: Optional[int]) -> Intent:
+def _intent(
+    found: Description, devices: Devices, stack: list[run.Config], seq_length: Optional[int], dtype: str
+) -> Intent:
     kind, context = MODELS[found.kind], found.shape.max_position_embeddings
     length = seq_length or _length(kind.seq2seq, devices.cpu, context)
     refuse_length(length, context)
@@ -108,8 +111,8 @@ def _intent(found: Description, devices: Devices, stack: list[run.Config], seq_l
         packing=not (kind.seq2seq or devices.cpu),
         answer_length=length if kind.seq2seq else None,
     )
-    dtype = "bf16" if resolve_dtype(_dtype(found, devices.cpu), None) == torch.bfloat16 else "fp32"
-    blueprint = Blueprint(kind, found.shape, dtype, None, tuple(fdl.build(one) for one in stack))
+    precision = "bf16" if resolve_dtype(dtype, None) == torch.bfloat16 else "fp32"
+    blueprint = Blueprint(kind, found.shape, precision, None, tuple(fdl.build(one) for one in stack))
     return Intent(blueprint, Layout(), devices.world, work)
 
 
@@ -118,16 +121,15 @@ def _length(seq2seq: bool, cpu: bool, context: int) -> int:
     return length - length % EVEN if length > EVEN else length
 
 
-def _dtype(found: Description, cpu: bool) -> str:
-    """Return the base's precision: bf16 on GPUs, on a CPU fp32 where the checkpoint has it, else what is fast there."""
+def _dtypes(found: Description, cpu: bool) -> tuple[str, ...]:
+    """Return what the base may be held in: bf16 on GPUs; on a CPU its own fp32 or what is fast, else what is small."""
     if not cpu:
-        return "bf16"
-    return "fp32" if found.dtype == "float32" else "auto"
+        return ("bf16",)
+    return ("fp32" if found.dtype == "float32" else "auto", "bf16")
 
 
-def _model(base: str, found: Description, devices: Devices, recompute: Optional[str]) -> run.Config:
+def _model(base: str, found: Description, dtype: str, recompute: Optional[str]) -> run.Config:
     shape = run.Config(type(found.shape), **said(found.shape))
-    dtype = _dtype(found, devices.cpu)
     return run.Config(MODELS[found.kind], shape=shape, checkpoint=base, dtype=dtype, recompute=recompute)
 
 

@@ -26,7 +26,7 @@ def finetune_recipe(
     num_gpus_per_node: int = 1,
     peft: Optional[list[PEFT]] = parts.LORA,
 ) -> run.Partial:
-    """The smallest Qwen3 tunes on any GPU, or on a CPU with patience.
+    """The smallest Qwen3 tunes on one GPU of 16 GB, or on a CPU with patience.
 
     1.2 GB of frozen bf16 weights, 16 packed rows of 2048 tokens a step.
     """

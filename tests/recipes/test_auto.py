@@ -225,6 +225,12 @@ def test_devices_and_rows_that_cannot_be_are_refused(asked: dict[str, Any], mess
         auto.finetune_recipe(base=str(place / "base"), **asked)
 
 
+def test_a_cpu_that_is_too_small_for_fp32_takes_bf16(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftwork.recipes.auto.choose", lambda one, *_: one if one.blueprint.dtype == "bf16" else None)
+    recipe = auto.finetune_recipe(base=str(place / "base"))
+    assert recipe.model.dtype == "bf16" and recipe.trainer.devices == 1
+
+
 def test_what_fits_nowhere_says_what_would_help(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graftwork.recipes.auto.choose", lambda *_: None)
     with pytest.raises(ConfigError, match=r"does not fit 1 x cpu of .* GB: name the GPUs .*num_gpus_per_node"):
