@@ -14,7 +14,7 @@ from typing import NamedTuple
 from graftwork.executors import EXECUTORS
 from graftwork.models.weights import family_table
 from graftwork.peft import METHODS
-from graftwork.recipes import RECIPES
+from graftwork.recipes import AUTO, RECIPES
 
 TESTS = Path(__file__).parents[1]
 DOCS = TESTS.parent / "docs"
@@ -23,7 +23,11 @@ _BLOCK = re.compile(r"<!-- (\w+): written by make golden -->\n.*?<!-- end of \1 
 
 def names() -> str:
     """Return what the command line takes by name, as a table."""
-    rows = {"--factory": RECIPES, "peft=": (m.short_name() for m in METHODS.values()), "run.executor=": EXECUTORS}
+    rows = {
+        "--factory": (*RECIPES, AUTO),
+        "peft=": (m.short_name() for m in METHODS.values()),
+        "run.executor=": EXECUTORS,
+    }
     return "\n".join(["| where | names |", "|---|---|", *(f"| `{where}` | {code(n)} |" for where, n in rows.items())])
 
 

@@ -1,4 +1,4 @@
-"""Other people's programs as people run them, in an environment of their own: lm-eval, and keepers of a run's figures."""
+"""Other people's programs in an environment of their own: lm-eval as a command, and keepers of a run's figures."""
 
 import os
 import subprocess
