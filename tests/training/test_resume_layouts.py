@@ -15,11 +15,11 @@ from graftwork.batch import Batch
 from graftwork.parallel.collective import barrier
 from graftwork.parallel.names import global_name
 from graftwork.peft import IA3, CanonicalAdapter, LoRA, PTuning
-from graftwork.training import finetune
 from graftwork.training.callbacks import Interrupted, Report
 from graftwork.training.optimizer.shards import chunks_of
 from tests.helpers import tiny_run
 from tests.helpers.distributed import run_ranks
+from tests.helpers.tiny_run import finetune
 
 STEPS, STOP = 4, 2
 METHODS: dict[str, Any] = {
