@@ -10,11 +10,13 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+TRL = find_spec("trl") is not None
 PACKAGES = ("torch", "megatron-core", "lightning", "transformers", "peft")
 
 
@@ -58,7 +60,7 @@ def machine() -> dict[str, Any]:
         "bf16_in_hardware": bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()),
         "load_at_start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: version(name) for name in (*PACKAGES, *(["trl"] if TRL else []))},
     }
 
 

@@ -1,4 +1,6 @@
-"""Ratio benchmark against transformers + peft: same random checkpoint, same rows, same process, interleaved, minima.
+"""Ratio benchmark against transformers + peft, and TRL where it is installed: same process, interleaved, minima.
+
+All sides have the same random checkpoint and the same rows.
 
     python benchmarks/step_time.py            # writes benchmarks/results/cpu.json and the tables of docs/benchmarks.md
     python benchmarks/step_time.py --model smollm2 --cases lora_fp32 --output FILE   # the shape of SmolLM2-135M
@@ -25,7 +27,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import measure
 import table
 import torch
-from workload import CASES, FULL, PROMPTS, QUICK, SMOLLM2, Case, Size, by_name, make_checkpoint
+from workload import CASES, FULL, PROMPTS, QUICK, SMOLLM2, Batch, Case, Size, by_name, make_checkpoint
 
 RESULTS = Path(__file__).with_name("results")
 SIZES = {"small": FULL, "smollm2": SMOLLM2}
@@ -72,7 +74,7 @@ def run(size: Size, options: argparse.Namespace, folder: Path) -> dict[str, Any]
     """Measure everything and return plain data."""
     facts = measure.machine()
     checkpoint = make_checkpoint(size, folder / "base")
-    cases, left_out = chosen_cases(options.cases, facts["bf16_in_hardware"])
+    cases, left_out = chosen_cases(options.cases, facts["bf16_in_hardware"], measure.TRL)
     memory = {
         case.name: {side: measure.peak_memory(side, case.name, checkpoint, options) for side in ("ours", "peer")}
         for case in cases
@@ -81,7 +83,7 @@ def run(size: Size, options: argparse.Namespace, folder: Path) -> dict[str, Any]
         "machine": facts,
         "model": size.model,
         "repetitions": options.repetitions,
-        "left_out": [case.title for case in left_out],
+        "left_out": left_out,
         "steps": [row for case in cases for row in steps(case, size, checkpoint, options)],
         "files": files(checkpoint, size, options.repetitions, folder) if options.model == "small" else [],
         "trainer": trainer(checkpoint, size, options) if options.model == "small" else None,
@@ -89,21 +91,24 @@ def run(size: Size, options: argparse.Namespace, folder: Path) -> dict[str, Any]
     }
 
 
-def chosen_cases(names: list[str] | None, bf16_in_hardware: bool) -> tuple[list[Case], list[Case]]:
-    """Return (what is measured, what is left out): unasked no bf16 where it is emulated, a hundred times slower."""
-    if names is not None:
-        return [case for case in CASES if case.name in names], []
-    emulated = [case for case in CASES if case.dtype == "bf16" and not bf16_in_hardware]
-    return [case for case in CASES if case not in emulated], emulated
+def chosen_cases(
+    names: list[str] | None, bf16_in_hardware: bool, trl_installed: bool
+) -> tuple[list[Case], dict[str, str]]:
+    """Return (what is measured, title of what is left out: why).
+
+    Unasked there is no bf16 where it is emulated, a hundred times slower.
+    """
+    wanted = [case for case in CASES if names is None or case.name in names]
+    left_out = {case.title: "TRL is not installed" for case in wanted if case.trl and not trl_installed}
+    if names is None and not bf16_in_hardware:
+        left_out |= {case.title: "this processor only emulates bf16" for case in wanted if case.dtype == "bf16"}
+    return [case for case in wanted if case.title not in left_out], left_out
 
 
 def steps(case: Case, size: Size, checkpoint: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Time whole steps of one case, both sides in turns, for each number of threads."""
-    from ours import Ours
-    from peer import Peer
-
     batch = case.batch(size)
-    ours, peer = Ours(checkpoint, case, batch), Peer(checkpoint, case, batch)
+    ours, peer = (contestant(side, case)(checkpoint, case, batch) for side in ("ours", "peer"))
     first = {"ours": ours.step(), "peer": peer.step()}
     if case.adapters not in PROMPTS:
         check_same_loss(case, **first)
@@ -128,6 +133,21 @@ def steps(case: Case, size: Size, checkpoint: Path, options: argparse.Namespace)
         print(f"{case.name}, {threads} thread(s): {row['ratio']:.2f} x the peer", file=sys.stderr, flush=True)
         rows.append(row)
     return rows
+
+
+def contestant(side: str, case: Case) -> Callable[[Path, Case, Batch], Any]:
+    """Return what builds a side of a case; each is imported when it is measured."""
+    if side == "ours":
+        from ours import Ours
+
+        return Ours
+    if case.trl:
+        from trl_peer import TRL
+
+        return TRL
+    from peer import Peer
+
+    return Peer
 
 
 def check_same_loss(case: Case, ours: float, peer: float) -> None:
@@ -176,15 +196,12 @@ def trainer(checkpoint: Path, size: Size, options: argparse.Namespace) -> dict[s
 def child(side: str, case: Case, checkpoint: Path, size: Size) -> None:
     """Print MB after the imports, with the model built, and at the peak of three steps."""
     torch.set_num_threads(1)
-    if side == "ours":
-        from ours import Ours as Side
-    else:
-        from peer import Peer as Side
+    made = contestant(side, case)
     imports = measure.resident_mb()
-    contestant = Side(checkpoint, case, case.batch(size))
+    one = made(checkpoint, case, case.batch(size))
     ready = measure.resident_mb()
     for _ in range(3):
-        contestant.step()
+        one.step()
     print(imports, ready, measure.resident_mb())
 
 

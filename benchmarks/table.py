@@ -61,8 +61,7 @@ def _losses(losses: dict[str, dict[str, float]]) -> str:
 
 
 def _left_out(results: dict[str, Any]) -> str:
-    titles = "; ".join(results["left_out"])
-    return f"Not measured, since this processor only emulates bf16: {titles}." if titles else ""
+    return "\n".join(f"Not measured, since {why}: {title}." for title, why in results["left_out"].items())
 
 
 def _times(results: dict[str, Any]) -> str:

@@ -146,7 +146,10 @@ def microbatches(batch: Batch) -> list[slice]:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: what trains, in which precision, on which batch; ``packed`` is our side's layout."""
+    """One comparison: what trains, in which precision, on which batch; ``packed`` is our side's layout.
+
+    The peer is a loop over transformers and peft or, with ``trl``, TRL's SFTTrainer with its packing.
+    """
 
     name: str
     title: str
@@ -154,6 +157,7 @@ class Case:
     dtype: str = "fp32"
     data: str = "dense"
     packed: bool = False
+    trl: bool = False
 
     def batch(self, size: Size) -> Batch:
         """Return the rows of one step."""
@@ -170,6 +174,7 @@ CASES = [
     Case("prompt_fp32", "prompt tuning, 20 virtual tokens, fp32", adapters="prompt"),
     Case("mix_padded", "LoRA fp32, length mix: ours padded, peer padded", data="mix"),
     Case("mix_packed", "LoRA fp32, length mix: ours packed, peer padded", data="mix", packed=True),
+    Case("mix_trl", "LoRA fp32, length mix: ours packed, TRL packed", data="mix", packed=True, trl=True),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from graftwork.errors import ParallelismError
 from graftwork.routes import Routes
 from graftwork.ways import Way
 
+T = TypeVar("T")
 IGNORED = -100
 """Label of a position without a target (torch's and transformers' ``ignore_index``)."""
 
@@ -182,6 +184,14 @@ class Questions:
     outputs: Sequence[str | None]
     rows: Sequence[int] = ()
     ways: Sequence[Way] = ()
+
+    def chosen(self, numbers: Sequence[int]) -> "Questions":
+        """Return the questions with these numbers."""
+
+        def of(values: Sequence[T]) -> list[T]:
+            return [values[number] for number in numbers] if values else []
+
+        return Questions(of(self.prompts), of(self.inputs), of(self.outputs), of(self.rows), of(self.ways))
 
     def to(self, device: torch.device | str) -> "Questions":
         """Return the questions themselves: they hold no tensor."""

@@ -21,6 +21,8 @@ HELP = {
 
     nemorun graft finetune --factory smollm2_135m 'peft=[lora(dim=16),ptuning]' data.train=train.jsonl --yes
 
+    A base without a recipe makes one of its own files: --factory "auto(base=path/to/checkpoint)".
+
     Any field of the recipe is an override: trainer.max_steps=60, optim.lr=1e-3, 'peft[0].layers=[0,1]', peft=None for
     full fine-tuning. --dryrun prints every field.""",
     "graftwork.inference:generate": """Answer prompts with a base model and maybe an adapter.

@@ -22,7 +22,7 @@ from graftwork.cli.overrides import (
 )
 from graftwork.cli.recipe_file import check_recipe_files
 from graftwork.endings import stoppable
-from graftwork.errors import ConfigError, GraftworkError, quoted
+from graftwork.errors import ConfigError, GraftworkError, quoted, where_to_read
 from graftwork.executors import launch, local
 from graftwork.executors.cluster.profile import read_profile
 from graftwork.executors.placing.placement import check_placement, wanted
@@ -168,11 +168,16 @@ def parsing(explain: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print a GraftworkError as ``error: ...`` on stderr and exit; other exceptions pass."""
+    """Print a GraftworkError as ``error: ...`` on stderr and exit; other exceptions pass.
+
+    People, not programs or logs, are told in a second line where to read on.
+    """
     # NeMo Run's parser logs each error before raising it; the raised one is printed here.
     logging.getLogger("nemo_run.cli.cli_parser").setLevel(logging.CRITICAL)
     try:
         yield
     except GraftworkError as error:
         typer.echo(f"error: {sentence(error)}", err=True)
+        if sys.stderr.isatty():
+            typer.echo(f"see: {where_to_read(error)}", err=True)
         raise SystemExit(exit_code(error)) from error

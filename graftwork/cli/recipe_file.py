@@ -14,7 +14,7 @@ from graftwork.data.files import READERS
 from graftwork.errors import ConfigError, quoted, suggest
 from graftwork.executors import EXECUTORS
 from graftwork.peft import METHODS
-from graftwork.recipes import RECIPES
+from graftwork.recipes import AUTO, RECIPES
 from graftwork.recipes.allowed import TRUSTED, targets, trusting
 from graftwork.recipes.document import places, read_document
 
@@ -102,7 +102,7 @@ def names_code(text: str) -> bool:
 
 def _is_registered(node: ast.AST) -> bool:
     """Whether a call is that of a method, recipe or executor by its name: NeMo Run looks it up, and imports nothing."""
-    names = {*RECIPES, *EXECUTORS, *(method.short_name() for method in METHODS.values())}
+    names = {*RECIPES, AUTO, *EXECUTORS, *(method.short_name() for method in METHODS.values())}
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
 
 

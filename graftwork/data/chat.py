@@ -7,6 +7,11 @@ from graftwork.data.template import Piece
 from graftwork.data.tokenizer import Tokenizer
 from graftwork.errors import DataError
 
+_INPUT, _OUTPUT = "graftworkinput", "graftworkoutput"
+"""Words that stand for what a row says while a chat template is rendered."""
+_DAY = "26 Jul 2024"
+"""What LLaMA's templates say is today, unless they are told: a template of all rows must not change over night."""
+
 
 def learned_pieces(tokenizer: Tokenizer, chat: Chat, place: Place, add_eos: bool) -> list[Piece]:
     """Text of the conversation up to the last assistant turn; every assistant turn with its end token is learned.
@@ -37,6 +42,34 @@ def prompt_pieces(tokenizer: Tokenizer, chat: Chat, place: Place) -> tuple[list[
     answered = last.role == "assistant"
     count = len(chat.messages) - answered
     return [Piece(render(tokenizer, chat, place, count, generation=True))], last.content if answered else None
+
+
+def row_templates(tokenizer: Tokenizer) -> tuple[str, str] | None:
+    """Return the templates that put rows with ``input`` and ``output`` as the chat template puts two messages.
+
+    None where a template says something else of each row or each day, so that no text in braces can stand for it.
+    """
+    told = tokenizer.chat_template or ""
+    if not told or ("strftime_now" in told and "date_string" not in told):
+        return None
+    messages = [{"role": "user", "content": _INPUT}, {"role": "assistant", "content": _OUTPUT}]
+    try:
+        before, after = (
+            tokenizer.apply_chat_template(
+                messages[:count], tokenize=False, add_generation_prompt=count == 1, date_string=_DAY
+            )
+            for count in (1, 2)
+        )
+    except TemplateError:
+        return None
+    answer = _split_end(after[len(before) :], tokenizer.eos_token)[0].removesuffix(tokenizer.eos_token or "\0")
+    if not after.startswith(before) or (before.count(_INPUT), answer.count(_OUTPUT)) != (1, 1):
+        return None
+    return _literal(before).replace(_INPUT, "{input}"), _literal(answer).replace(_OUTPUT, "{output}")
+
+
+def _literal(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def question(chat: Chat) -> str:

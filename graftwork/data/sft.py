@@ -14,6 +14,7 @@ from graftwork.data.encoder import NO_CHAT, TOO_LONG, PromptFormat, RowEncoder, 
 from graftwork.data.files import check_file, content_hash, read_rows, unit
 from graftwork.data.loader import ListLoader, QuestionBuilder, StepBuilder, TrainLoader
 from graftwork.data.packing import best_fit_decreasing, efficiency
+from graftwork.data.preview import Preview
 from graftwork.data.rows import LearnedRows, asked_rows, check_adapters, learned_rows
 from graftwork.data.sampler import RowStream, check_position, in_order
 from graftwork.data.schema import Place
@@ -123,6 +124,11 @@ class SFTDataModule(pl.LightningDataModule):
         return self.files["validation"] is not None or self.validation_fraction > 0
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Number of rows by split, of the splits that have been read."""
+        return {split: len(rows) for split, rows in self._rows.items()}
+
+    @property
     def prompt_format(self) -> PromptFormat:
         """How rows become tokens: what generation and evaluation must repeat (it travels with the adapter)."""
         ours = self._format
@@ -182,6 +188,11 @@ class SFTDataModule(pl.LightningDataModule):
         mine = self._share_of(split, table.data.column("share").to_numpy())[place.rank :: place.world_size].tolist()
         size = self.micro_batch_size
         return ListLoader(QuestionBuilder(table), [mine[i : i + size] for i in range(0, len(mine), size)])
+
+    def preview(self, split: str, count: int) -> Preview:
+        """``count`` rows of ``split`` as questions, evenly over its rows; the same on every rank."""
+        rows = self._rows[split] if split in self._rows else self._learned(split)
+        return Preview.of(rows, count, self._around().tokenizer)
 
     def raw_rows(self, split: str) -> list[tuple[Place, object]]:
         """The rows of ``split`` as they stand in the file, each with its place."""

@@ -52,9 +52,9 @@ class Tokenizer(Protocol):
         """Return every entry of the vocabulary with its id."""
 
     def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, object]], *, tokenize: bool, add_generation_prompt: bool
+        self, conversation: Sequence[Mapping[str, object]], *, tokenize: bool, add_generation_prompt: bool, **told: str
     ) -> str:
-        """Return the conversation as text."""
+        """Return the conversation as text; ``told``: what else the template may read."""
 
     def save_pretrained(self, save_directory: str | Path) -> object:
         """Write the tokenizer's files."""

@@ -16,11 +16,12 @@ from graftwork.layout import Layout
 from graftwork.models.base import Model
 from graftwork.models.precision import resolve_dtype
 from graftwork.peft import PEFT
-from graftwork.planning.advice import Candidate, advise, parse_fit
+from graftwork.planning.advice import advise, parse_fit
 from graftwork.planning.base import look_at_base
 from graftwork.planning.blueprint import Blueprint
 from graftwork.planning.checks import STRATEGY, Intent
 from graftwork.planning.devices import DEVICES, device_named
+from graftwork.planning.judge import Candidate
 from graftwork.planning.plan import Plan, make_plan
 from graftwork.planning.problem import Problem
 from graftwork.planning.rows import RowsFindings, look_at_rows

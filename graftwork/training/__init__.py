@@ -4,7 +4,10 @@ Here belongs what happens from a model, data and a stack to a run directory. No 
 """
 
 from graftwork.layout import Layout
+from graftwork.training.adverts import keep_out
 from graftwork.training.finetune import finetune
 from graftwork.training.strategy import MegatronStrategy
+
+keep_out()
 
 __all__ = ["Layout", "MegatronStrategy", "finetune"]

@@ -25,14 +25,17 @@ from graftwork.optim import AdamW
 from graftwork.peft import PEFT
 from graftwork.training.callbacks import (
     AdapterCheckpoint,
+    Banner,
+    EarlyStop,
     Progress,
     Report,
     Room,
+    Samples,
     SelfCheck,
     Throughput,
     TrainingState,
 )
-from graftwork.training.loggers import own_loggers, quiet_writers, refuse_lost_logs
+from graftwork.training.loggers import made, quiet_writers, refuse_lost_logs
 from graftwork.training.run import RunFacts, WritesRunDown
 from graftwork.training.run_directory import clear, discard, latest, locked, states
 from graftwork.training.strategy import MegatronStrategy
@@ -50,6 +53,9 @@ def finetune(
     seed: int = 1234,
     recipe_text: Optional[str] = None,
     allow_changes: Optional[list[str]] = None,
+    samples: int = 3,
+    early_stopping: Optional[int] = None,
+    loggers: Optional[list[str]] = None,
 ) -> Summary:
     """Train ``model`` on ``data`` with a stack of transforms and return the fields of ``summary.json``.
 
@@ -59,14 +65,20 @@ def finetune(
     ``recipe_text`` is remembered by its hash and in the adapter. With ``resume`` a run whose directory holds a
     training state goes on where it stopped; without it the states are deleted and training starts anew. A state of
     another base, other data or other settings is refused, but for the fields that ``allow_changes`` names, such as
-    ``optim.lr``. Raises GraftworkError with one sentence when something is wrong.
+    ``optim.lr``. At each validation ``samples`` of its rows are answered (``samples.jsonl``); ``early_stopping`` ends
+    the run after so many validations without a new best; ``loggers``: of csv, tensorboard, wandb, mlflow (default the
+    first two; csv is always there). Raises GraftworkError with one sentence when something is wrong.
     """
     stack = as_stack(peft)
+    root = Path(trainer.default_root_dir).resolve()
+    own = made(loggers, root, trainer.is_global_zero)
+    extra = [Samples(samples), *([] if early_stopping is None else [EarlyStop(early_stopping)])]
     seed_everything(seed)
     trainee(model).prepare(optim=optim or AdamW(), seed=seed)
     facts = RunFacts(seed, recipe_text)
-    report = equip(trainer, stack, facts)
-    root = Path(trainer.default_root_dir).resolve()
+    report = equip(trainer, stack, facts, extra)
+    if loggers is not None or all(_is_default_logger(logger) for logger in trainer.loggers):
+        trainer.loggers = [*(one for one in trainer.loggers if not _is_default_logger(one)), *own]
     with locked(root) if trainer.is_global_zero else nullcontext(), _quiet(), quiet_writers():
         if trainer.is_global_zero:
             clear(root)
@@ -134,23 +146,22 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def equip(trainer: Trainer, stack: Sequence[PEFT], facts: RunFacts) -> Report:
+def equip(trainer: Trainer, stack: Sequence[PEFT], facts: RunFacts, extra: Sequence[Callback] = ()) -> Report:
     """Give ``trainer`` what every run has; a callback or logger that the user has set is kept, not doubled."""
     given = callbacks_of(trainer)
     callbacks: list[Callback] = [c for c in given if not _is_default(c)]
     bar = any(type(c) in (TQDMProgressBar, RichProgressBar) for c in given)
     states_too = [TrainingState] if isinstance(trainer.strategy, MegatronStrategy) else []
-    for made in (Room, Throughput, SelfCheck, AdapterCheckpoint, Report, *([Progress] if bar else []), *states_too):
-        if not any(isinstance(c, made) for c in callbacks):
-            callbacks.append(made())
+    kinds = (Room, Throughput, SelfCheck, AdapterCheckpoint, Report, *([Banner, Progress] if bar else []), *states_too)
+    for one in (*(kind() for kind in kinds), *extra):
+        if not any(isinstance(c, type(one)) for c in callbacks):
+            callbacks.append(one)
     # The room is asked for before anything else; a state is saved last: it holds what the others have become.
     callbacks.sort(key=lambda c: isinstance(c, TrainingState) - isinstance(c, Room))
     given[:] = [*(t for t in stack if t not in callbacks), *callbacks]
     for callback in callbacks:
         if isinstance(callback, WritesRunDown):
             callback.begin(facts)
-    if all(_is_default_logger(logger) for logger in trainer.loggers):
-        trainer.loggers = own_loggers(Path(trainer.default_root_dir).resolve())
     return next(c for c in callbacks if isinstance(c, Report))
 
 

@@ -1,16 +1,19 @@
 """The run's own logs: a disk that takes no more lines ends the logging, not the training."""
 
+import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyExperiment
 
-from graftwork.errors import CheckpointError
+from graftwork.errors import CheckpointError, ConfigError, quoted, suggest
 
 
 class _Forgiving:
@@ -91,10 +94,63 @@ class TensorBoardLog(_Forgiving, TensorBoardLogger):
         self.attempt(super().finalize, status)
 
 
-def own_loggers(root: Path) -> list[Logger]:
-    """Return the loggers of a run: both write into one directory below ``logs/``."""
+LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
+"""Names of loggers."""
+OF_EVERY_RANK = ("csv", "tensorboard")
+
+
+def made(names: Sequence[str] | None, root: Path, first_rank: bool) -> list[Logger]:
+    """Return the loggers of a run in ``root``: ``metrics.csv`` always, TensorBoard's events unless others are named.
+
+    Only the first rank has those that open a database or a connection as soon as they are made.
+
+    ``wandb`` and ``mlflow`` follow their own environment variables (``WANDB_MODE=offline``, ``WANDB_PROJECT``,
+    ``MLFLOW_TRACKING_URI``) and keep what is local in ``logs/``. Raises ConfigError for an unknown name and for a
+    package that is not installed.
+    """
+    wanted = ["csv", *(("tensorboard",) if names is None else names)]
+    for name in wanted:
+        if name not in LOGGERS:
+            raise ConfigError(f"loggers names {quoted(name)}, which is none; {suggest(name, LOGGERS)}")
     csv = CSVLog(root, name="logs")
-    return [csv, TensorBoardLog(root, name="logs", version=csv.version)]
+    makers: dict[str, Callable[[], Logger]] = {
+        "csv": lambda: csv,
+        "tensorboard": lambda: TensorBoardLog(root, name="logs", version=csv.version),
+        "wandb": lambda: _wandb(root),
+        "mlflow": lambda: _mlflow(root),
+    }
+    here = [name for name in dict.fromkeys(wanted) if first_rank or name in OF_EVERY_RANK]
+    return [makers[name]() for name in here]
+
+
+def _wandb(root: Path) -> Logger:
+    _need("wandb")
+    logs = root / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    offline = os.environ.get("WANDB_MODE", "online") != "online"
+    project = os.environ.get("WANDB_PROJECT", "graftwork")
+    return WandbLogger(name=root.name, save_dir=logs, offline=offline, project=project)
+
+
+def _mlflow(root: Path) -> Logger:
+    _need("mlflow")
+    refused: type[Exception] = import_module("mlflow.exceptions").MlflowException
+    logs = root / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    place = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{logs}/mlflow.db")
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "graftwork")
+    try:
+        return MLFlowLogger(experiment, run_name=root.name, tracking_uri=place)
+    except refused as error:
+        raise ConfigError(f"mlflow cannot log to {place!r} (MLFLOW_TRACKING_URI): {quoted(str(error), 300)}") from error
+
+
+def _need(package: str) -> None:
+    if find_spec(package) is None:
+        others = ", ".join(name for name in LOGGERS if name != package)
+        raise ConfigError(
+            f"loggers names {package!r}, whose package is not installed: pip install {package}, or choose of {others}."
+        )
 
 
 def refuse_lost_logs(trainer: Trainer) -> None:

@@ -30,18 +30,20 @@ def results() -> dict[str, Any]:
         "steps": [step],
         "memory": {"lora_fp32": {side: {"imports_mb": 1.0, "ready_mb": 200.0, "peak_mb": 500.0} for side in SIDES}},
         "files": [{"title": "save the adapter", "ours_seconds": 0.02, "peer_seconds": 0.01}],
-        "left_out": [],
+        "left_out": {},
         "trainer": {"title": "LoRA", "loop_seconds": 0.1, "trainer_seconds": 0.11},
     }
 
 
-def test_emulated_bf16_is_left_out_unless_asked_for_and_said_so() -> None:
-    measured, left_out = step_time.chosen_cases(None, bf16_in_hardware=False)
-    assert [c.name for c in left_out] == ["lora_bf16"] and len(measured) + 1 == len(workload.CASES)
-    assert step_time.chosen_cases(None, bf16_in_hardware=True) == (workload.CASES, [])
-    assert [c.name for c in step_time.chosen_cases(["lora_bf16"], bf16_in_hardware=False)[0]] == ["lora_bf16"]
-    said = table.markdown(results() | {"left_out": [c.title for c in left_out]})
-    assert "only emulates bf16: LoRA on every linear, bf16 base" in said
+def test_what_cannot_be_measured_is_left_out_and_said_so() -> None:
+    measured, left_out = step_time.chosen_cases(None, bf16_in_hardware=False, trl_installed=False)
+    assert list(left_out.values()) == ["TRL is not installed", "this processor only emulates bf16"]
+    assert len(measured) + 2 == len(workload.CASES)
+    assert step_time.chosen_cases(None, True, True) == (workload.CASES, {})
+    asked = step_time.chosen_cases(["lora_bf16"], bf16_in_hardware=False, trl_installed=False)
+    assert [c.name for c in asked[0]] == ["lora_bf16"] and asked[1] == {}
+    said = table.markdown(results() | {"left_out": left_out})
+    assert "since this processor only emulates bf16: LoRA on every linear, bf16 base" in said
     assert "emulates" not in table.markdown(results())
 
 

@@ -20,13 +20,13 @@ from graftwork.errors import CheckpointError, GraftworkError
 from graftwork.models.weights.files import INDEX
 from graftwork.models.weights.hub import resolve
 from graftwork.peft import LoRA
-from graftwork.training import finetune
 from graftwork.training.callbacks import TrainingState, room
 from graftwork.training.run_directory import latest, states
 from graftwork.training.state import checkpoint
 from tests.helpers import tiny_run
 from tests.helpers.moments import Act, watched
 from tests.helpers.tiny_hf import tiny_model
+from tests.helpers.tiny_run import finetune
 
 FREED = ("os.remove", "os.rmdir")
 """What a full disk still allows."""

@@ -18,7 +18,6 @@ from graftwork.models.weights import fingerprint
 from graftwork.models.weights.hub import resolve
 from graftwork.peft import LoRA
 from graftwork.peft.artifact.directory import opened
-from graftwork.training import finetune
 from graftwork.training.callbacks import TrainingState
 from graftwork.training.run_directory import latest, state_path, states
 from graftwork.training.state import checkpoint
@@ -26,6 +25,7 @@ from tests.helpers import tiny_run
 from tests.helpers.moments import die_at, live, name_of, watched
 from tests.helpers.tiny_gguf import write_gguf
 from tests.helpers.tiny_hf import make_tiny
+from tests.helpers.tiny_run import finetune
 
 TP2 = {"tensor_model_parallel_size": 2}
 

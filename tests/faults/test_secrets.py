@@ -10,9 +10,9 @@ import pytest
 from graftwork.executors import launch, local
 from graftwork.peft import LoRA
 from graftwork.recipes import RECIPES, show
-from graftwork.training import finetune
 from tests.helpers import tiny_run
 from tests.helpers.tasks import write_ranks
+from tests.helpers.tiny_run import finetune
 
 SECRET = "hf_planted0secret0token"
 

@@ -20,12 +20,12 @@ import torch
 from graftwork.cache import sha256
 from graftwork.errors import GraftworkError
 from graftwork.peft import LoRA
-from graftwork.training import finetune
 from graftwork.training.callbacks import BeforeAfter
 from graftwork.training.run_directory import state_path
 from graftwork.training.state import checkpoint
 from tests.fuzz.mutations import Mutation, draw, mutate_json
 from tests.helpers import tiny_run
+from tests.helpers.tiny_run import finetune
 
 STEPS = 2
 LIMIT = 1000

@@ -8,11 +8,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from graftwork import training
 from graftwork.data.sft import SFTDataModule
 from graftwork.models.gpt import GPT
 from graftwork.models.shapes import Shape
 from graftwork.optim import AdamW
 from graftwork.training import MegatronStrategy
+from graftwork.training.summary import Summary
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 SHAPE = Shape(
@@ -64,6 +66,11 @@ def trainer(run: Path, world_size: int = 1, layout: dict[str, Any] | None = None
     os.environ.setdefault("LOCAL_RANK", "0")
     settings["strategy"] = MegatronStrategy(**(layout or {}))
     return Trainer(accelerator="cpu", devices=world_size, default_root_dir=run, **(settings | options))
+
+
+def finetune(*args: Any, **options: Any) -> Summary:
+    """Call ``finetune`` without samples on the way, which cost a tiny model more than its training."""
+    return training.finetune(*args, **({"samples": 0} | options))
 
 
 def model(**options: Any) -> GPT:

@@ -13,7 +13,8 @@ from graftwork.inference import Examples, evaluate, evaluate_model, generate
 from graftwork.models import GPT, load
 from graftwork.optim import AdamW
 from graftwork.peft import LoRA, PTuning
-from graftwork.training import MegatronStrategy, finetune
+from graftwork.training import MegatronStrategy
+from tests.helpers.tiny_run import finetune
 from tests.inference.conftest import TEMPLATE
 
 ANSWER = " -> {output}"

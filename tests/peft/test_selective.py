@@ -17,11 +17,11 @@ from graftwork.optim import AdamW
 from graftwork.parallel.record import record_of
 from graftwork.peft import LoRA, Selective
 from graftwork.peft.methods.selective import names_tensor
-from graftwork.training import finetune
 from graftwork.training.callbacks import Interrupted
 from tests.contracts.methods import base_values, loss, make, same, shake, tokens
 from tests.helpers import tiny_run
 from tests.helpers.tiny_hf import ODD_VOCABULARY, make_tiny, oracle
+from tests.helpers.tiny_run import finetune
 
 TOLERANCE, STEPS = 1e-5, 3
 LEARNING = {"lr": 1e-2, "eps": 1e-3}

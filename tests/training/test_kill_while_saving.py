@@ -104,7 +104,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from graftwork.peft import LoRA
-from graftwork.training import finetune
+from tests.helpers.tiny_run import finetune
 from graftwork.training.callbacks import TrainingState
 from tests.helpers import tiny_run
 

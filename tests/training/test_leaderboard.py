@@ -14,9 +14,9 @@ from matplotlib import image
 
 from graftwork.errors import CheckpointError, ConfigError
 from graftwork.peft import LoRA
-from graftwork.training import finetune
 from graftwork.training.leaderboard import compare, differing, leaderboard, ranked, read_runs
 from tests.helpers import tiny_run
+from tests.helpers.tiny_run import finetune
 
 STEPS = 4
 

@@ -1,6 +1,8 @@
 """Progress lines, throughput and the loss curve."""
 
 import io
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,6 @@ import torch
 from matplotlib import image
 
 from graftwork.peft import LoRA
-from graftwork.training import finetune
 from graftwork.training.callbacks.progress import Progress, clock
 from graftwork.training.callbacks.throughput import Throughput, real_tokens
 from graftwork.training.plot import loss_curve, smoothed, spans_widely
@@ -19,16 +20,30 @@ from tests.helpers import tiny_run
 
 def train(data: Path, root: Path, **options: Any) -> None:
     trainer = tiny_run.trainer(root, max_steps=4, val_check_interval=4, **options)
-    finetune(tiny_run.model(), trainer, tiny_run.data_module(data), [LoRA(dim=4)], tiny_run.optim())
+    tiny_run.finetune(tiny_run.model(), trainer, tiny_run.data_module(data), [LoRA(dim=4)], tiny_run.optim())
 
 
 def test_without_a_terminal_there_are_plain_lines(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
     train(tiny_data, tmp_path)
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("training LoRA 'lora': ") and out[0].endswith(" %)")
-    assert out[1].startswith("step 1/4: loss 5.") and "tokens/s" in out[1] and out[1].endswith("left")
-    assert [line.split(":")[0] for line in out[2:]] == ["step 4/4", "step 4"]
-    assert out[3].startswith("step 4: val_loss 5.")
+    assert [line.split(":")[0] for line in out[1:6]] == ["  base", "  at", "  data", "  run", "  memory"]
+    assert out[6].startswith("step 1/4: loss 5.") and "tokens/s" in out[6] and out[6].endswith("left")
+    assert [line.split(":")[0] for line in out[7:]] == ["step 4/4", "step 4"]
+    assert out[8].startswith("step 4: val_loss 5.")
+
+
+def test_the_banner_tells_base_sites_rows_steps_and_ranks(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
+    train(tiny_data, tmp_path)
+    base, at, data, run, memory = capsys.readouterr().out.splitlines()[1:6]
+    assert base == "  base: random weights, llama of 2 layers x 32, float32"
+    assert at == "  at: 2 linear_proj, 2 linear_qkv, 2 linear_fc1, 2 linear_fc2"
+    rows = [json.loads(line) for line in (tiny_data / "train.jsonl").read_text().splitlines()]
+    train_rows, held_out = (int(n) for n in re.findall(r"(\d+) rows", data))
+    assert train_rows + held_out == len(rows) and held_out > 0 and data.endswith("8 a step, of at most 48 tokens")
+    assert run == "  run: 4 steps, on 1 rank (cpu)" and re.fullmatch(
+        r"  memory: \d\.\d\d GB in this process .*", memory
+    )
 
 
 def test_every_line_when_asked(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:

@@ -10,9 +10,9 @@ import torch
 from graftwork.errors import ArtifactError
 from graftwork.peft import LoRA, PTuning
 from graftwork.peft.artifact import directory as artifact
-from graftwork.training import finetune
 from graftwork.training.callbacks import AdapterCheckpoint
 from tests.helpers import tiny_run
+from tests.helpers.tiny_run import finetune
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import pytest
 
 from graftwork.errors import CheckpointError, TrainingError
 from graftwork.peft import LoRA
-from graftwork.training import finetune
 from graftwork.training.optimizer import Update
 from graftwork.training.run_directory import state_path
 from graftwork.training.state import checkpoint
 from tests.helpers import tiny_run
 from tests.helpers.distributed import run_ranks
+from tests.helpers.tiny_run import finetune
 
 
 def start(rank: int, world_size: int, data: Path, root: Path) -> str:

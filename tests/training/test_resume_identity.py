@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from graftwork.errors import CheckpointError, ConfigError
 from graftwork.models.gpt import GPT
 from graftwork.peft import IA3, LoRA
-from graftwork.training import finetune
 from graftwork.training.callbacks import TrainingState
 from graftwork.training.run_directory import latest
 from graftwork.training.state import checkpoint
 from tests.helpers import tiny_run
+from tests.helpers.tiny_run import finetune
 
 
 class Run:

@@ -10,12 +10,12 @@ from lightning.pytorch import Callback
 
 from graftwork.errors import TrainingError
 from graftwork.peft import IA3, LoRA
-from graftwork.training import finetune
 from graftwork.training.callbacks import SelfCheck
 from graftwork.training.checksums import changed, checksum, checksums
 from tests.helpers import tiny_run
 from tests.helpers.distributed import run_ranks
 from tests.helpers.standin import Rows, StandIn, trainer_for
+from tests.helpers.tiny_run import finetune
 
 
 def run(data: Path, root: Path, callback: Callback, peft: Any = None, **optim: Any) -> None:

@@ -13,10 +13,10 @@ from graftwork import models
 from graftwork.errors import ConfigError, MatchError, ParallelismError
 from graftwork.models import T5
 from graftwork.peft import IA3, PEFT, CanonicalAdapter, LoRA, PTuning
-from graftwork.training import finetune
 from graftwork.training.callbacks import Interrupted, Report
 from tests.contracts.methods import shake
 from tests.helpers import tiny_run
+from tests.helpers.tiny_run import finetune
 from tests.helpers.tiny_t5 import ids, masks, shape
 
 SIZES: dict[str, Any] = {"vocab_size": tiny_run.SHAPE.vocab_size, "hidden_dropout": 0.1, "attention_dropout": 0.1}

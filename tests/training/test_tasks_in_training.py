@@ -12,8 +12,8 @@ from graftwork.data import SFTDataModule
 from graftwork.errors import ConfigError, DataError
 from graftwork.models import GPT
 from graftwork.peft import PromptTuning, PTuning
-from graftwork.training import finetune
 from tests.helpers import tiny_run
+from tests.helpers.tiny_run import finetune
 
 TEMPLATES = {"mood": "Review: {input}\nSentiment:", "end": "{input} ends with"}
 ANSWERS = {"mood": ["positive", "negative"], "end": ["sun", "film", "girl"]}

@@ -13,12 +13,12 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from graftwork.errors import CheckpointError, ConfigError
 from graftwork.parallel import sharded_files
 from graftwork.peft import IA3, LoRA
-from graftwork.training import finetune
 from graftwork.training.callbacks import Interrupted, Report, TrainingState
 from graftwork.training.optimizer.shards import OPTIMIZER
 from graftwork.training.run_directory import latest, locked, prune, state_path, states
 from graftwork.training.state import checkpoint
 from tests.helpers import tiny_run
+from tests.helpers.tiny_run import finetune
 
 
 def run(data: Path, root: Path, stop: int | None = None, peft: Any = "lora", **options: Any) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from torch import Tensor
 from graftwork.layout import Layout
 from graftwork.optim import AdamW
 from graftwork.peft import IA3, PEFT, CanonicalAdapter, LoRA, PTuning
-from graftwork.training import finetune
 from graftwork.training.callbacks import Report
 from graftwork.training.optimizer import Update
 from graftwork.training.run_directory import latest, states
 from graftwork.training.state import checkpoint
 from tests.contracts.methods import make
 from tests.helpers import tiny_run
+from tests.helpers.tiny_run import finetune
 
 BEFORE = Path(__file__).parents[1] / "written_before"
 STEPS = 3

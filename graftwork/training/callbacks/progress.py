@@ -11,11 +11,12 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from tqdm import tqdm
 
 from graftwork.training.callbacks.throughput import Throughput
+from graftwork.training.summary import peak_memory_bytes
 from graftwork.training.trainee import callbacks_of
 
 
 class Progress(ProgressBar):
-    """Steps, loss, learning rate, tokens/s and time left; rank 0 only.
+    """Steps, loss, learning rate, tokens/s, peak memory of this process and time left; rank 0 only.
 
     Args:
         every_seconds: Where stderr is no terminal (Slurm, CI), at most one line in this many seconds; the first and
@@ -42,6 +43,11 @@ class Progress(ProgressBar):
         text = kwargs.get("sep", " ").join(map(str, args))
         tqdm.write(text) if self._bar is not None else print(text, flush=True)
 
+    def tell(self, text: str) -> None:
+        """Print a line where progress is shown."""
+        if self._enabled:
+            self.print(text)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar where there is a terminal."""
         if self._enabled and sys.stderr.isatty():
@@ -65,8 +71,8 @@ class Progress(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the validation loss."""
         loss = trainer.callback_metrics.get("val_loss")
-        if self._enabled and loss is not None and not trainer.sanity_checking:
-            self.print(f"step {trainer.global_step}: val_loss {float(loss):.4f}")
+        if loss is not None and not trainer.sanity_checking:
+            tell(trainer, f"step {trainer.global_step}: val_loss {float(loss):.4f}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
@@ -84,6 +90,13 @@ class Progress(ProgressBar):
     def _due(self, trainer: Trainer) -> bool:
         edge = self._last_line == -math.inf or trainer.global_step == _total(trainer)
         return edge or time.monotonic() - self._last_line >= self.every_seconds
+
+
+def tell(trainer: Trainer, text: str) -> None:
+    """Print a line among those of ``trainer``'s progress, on the first rank; nothing where none is shown."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, Progress) and trainer.is_global_zero:
+            callback.tell(text)
 
 
 def line(trainer: Trainer) -> str:
@@ -110,7 +123,8 @@ def _parts(trainer: Trainer) -> list[str]:
     rates = [float(v) for k, v in metrics.items() if k == "lr" or k.startswith("lr/")]
     parts += [f"lr {max(rates):.2e}"] if rates else []
     rate = _throughput(trainer)
-    return parts + ([f"{rate.average:,.0f} tokens/s"] if rate is not None and rate.average else [])
+    parts += [f"{rate.average:,.0f} tokens/s"] if rate is not None and rate.average else []
+    return [*parts, f"{peak_memory_bytes() / 1e9:.2f} GB"]
 
 
 def _throughput(trainer: Trainer) -> Throughput | None:

@@ -65,11 +65,8 @@ class Report(WritesRunDown, Callback):
         self._every, self._parameters = saved.every, saved.parameters
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count parameters and tell them."""
-        self._parameters = trained, total = count_parameters(pl_module)
-        names = ", ".join(str(t) for t in trainee(pl_module).adapters.values()) or "full fine-tuning"
-        if trainer.is_global_zero:
-            print(f"training {names}: {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)", flush=True)
+        """Count parameters."""
+        self._parameters = count_parameters(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
