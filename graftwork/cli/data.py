@@ -23,7 +23,8 @@ from graftwork.training import finetune
 DEFAULT = "smollm2_135m"
 """The recipe whose tokenizer and lengths are used where none is named."""
 
-FIELDS = frozenset(inspect.signature(SFTDataModule).parameters)
+FIELDS, PARTS = (frozenset(inspect.signature(one).parameters) for one in (SFTDataModule, finetune))
+"""Fields of the data, and of the whole recipe."""
 
 
 def data(train: str, output: Optional[str] = None, limit: int = MOST, rows: int = SHOWN) -> None:
@@ -58,7 +59,7 @@ class DataContext(GraftContext):
             elif name in ("limit", "rows") and equals:
                 setattr(self, name, _number(name, value))
             else:
-                rest.append(f"data.{arg}" if name in FIELDS and equals else arg)
+                rest.append(f"data.{arg}" if _is_of_data(name) and equals else arg)
         if self.written() is None:
             self.factory = self.factory or DEFAULT
         return super().configured(fn, rest)
@@ -76,6 +77,11 @@ class DataContext(GraftContext):
             typer.echo(f"\nwritten: {self.output}")
         if found.problems:
             raise SystemExit(BAD_INPUT)
+
+
+def _is_of_data(name: str) -> bool:
+    """Whether a name is meant to be a field of the data: also one that is no field at all, which may be misspelt."""
+    return name in FIELDS or (name.isidentifier() and name not in PARTS)
 
 
 def _number(name: str, value: str) -> int:

@@ -69,23 +69,14 @@ class SFTDataModule(pl.LightningDataModule):
         train_weights: Optional[list[int]] = None,
     ) -> None:
         super().__init__()
-        self.files: dict[str, Optional[Source]] = {
-            "train": train,
-            "validation": validation,
-            "test": test,
-            "predict": predict,
-        }
-        self.seq_length = seq_length
-        self.answer_length = answer_length
-        self.micro_batch_size = micro_batch_size
-        self.global_batch_size = global_batch_size
+        self.files: dict[str, Optional[Source]]
+        self.files = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.seq_length, self.answer_length = seq_length, answer_length
+        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.packing = packing
-        self.validation_fraction = validation_fraction
-        self.seed = seed
-        self.num_workers = num_workers
-        self.cache_dir = cache_dir
-        self.row_layout = row_layout
-        self.train_weights = train_weights
+        self.validation_fraction, self.seed = validation_fraction, seed
+        self.num_workers, self.cache_dir = num_workers, cache_dir
+        self.row_layout, self.train_weights = row_layout, train_weights
         self.report: dict[str, Report] = {}  # per split: what became of its rows
         self._format = RowFormat(
             prompt_template=prompt_template, answer_template=answer_template, add_bos=add_bos, add_eos=add_eos,

@@ -55,14 +55,13 @@ def _lengths(one: Lengths, rows: int, seq_length: int) -> Iterator[str]:
 def _repeats(found: Inspection) -> list[str]:
     told = [_repeat(one) for one in found.repeats if one.rows]
     if asked := found.findings.asked_before:
-        told.append(f"{asked:,} rows of validation ask what a row of train asks, with another answer")
-    return told or ["no row stands twice, in a split or across splits"]
+        told.append(f"{asked:,} of validation asked in train, with another answer")
+    return [f"rows that stand twice: {'; '.join(told) or 'none, in a split or across splits'}"]
 
 
 def _repeat(one: Repeats) -> str:
-    if one.split == one.other:
-        return f"{one.rows:,} rows of {one.split} stand in it already"
-    return f"{one.rows:,} rows of {one.split} stand in {one.other} too"
+    within = one.split == one.other
+    return f"{one.rows:,} within {one.split}" if within else f"{one.rows:,} of {one.split} in {one.other} too"
 
 
 def _shown(one: Shown, colour: bool) -> list[str]:

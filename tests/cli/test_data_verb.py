@@ -36,9 +36,7 @@ def test_it_says_what_a_run_would_do_with_the_rows(place: Path, capsys: pytest.C
     assert "train: train.jsonl: Alpaca rows (instruction, input, output), 61 rows" in out and report["truncated"] > 0
     assert f"seq_length=32: {report['truncated']:,} of 61 rows" in out
     assert f"packed: {report['packed_rows']} rows of 32 tokens, {report['packing_efficiency']:.1%} full" in out
-    assert (
-        "1 rows of train stand in it already\n2 rows of validation stand in train too\n1 rows of validation ask" in out
-    )
+    assert "twice: 1 within train; 2 of validation in train too; 1 of validation asked in train, with another" in out
     assert "train.jsonl, line 1, " in out and "Say 0 films.« answer 0<|im_end|>»" in out and "line 3, " not in out
     assert "\x1b" not in out and out.rstrip().endswith("no problems found\n\nwritten: lengths.png")
     assert (place / "lengths.png").read_bytes().startswith(b"\x89PNG")
@@ -62,7 +60,7 @@ def test_rows_that_would_stop_a_run_end_with_2(place: Path, capsys: pytest.Captu
     (place / "mixed.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"prompt": "a", "completion": "b"}\n')
     for args, said in [
         (["mixed.jsonl"], "mixed.jsonl, line 2: the row belongs to prompt/completion rows"),
-        (["trian.jsonl"], "did you mean 'train.jsonl'?"),
+        (["trian.jsonl"], "did you mean 'train.jsonl'"),
         (["train.jsonl", "row_layout=sharegpt"], "line 1: field 'conversations' is missing"),
         (["train.jsonl", "limit=0"], "limit=0 is not valid: a whole number from 1 on"),
         (["train.jsonl", "seq_lenght=3"], "seq_length"),
