@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, Optional
 
 import nemo_run as run
 import typer
@@ -42,12 +42,15 @@ class GraftContext(run.cli.RunContext):
     takes: ClassVar[tuple[str, ...]] = ("profile", "plan", "file", "from_adapter")
     """The fields of ``Options`` that a verb with a recipe accepts; one without a recipe accepts none."""
 
+    words: ClassVar[Optional[str]] = None
+    """The verb whose bare words are taken, where it is not the one that is configured."""
+
     def cli_execute(self, fn: Maker, args: list[str], entrypoint_type: str = "task") -> None:
         """Run ``fn`` with overrides ``args``; exits 2 on bad input and 1 on a failed run."""
         heap.started()
         with stoppable(), one_line_errors():
             self.options, args = own_options(args, self.takes if fn is finetune else ())
-            args = words_as_fields(fn.__name__, args)
+            args = words_as_fields(self.words or fn.__name__, args)
             check_recipe_files(self.yaml, self.factory, args)
             own = with_profile([a for a in args if a.startswith("run.")], self.options.profile)
             task_args = stack_as_list([a for a in args if not a.startswith("run.")])

@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from graftwork.data.files import READERS
+from graftwork.data.files import is_data
 from graftwork.errors import ConfigError, quoted, suggest
 from graftwork.executors import EXECUTORS
 from graftwork.peft import METHODS
@@ -107,7 +107,7 @@ def _is_registered(node: ast.AST) -> bool:
 
 
 def _is_importable(node: ast.AST) -> bool:
-    if not isinstance(node, ast.Attribute) or f".{node.attr}" in READERS:  # test.jsonl is a file
+    if not isinstance(node, ast.Attribute) or _is_file(node):  # test.jsonl, and test.jsonl.gz
         return False
     root: ast.AST = node
     while isinstance(root, ast.Attribute):
@@ -115,3 +115,7 @@ def _is_importable(node: ast.AST) -> bool:
     if not isinstance(root, ast.Name):
         return True
     return root.id in sys.modules or importlib.util.find_spec(root.id) is not None
+
+
+def _is_file(node: ast.Attribute) -> bool:
+    return is_data(Path(ast.unparse(node)))

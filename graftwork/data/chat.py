@@ -16,6 +16,7 @@ _DAY = "26 Jul 2024"
 def learned_pieces(tokenizer: Tokenizer, chat: Chat, place: Place, add_eos: bool) -> list[Piece]:
     """Text of the conversation up to the last assistant turn; every assistant turn with its end token is learned.
 
+    One of weight 0 is read only.
     A turn is found as the text that rendering one message more adds; raises DataError where the template rewrites
     earlier text, because no such turn exists then.
     """
@@ -31,7 +32,7 @@ def learned_pieces(tokenizer: Tokenizer, chat: Chat, place: Place, add_eos: bool
                 "or rows with 'input' and 'output'."
             )
         answer, rest = _split_end(after[len(before) :], tokenizer.eos_token)
-        pieces += [Piece(before[len(done) :]), Piece(answer, loss=True), Piece(rest)]
+        pieces += [Piece(before[len(done) :]), Piece(answer, loss=chat.messages[turn].learned), Piece(rest)]
         done = after
     return _close(pieces, tokenizer, add_eos)
 
@@ -87,7 +88,9 @@ def render(tokenizer: Tokenizer, chat: Chat, place: Place, count: int, generatio
         )
     messages = [message.model_dump() for message in chat.messages[:count]]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        return tokenizer.apply_chat_template(
+            messages, tools=chat.tools, tokenize=False, add_generation_prompt=generation
+        )
     except TemplateError as error:
         raise DataError(f"{place}: the tokenizer's chat template refuses the messages: {error}.") from None
 
@@ -103,5 +106,5 @@ def _close(pieces: list[Piece], tokenizer: Tokenizer, add_eos: bool) -> list[Pie
     kept = pieces[:-1]
     end, end_id = tokenizer.eos_token, tokenizer.eos_token_id
     if add_eos and end is not None and end_id is not None and not kept[-1].text.endswith(end):
-        kept.append(Piece(ids=(end_id,), loss=True))
+        kept.append(Piece(ids=(end_id,), loss=kept[-1].loss))
     return kept
