@@ -81,8 +81,8 @@ bench-memory: $(STAMP) ## memory of small runs on this CPU beside what a plan sa
 	@$(BIN)/python -W ignore benchmarks/memory.py
 
 docs: $(STAMP) ## build the documentation site into site/
-	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
-	@$(BIN)/mkdocs build --strict -q && echo "site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict > $(VENV)/docs.log 2>&1 || { cat $(VENV)/docs.log; exit 1; } # --quiet hides what --strict counts
+	@echo "site/index.html"
 
 AUDIT := $(VENV)-audit
 

@@ -45,6 +45,12 @@ class LaunchError(GraftworkError, RuntimeError):
     """A launched task failed, or could not be started."""
 
 
+def where_to_read(error: GraftworkError) -> str:
+    """Return the section of the documentation on errors of this class: that of the class in this module."""
+    public = next(kind for kind in type(error).__mro__ if kind.__module__ == __name__)
+    return f"docs/troubleshooting.md#{public.__name__.lower()}"
+
+
 def quoted(value: object, limit: int = 120, bare: bool = False) -> str:
     """Return ``value`` as an error quotes it: on one line, its middle cut out beyond ``limit`` characters.
 

@@ -21,6 +21,8 @@ HELP = {
 
     nemorun graft finetune --factory smollm2_135m 'peft=[lora(dim=16),ptuning]' data.train=train.jsonl --yes
 
+    A base without a recipe makes one of its own files: --factory "auto(base=path/to/checkpoint)".
+
     Any field of the recipe is an override: trainer.max_steps=60, optim.lr=1e-3, 'peft[0].layers=[0,1]', peft=None for
     full fine-tuning. --dryrun prints every field.""",
     "graftwork.inference:generate": """Answer prompts with a base model and maybe an adapter.
@@ -56,6 +58,14 @@ HELP = {
     nemorun graft plan --factory llama2_70b 'peft=[lora]' device=H100 --fit 8xH100
 
     What finetune takes is taken too. Exits 2 where there are problems; output=FILE keeps the plan as JSON.""",
+    "graftwork.cli.data:data": """Tell what data files hold: layout, lengths, cuts, packing, repeats, rows as learned.
+
+    nemorun graft data train.jsonl
+    nemorun graft data train.jsonl validation=test.jsonl tokenizer=path/to/tokenizer seq_length=512 output=lengths.png
+    nemorun graft data --factory llama2_7b data.train=train.jsonl limit=1000 rows=5
+
+    What finetune takes is taken too; a field of the data may leave out its 'data.'. limit: rows of a file that are
+    looked at; rows: how many are shown; output: the lengths as PNG. Exits 2 where rows would stop a run.""",
     "graftwork.cli.sweep:sweep": """Train every combination of some fields' values, each in a directory of its own.
 
     nemorun graft sweep --factory smollm2_135m 'sweep.peft[0].dim=[8,16]' 'sweep.optim.lr=[1e-4,1e-3]' parallel=2 --yes
@@ -87,6 +97,7 @@ HELP = {
 
 CONTEXTS = {
     "graftwork.cli.plan:plan": "graftwork.cli.plan:PlanContext",
+    "graftwork.cli.data:data": "graftwork.cli.data:DataContext",
     "graftwork.cli.sweep:sweep": "graftwork.cli.sweep:SweepContext",
 }
 """Where the context of a verb stands that does not run as it is called; the others have ``GraftContext``."""

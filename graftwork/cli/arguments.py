@@ -16,6 +16,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "compare": ("directories*",),
     "verify": ("directory",),
     "completion": ("shell",),
+    "data": ("train",),
 }
 """The fields of a verb that bare words fill in turn; one that ends in ``*`` takes all that are left, as a list."""
 

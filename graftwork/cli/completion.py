@@ -15,7 +15,7 @@ from graftwork.cli.arguments import OPTIONS
 from graftwork.errors import ConfigError, suggest
 from graftwork.executors import EXECUTORS
 from graftwork.peft import METHODS
-from graftwork.recipes import RECIPES
+from graftwork.recipes import AUTO, RECIPES
 from graftwork.recipes.show import SELF
 
 WITH_RECIPE = ("finetune", "sweep")
@@ -39,7 +39,7 @@ def script(shell: str) -> str:
     """Return the completion script of a shell."""
     verbs = {place.rpartition(":")[2]: place for place in HELP}
     fields = {verb: sorted(_fields(verb, place)) for verb, place in verbs.items()}
-    lists = {"verbs": list(verbs), "recipes": list(RECIPES), "options": sorted({*NEMO_RUN_OPTIONS, *OPTIONS})}
+    lists = {"verbs": list(verbs), "recipes": [*RECIPES, AUTO], "options": sorted({*NEMO_RUN_OPTIONS, *OPTIONS})}
     lists |= {f"fields_{verb}": found for verb, found in fields.items()}
     return "\n".join([*_lists(lists), _CANDIDATES, _ENDS[shell]])
 

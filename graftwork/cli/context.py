@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, Optional
 
 import nemo_run as run
 import typer
@@ -22,7 +22,7 @@ from graftwork.cli.overrides import (
 )
 from graftwork.cli.recipe_file import check_recipe_files
 from graftwork.endings import stoppable
-from graftwork.errors import ConfigError, GraftworkError, quoted
+from graftwork.errors import ConfigError, GraftworkError, quoted, where_to_read
 from graftwork.executors import launch, local
 from graftwork.executors.cluster.profile import read_profile
 from graftwork.executors.placing.placement import check_placement, wanted
@@ -42,12 +42,15 @@ class GraftContext(run.cli.RunContext):
     takes: ClassVar[tuple[str, ...]] = ("profile", "plan", "file", "from_adapter")
     """The fields of ``Options`` that a verb with a recipe accepts; one without a recipe accepts none."""
 
+    words: ClassVar[Optional[str]] = None
+    """The verb whose bare words are taken, where it is not the one that is configured."""
+
     def cli_execute(self, fn: Maker, args: list[str], entrypoint_type: str = "task") -> None:
         """Run ``fn`` with overrides ``args``; exits 2 on bad input and 1 on a failed run."""
         heap.started()
         with stoppable(), one_line_errors():
             self.options, args = own_options(args, self.takes if fn is finetune else ())
-            args = words_as_fields(fn.__name__, args)
+            args = words_as_fields(self.words or fn.__name__, args)
             check_recipe_files(self.yaml, self.factory, args)
             own = with_profile([a for a in args if a.startswith("run.")], self.options.profile)
             task_args = stack_as_list([a for a in args if not a.startswith("run.")])
@@ -168,11 +171,16 @@ def parsing(explain: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print a GraftworkError as ``error: ...`` on stderr and exit; other exceptions pass."""
+    """Print a GraftworkError as ``error: ...`` on stderr and exit; other exceptions pass.
+
+    People, not programs or logs, are told in a second line where to read on.
+    """
     # NeMo Run's parser logs each error before raising it; the raised one is printed here.
     logging.getLogger("nemo_run.cli.cli_parser").setLevel(logging.CRITICAL)
     try:
         yield
     except GraftworkError as error:
         typer.echo(f"error: {sentence(error)}", err=True)
+        if sys.stderr.isatty():
+            typer.echo(f"see: {where_to_read(error)}", err=True)
         raise SystemExit(exit_code(error)) from error

@@ -1,4 +1,4 @@
-"""What names mean on the command line: every recipe, PEFT method and executor of the registries."""
+"""What names mean on the command line: every recipe, that of any base, PEFT method and executor of the registries."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import nemo_run as run
 
 from graftwork.executors import EXECUTORS
 from graftwork.peft import METHODS, PEFT
-from graftwork.recipes import RECIPES
+from graftwork.recipes import AUTO, RECIPES, auto
 from graftwork.training import finetune
 
 
@@ -15,6 +15,7 @@ def register() -> None:
     """Register recipes under ``--factory``, methods under ``peft=`` and executors under ``run.executor=``."""
     for name, recipe in RECIPES.items():
         run.cli.factory(_named(recipe.finetune_recipe, name), target=finetune)
+    run.cli.factory(_named(auto.finetune_recipe, AUTO), target=finetune)
     for method in METHODS.values():
         run.cli.factory(_named(_config_of(method), method.short_name()), target=PEFT)
     for name, executor in EXECUTORS.items():

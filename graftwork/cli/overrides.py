@@ -53,8 +53,26 @@ def explain_overrides(fn: Maker, factory: str | None, args: list[str]) -> str:
     """Return why ``--factory`` or one of ``args`` was refused, or an empty string when nothing is found."""
     if isinstance(factory, str) and (reason := explain_call(factory, factories(fn), "recipe")):
         return reason
-    config = parse_factory(fn, "", fn, factory) if isinstance(factory, str) else run.Partial(fn)
+    try:
+        config = parse_factory(fn, "", fn, factory) if isinstance(factory, str) else run.Partial(fn)
+    except PARSE_ERRORS:
+        return explain_arguments(str(factory), factories(fn))
     return explain_fields(config, args)
+
+
+def explain_arguments(call: str, makers: dict[str, Maker]) -> str:
+    """Return which argument of ``name(argument=value)`` has a value of the wrong type, or ''."""
+    found = _CALL.match(call.strip())
+    name, arguments = found.groups() if found else (call, "")
+    for argument in split_calls(arguments or ""):
+        field, _, value = argument.partition("=")
+        try:
+            run.cli.parse_cli_args(makers[name], [argument], output_type=run.Partial)
+        except PARSE_ERRORS:
+            return explain_value(
+                f"{name}: {field}", value, inspect.signature(makers[name]).parameters[field].annotation
+            )
+    return ""
 
 
 def explain_fields(config: run.Config, args: list[str]) -> str:
@@ -100,7 +118,10 @@ def explain_call(call: str, makers: dict[str, Maker], what: str) -> str:
     if name not in makers:
         return f"no {what} is called {name!r}; {suggest(name, makers)}"
     valid = list(inspect.signature(makers[name]).parameters)
-    given = [a.split("=")[0].strip() for a in split_calls(arguments or "")]
+    calls = split_calls(arguments or "")
+    if odd := next((call for call in calls[1:] if "=" not in call), None):
+        return f"{odd!r} of {name}(...) is no argument=value; a comma separates arguments, and no value can hold one."
+    given = [a.split("=")[0].strip() for a in calls if "=" in a]
     wrong = next((g for g in given if g not in valid), None)
     return f"{name} has no argument {wrong!r}; {suggest(wrong, valid)}" if wrong else ""
 

@@ -10,11 +10,11 @@ import re
 import sys
 from pathlib import Path
 
-from graftwork.data.files import READERS
+from graftwork.data.files import is_data
 from graftwork.errors import ConfigError, quoted, suggest
 from graftwork.executors import EXECUTORS
 from graftwork.peft import METHODS
-from graftwork.recipes import RECIPES
+from graftwork.recipes import AUTO, RECIPES
 from graftwork.recipes.allowed import TRUSTED, targets, trusting
 from graftwork.recipes.document import places, read_document
 
@@ -102,12 +102,12 @@ def names_code(text: str) -> bool:
 
 def _is_registered(node: ast.AST) -> bool:
     """Whether a call is that of a method, recipe or executor by its name: NeMo Run looks it up, and imports nothing."""
-    names = {*RECIPES, *EXECUTORS, *(method.short_name() for method in METHODS.values())}
+    names = {*RECIPES, AUTO, *EXECUTORS, *(method.short_name() for method in METHODS.values())}
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
 
 
 def _is_importable(node: ast.AST) -> bool:
-    if not isinstance(node, ast.Attribute) or f".{node.attr}" in READERS:  # test.jsonl is a file
+    if not isinstance(node, ast.Attribute) or _is_file(node):  # test.jsonl, and test.jsonl.gz
         return False
     root: ast.AST = node
     while isinstance(root, ast.Attribute):
@@ -115,3 +115,7 @@ def _is_importable(node: ast.AST) -> bool:
     if not isinstance(root, ast.Name):
         return True
     return root.id in sys.modules or importlib.util.find_spec(root.id) is not None
+
+
+def _is_file(node: ast.Attribute) -> bool:
+    return is_data(Path(ast.unparse(node)))

@@ -28,7 +28,7 @@ class Report(TypedDict, total=False):
     """What became of the rows of a file: how many were kept, cut or dropped, their tokens, and how they pack.
 
     ``unread`` names fields that no template reads, ``adapters`` those that rows are sent to, ``largest_id`` is the
-    largest id of the vocabulary in use.
+    largest id of the vocabulary in use, ``layout`` says what rows hold.
     """
 
     file: str
@@ -41,6 +41,7 @@ class Report(TypedDict, total=False):
     unread: list[str]
     adapters: list[str]
     largest_id: int
+    layout: str
     packed_rows: int
     packing_efficiency: float
 
@@ -49,6 +50,22 @@ _REPORT: TypeAdapter[dict[str, int | float | str | list[str]]] = TypeAdapter(dic
 
 Produce = Callable[[Report], Iterator[Columns]]
 """Yields the rows of a table and fills in its report."""
+
+
+def joined(reports: Sequence[Report]) -> Report:
+    """The report of several files as of one."""
+    return Report(
+        rows=sum(one["rows"] for one in reports),
+        truncated=sum(one["truncated"] for one in reports),
+        dropped=sum(one["dropped"] for one in reports),
+        tokens=sum(one["tokens"] for one in reports),
+        answer_tokens=sum(one["answer_tokens"] for one in reports),
+        longest=max(one["longest"] for one in reports),
+        largest_id=max(one["largest_id"] for one in reports),
+        adapters=sorted({name for one in reports for name in one["adapters"]}),
+        unread=sorted({name for one in reports for name in one["unread"]}),
+        layout=" and ".join(dict.fromkeys(one["layout"] for one in reports)),
+    )
 
 
 def cache_key(**parts: object) -> str:

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Optional
 
 from graftwork.data.cache import Columns, Report
 from graftwork.data.encoder import Placed, RowEncoder
 from graftwork.data.files import read_rows
-from graftwork.data.schema import Place, parse_row
+from graftwork.data.place import Place
+from graftwork.data.row_layout import in_one_layout, layout_of
+from graftwork.data.schema import parse_row
 from graftwork.data.sequence import Sequence
 from graftwork.data.workers import mapped, processes
 from graftwork.errors import quoted
@@ -26,14 +29,24 @@ MOST_NAMED = 20
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a file that follow each other: their numbers, and each as it was read with its place."""
+    """Some rows of a file that follow each other: their numbers, and each as it was read with its place.
+
+    ``layout``: the name of the one that they are said to have, None where their columns tell it.
+    """
 
     rows: list[int]
     read: list[tuple[Place, object]]
+    layout: Optional[str] = None
 
     def placed(self, answered: bool) -> list[Placed]:
         """Return the rows, checked."""
-        return [(place, parse_row(raw, place, answered=answered)) for place, raw in self.read]
+        return [(place, parse_row(raw, place, answered=answered, layout=self.layout)) for place, raw in self.read]
+
+    @property
+    def told(self) -> str:
+        """The rows' layout in words."""
+        place, raw = self.read[0]
+        return str(layout_of(raw, place, self.layout)) if isinstance(raw, dict) else ""
 
     @property
     def shares(self) -> list[float]:
@@ -54,6 +67,7 @@ class Tally:
     longest: int = 0
     adapters: set[str] = field(default_factory=set)
     unread: set[str] = field(default_factory=set)
+    layout: str = ""
 
     def count(self, sequences: list[Sequence]) -> None:
         """Count the rows that were kept."""
@@ -80,12 +94,14 @@ class Tally:
         self.longest = max(self.longest, other.longest)
         self.adapters |= other.adapters
         self.unread |= other.unread
+        self.layout = self.layout or other.layout
 
     @property
     def names(self) -> Report:
         """The part of the report that names things, and the largest id."""
         unread = [quoted(name, 60, bare=True) for name in sorted(self.unread)[:MOST_NAMED]]
-        return Report(largest_id=self.largest_id, adapters=sorted(self.adapters), unread=unread)
+        adapters = sorted(self.adapters)
+        return Report(largest_id=self.largest_id, adapters=adapters, unread=unread, layout=self.layout)
 
     @property
     def counts(self) -> Report:
@@ -100,25 +116,26 @@ class Tally:
         )
 
 
-def learn(path: str, encoder: RowEncoder, report: Report) -> Iterator[Columns]:
+def learn(path: str, encoder: RowEncoder, layout: Optional[str], report: Report) -> Iterator[Columns]:
     """Yield columns to learn from, a large file's by several processes; raises DataError on a malformed row."""
     whole = Tally()
     report.update(whole.counts | whole.names)
     many = Path(path).stat().st_size >= LARGE
-    for columns, part in mapped(partial(_learned, encoder), _chunks(path), processes() if many else 1):
+    for columns, part in mapped(partial(_learned, encoder), _chunks(path, layout), processes() if many else 1):
         whole.add(part)
         report.update(whole.counts | whole.names)
         yield columns
 
 
-def ask(path: str, encoder: RowEncoder, report: Report) -> Iterator[Columns]:
+def ask(path: str, encoder: RowEncoder, layout: Optional[str], report: Report) -> Iterator[Columns]:
     """Yield columns to ask a model; raises DataError on a malformed row."""
     whole = Tally()
     report.update(whole.names)
-    for chunk in _chunks(path):
+    for chunk in _chunks(path, layout):
         placed = chunk.placed(answered=False)
         found = encoder.ask(placed)
         whole.note(encoder, placed)
+        whole.layout = chunk.told
         report.update(whole.names)
         yield {
             "tokens": [tokens for tokens, _, _ in found],
@@ -136,10 +153,10 @@ def share(raw: object) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _chunks(path: str) -> Iterator[Chunk]:
-    numbered = enumerate(read_rows(path))
+def _chunks(path: str, layout: Optional[str]) -> Iterator[Chunk]:
+    numbered = enumerate(in_one_layout(read_rows(path), layout))
     while chunk := list(itertools.islice(numbered, CHUNK)):
-        yield Chunk([row for row, _ in chunk], [read for _, read in chunk])
+        yield Chunk([row for row, _ in chunk], [read for _, read in chunk], layout)
 
 
 def _learned(encoder: RowEncoder, chunk: Chunk) -> tuple[Columns, Tally]:
@@ -147,7 +164,7 @@ def _learned(encoder: RowEncoder, chunk: Chunk) -> tuple[Columns, Tally]:
     found = encoder.learn(placed)
     kept = [i for i, (sequence, _) in enumerate(found) if sequence is not None]
     sequences = [sequence for sequence, _ in found if sequence is not None]
-    tally = Tally(dropped=len(found) - len(kept), truncated=sum(cut > 0 for _, cut in found))
+    tally = Tally(dropped=len(found) - len(kept), truncated=sum(cut > 0 for _, cut in found), layout=chunk.told)
     tally.count(sequences)
     tally.note(encoder, placed)
     shares = chunk.shares

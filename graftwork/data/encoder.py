@@ -137,7 +137,7 @@ class RowEncoder:
         if isinstance(row, Chat):
             pieces, answer = chat.prompt_pieces(self.tokenizer, row, place)
             return pieces, chat.question(row), answer
-        return self._prompt(row, place), row.input, row.output
+        return self._prompt(row, place), row.question, row.output
 
     def _prompt(self, row: Prompt, place: Place) -> list[Piece]:
         end = self.text.source_end if self.seq2seq else []

@@ -1,19 +1,24 @@
-"""Tokenised rows of one file: built once through the cache, read by number."""
+"""Tokenised rows of files: built once through the cache, a file at a time, read by number."""
 
+import bisect
 import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 import numpy
 import pyarrow
 
 from graftwork.batch import IGNORED
-from graftwork.data.cache import Report, cache_key, cached_table
+from graftwork.data.cache import Columns, Report, cache_key, cached_table, joined
+from graftwork.data.compressed import ending
 from graftwork.data.encoded import ask, learn
 from graftwork.data.encoder import RowEncoder
-from graftwork.data.files import content_hash
+from graftwork.data.files import content_hash, unit
+from graftwork.data.place import Place
+from graftwork.data.source import Source, source_files, title
 from graftwork.data.tokenizer import fingerprint
 from graftwork.errors import DataError, quoted, suggest
 from graftwork.ways import Way
@@ -21,8 +26,11 @@ from graftwork.ways import Way
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_NEEDED = frozenset({"unread", "largest_id", "adapters"})
+_NEEDED = frozenset({"unread", "largest_id", "adapters", "layout"})
 """What the report of an entry must say; those of an earlier version do not."""
+
+Make = Callable[[str, RowEncoder, Optional[str], Report], Iterator[Columns]]
+"""Yields the rows of a file in a layout, and fills in its report."""
 
 LEARNED = pyarrow.schema(
     [
@@ -68,9 +76,19 @@ class LearnedRows:
     """Rows to learn from; ``lengths`` int32 [len(self)] counts tokens, virtual ones included.
 
     ``answers`` int32 [len(self)] counts those that a decoder gives; zeros where one sequence holds prompt and answer.
+    ``files`` in turn; ``ends``: rows of the table up to the end of each; ``firsts``: dataset rows before each, those
+    that were dropped included.
     """
 
-    def __init__(self, table: "Dataset", chosen: numpy.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        table: "Dataset",
+        chosen: numpy.ndarray | None = None,
+        *,
+        files: Sequence[str],
+        ends: Sequence[int],
+        firsts: Sequence[int],
+    ) -> None:
         count = table.num_rows
         self.chosen = numpy.arange(count) if chosen is None else chosen
         self.lengths: numpy.ndarray = table.data.column("length").to_numpy()[self.chosen]
@@ -78,6 +96,7 @@ class LearnedRows:
         if "answer" in table.column_names:
             self.answers = table.data.column("answer").to_numpy()[self.chosen]
         self._table = table
+        self._files, self._ends, self._firsts = files, ends, firsts
         self._reader = table.with_format("arrow", columns=["tokens", "loss", "row", "adapters"])
 
     def __len__(self) -> int:
@@ -110,14 +129,21 @@ class LearnedRows:
 
     def take(self, chosen: numpy.ndarray) -> "LearnedRows":
         """Only the rows with these numbers."""
-        return LearnedRows(self._table, self.chosen[chosen])
+        return LearnedRows(self._table, self.chosen[chosen], files=self._files, ends=self._ends, firsts=self._firsts)
 
-    def number_of(self, row: int) -> int:
-        """1-based line (or Parquet row) of dataset row ``row``."""
+    def place_of(self, row: int) -> Place:
+        """Where dataset row ``row`` stands; raises DataError for one that is not there."""
         at = numpy.flatnonzero(self._table.data.column("row").to_numpy() == row)
         if not len(at):
             raise DataError(f"there is no dataset row {row}; rows count from 0, dropped ones are missing.")
-        return int(self._table.data.column("number")[int(at[0])].as_py())
+        file = self._files[bisect.bisect_right(self._firsts, row) - 1]
+        return Place(file, unit(file), int(self._table.data.column("number")[int(at[0])].as_py()))
+
+    def counts(self, files: Sequence[int]) -> list[int]:
+        """How many rows come of each part, where part i is the next ``files[i]`` files."""
+        ends = [self._ends[end - 1] for end in itertools.accumulate(files)]
+        found: list[int] = numpy.diff(numpy.searchsorted(self.chosen, [0, *ends])).tolist()
+        return found
 
 
 def _labels(tokens: numpy.ndarray, learned: numpy.ndarray) -> numpy.ndarray:
@@ -126,20 +152,46 @@ def _labels(tokens: numpy.ndarray, learned: numpy.ndarray) -> numpy.ndarray:
     return labels
 
 
-def learned_rows(path: str, encoder: RowEncoder, root: Path) -> tuple[LearnedRows, Report]:
-    """Tokenise ``path`` to learn from, or find it in the cache; raises DataError on a malformed row."""
-    key = _key("learn", path, encoder)
-    schema = PAIRS if encoder.seq2seq else LEARNED
-    table, report = cached_table(root, key, schema, partial(learn, path, encoder), needed=_NEEDED)
-    if len(table) == 0:
-        raise DataError(f"every row of {path!r} was dropped as longer than seq_length={encoder.seq_length}.")
-    return LearnedRows(table), {"file": path, **report}
+def learned_rows(
+    source: Source, encoder: RowEncoder, root: Path, layout: Optional[str] = None
+) -> tuple[LearnedRows, Report]:
+    """Tokenise the files of ``source`` to learn from, or find them in the cache; raises DataError on a malformed row.
+
+    ``layout``: the name of the one that rows are said to have; None: as their columns tell.
+    """
+    schema, files = PAIRS if encoder.seq2seq else LEARNED, source_files(source)
+    found = [_cached(root, "learn", schema, learn, file, encoder, layout) for file in files]
+    report = joined([report for _, report in found])
+    if report["rows"] == 0:
+        raise DataError(f"every row of {title(source)!r} was dropped as longer than seq_length={encoder.seq_length}.")
+    ends = list(itertools.accumulate(len(table) for table, _ in found))
+    firsts = [0, *itertools.accumulate(report["rows"] + report["dropped"] for _, report in found)][:-1]
+    table = _one_table([table for table, _ in found], firsts)
+    return LearnedRows(table, files=files, ends=ends, firsts=firsts), {"file": title(source), **report}
 
 
-def asked_rows(path: str, encoder: RowEncoder, root: Path) -> "Dataset":
-    """Tokenised prompts of ``path`` as a ``datasets.Dataset`` with tokens, input, output and row."""
-    key = _key("ask", path, encoder)
-    return cached_table(root, key, ASKED, partial(ask, path, encoder), needed=_NEEDED)[0]
+def asked_rows(source: Source, encoder: RowEncoder, root: Path, layout: Optional[str] = None) -> "Dataset":
+    """Tokenised prompts of ``source`` as a ``datasets.Dataset`` with tokens, input, output and row."""
+    tables = [_cached(root, "ask", ASKED, ask, file, encoder, layout)[0] for file in source_files(source)]
+    return _one_table(tables, [0, *itertools.accumulate(map(len, tables))][:-1])
+
+
+def _cached(
+    root: Path, purpose: str, schema: pyarrow.Schema, make: Make, file: str, encoder: RowEncoder, layout: Optional[str]
+) -> tuple["Dataset", Report]:
+    key = _key(purpose, file, encoder, layout)
+    return cached_table(root, key, schema, partial(make, file, encoder, layout), needed=_NEEDED)
+
+
+def _one_table(tables: list["Dataset"], firsts: list[int]) -> "Dataset":
+    """Return the rows of several files as those of one, numbered from each file's first on."""
+    if len(tables) == 1:
+        return tables[0]
+    from datasets import concatenate_datasets
+
+    whole = concatenate_datasets(tables)
+    rows = whole.data.column("row").to_numpy() + numpy.repeat(firsts, [len(table) for table in tables])
+    return whole.remove_columns("row").add_column("row", rows)
 
 
 def check_adapters(named: list[str], attached: list[str] | None, path: str) -> None:
@@ -150,11 +202,11 @@ def check_adapters(named: list[str], attached: list[str] | None, path: str) -> N
             raise DataError(f"rows of {quoted(path)} are sent to the adapter {quoted(name)}; {valid}")
 
 
-def _key(purpose: str, path: str, encoder: RowEncoder) -> str:
+def _key(purpose: str, path: str, encoder: RowEncoder, layout: Optional[str]) -> str:
     prompt, answer = encoder.templates.key
     return cache_key(
         purpose=purpose,
-        kind=Path(path).suffix,
+        kind=ending(path),
         content=content_hash(path),
         tokenizer=fingerprint(encoder.tokenizer),
         prompt=prompt,
@@ -164,4 +216,5 @@ def _key(purpose: str, path: str, encoder: RowEncoder) -> str:
         bos_eos=[encoder.text.add_bos, encoder.text.add_eos],
         too_long=encoder.too_long,
         **({"answer_length": encoder.answer_length} if encoder.seq2seq else {}),
+        **({"row_layout": layout} if layout is not None else {}),
     )

@@ -1,36 +1,38 @@
 """Supervised fine-tuning data as a LightningDataModule: files in, step batches out."""
 
-import logging
 from typing import Optional, Union
 
 import lightning.pytorch as pl
 import numpy
 
 from graftwork.batch import Batch, Questions
+from graftwork.data.blend import blended, check_weights
 from graftwork.data.cache import Report, cache_root
 from graftwork.data.collate import Collator, PairCollator
 from graftwork.data.encoded import share
 from graftwork.data.encoder import NO_CHAT, TOO_LONG, PromptFormat, RowEncoder, RowFormat, check_kind
-from graftwork.data.files import check_file, content_hash, read_rows, unit
 from graftwork.data.loader import ListLoader, QuestionBuilder, StepBuilder, TrainLoader
 from graftwork.data.packing import best_fit_decreasing, efficiency
+from graftwork.data.place import Place
 from graftwork.data.preview import Preview
+from graftwork.data.row_layout import CONVERSATIONS, check_row_layout, layout_of
 from graftwork.data.rows import LearnedRows, asked_rows, check_adapters, learned_rows
 from graftwork.data.sampler import RowStream, check_position, in_order
-from graftwork.data.schema import Place
+from graftwork.data.source import Source, check_source, content_hashes, files_of, named, parts, read_source, title
 from graftwork.data.surroundings import Surroundings, Topology
+from graftwork.data.telling import tell
 from graftwork.data.template import check_templates
 from graftwork.data.tokenizer import Tokenizer, check_ids, fingerprint
 from graftwork.errors import ConfigError, DataError, suggest
 from graftwork.layout import check_deal, check_packed_length
 from graftwork.virtual_tokens import PromptLayout
 
-log = logging.getLogger(__name__)
-
 
 class SFTDataModule(pl.LightningDataModule):
-    """Rows of JSONL, CSV or Parquet files, answer-only loss, padded or packed.
+    """Rows of files or directories, answer-only loss, padded or packed.
 
+    ``train`` and the others: a file, a directory, or several. ``train_weights``: the share that each of several has of
+    an epoch's rows, as whole numbers. ``row_layout``: the name of the one rows have; None: their columns tell.
     ``tokenizer``: a directory (None = the model's own). ``seq_length``: tokens per row, virtual ones included; longer
     prompts lose tokens on the left. ``answer_length``: for sequence-to-sequence models, whose prompts alone
     ``seq_length`` limits, the tokens per answer (None: as many). ``global_batch_size``: rows (packed rows when
@@ -45,10 +47,10 @@ class SFTDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: Optional[str] = None,
-        validation: Optional[str] = None,
-        test: Optional[str] = None,
-        predict: Optional[str] = None,
+        train: Union[list[str], str, None] = None,
+        validation: Union[list[str], str, None] = None,
+        test: Union[list[str], str, None] = None,
+        predict: Union[list[str], str, None] = None,
         tokenizer: Optional[str] = None,
         seq_length: int = 1024,
         micro_batch_size: int = 1,
@@ -64,18 +66,18 @@ class SFTDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         cache_dir: Optional[str] = None,
         answer_length: Optional[int] = None,
+        row_layout: Optional[str] = None,
+        train_weights: Optional[list[int]] = None,
     ) -> None:
         super().__init__()
+        self.files: dict[str, Optional[Source]]
         self.files = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.seq_length = seq_length
-        self.answer_length = answer_length
-        self.micro_batch_size = micro_batch_size
-        self.global_batch_size = global_batch_size
+        self.seq_length, self.answer_length = seq_length, answer_length
+        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.packing = packing
-        self.validation_fraction = validation_fraction
-        self.seed = seed
-        self.num_workers = num_workers
-        self.cache_dir = cache_dir
+        self.validation_fraction, self.seed = validation_fraction, seed
+        self.num_workers, self.cache_dir = num_workers, cache_dir
+        self.row_layout, self.train_weights = row_layout, train_weights
         self.report: dict[str, Report] = {}  # per split: what became of its rows
         self._format = RowFormat(
             prompt_template=prompt_template, answer_template=answer_template, add_bos=add_bos, add_eos=add_eos,
@@ -112,7 +114,7 @@ class SFTDataModule(pl.LightningDataModule):
         """Check that the files are there (on every rank, before the model is built)."""
         for path in self.files.values():
             if path is not None:
-                check_file(path)
+                check_source(path)
         if self._around().kind_is_known:
             self._check_kind()
         if stage == "fit":
@@ -183,7 +185,7 @@ class SFTDataModule(pl.LightningDataModule):
     def questions(self, split: str) -> ListLoader[Questions]:
         """This rank's prompts of ``split``, ``micro_batch_size`` a batch; right answers where the file has them."""
         path = self._source(split)
-        table = asked_rows(path, self.encoder, cache_root(self.cache_dir))
+        table = asked_rows(path, self.encoder, cache_root(self.cache_dir), self.row_layout)
         place = self._around().topology
         mine = self._share_of(split, table.data.column("share").to_numpy())[place.rank :: place.world_size].tolist()
         size = self.micro_batch_size
@@ -195,15 +197,14 @@ class SFTDataModule(pl.LightningDataModule):
         return Preview.of(rows, count, self._around().tokenizer)
 
     def raw_rows(self, split: str) -> list[tuple[Place, object]]:
-        """The rows of ``split`` as they stand in the file, each with its place."""
-        placed = list(read_rows(self._source(split)))
+        """The rows of ``split`` as they stand in their files, each with its place."""
+        placed = list(read_source(self._source(split), self.row_layout))
         return [placed[i] for i in self._share_of(split, numpy.array([share(raw) for _, raw in placed]))]
 
     def where(self, rows: list[int], split: str = "train") -> list[str]:
         """Name dataset rows (a batch's ``rows``) by file and line; fills (-1) are left out."""
-        path = self._source(split)
         learned = self._rows[split] if split in self._rows else self._learned(split)
-        return [str(Place(path, unit(path), learned.number_of(row))) for row in rows if row >= 0]
+        return [str(learned.place_of(row)) for row in rows if row >= 0]
 
     def state_dict(self) -> dict[str, int]:
         """Position in the training data."""
@@ -211,20 +212,20 @@ class SFTDataModule(pl.LightningDataModule):
 
     def decides(self) -> dict[str, object]:
         """What decides the training rows and their order, by option: files and tokenizer by their contents."""
-        train, options = self.files["train"], ("seq_length", "global_batch_size", "packing", "validation_fraction")
+        options = ("seq_length", "global_batch_size", "packing", "validation_fraction")
         return {
-            "train": content_hash(train) if train is not None else None,
+            "train": content_hashes(self.files["train"]),
             "tokenizer": fingerprint(self._around().tokenizer),
             **{name: getattr(self, name) for name in (*options, "seed")},
             **{name: value for name, value in self._format.items() if name not in options},
+            **{n: getattr(self, n) for n in ("row_layout", "train_weights") if getattr(self, n) is not None},
         }
 
     def around(self) -> dict[str, object]:
         """What a run may differ in without training otherwise, by option."""
-        validation = self.files["validation"]
         return {
             "train (path)": self.files["train"],
-            "validation": content_hash(validation) if validation is not None else None,
+            "validation": content_hashes(self.files["validation"]),
             "micro_batch_size": self.micro_batch_size,
             "num_workers": self.num_workers,
         }
@@ -274,9 +275,11 @@ class SFTDataModule(pl.LightningDataModule):
             return
         if self.packing:
             raise ConfigError("packing=True is not for sequence-to-sequence models; set packing=False.")
-        for path in filter(None, self.files.values()):
-            place, row = next(read_rows(path))  # the others are told when they are tokenised
-            if isinstance(row, dict) and "messages" in row:
+        for source in self.files.values():
+            if source is None:
+                continue
+            place, row = next(read_source(source))  # the others are told when they are tokenised
+            if isinstance(row, dict) and layout_of(row, place, self.row_layout) in CONVERSATIONS:
                 raise DataError(f"{place}: {NO_CHAT}")
 
     def _bins(self, split: str, rows: LearnedRows, multiple: int) -> list[list[int]]:
@@ -288,11 +291,17 @@ class SFTDataModule(pl.LightningDataModule):
 
     def _learned(self, split: str) -> LearnedRows:
         path = self._source(split)
-        rows, report = learned_rows(path, self.encoder, cache_root(self.cache_dir))
-        check_ids(report["largest_id"], self._around().vocabulary, path)
-        check_adapters(report["adapters"], self._around().adapters, path)
+        around, weights = self._around(), self.train_weights
+        rows, report = learned_rows(path, self.encoder, cache_root(self.cache_dir), self.row_layout)
+        check_ids(report["largest_id"], around.vocabulary, title(path))
+        check_adapters(report["adapters"], around.adapters, title(path))
         rows = rows.take(self._share_of(split, rows.shares))
-        self._tell(split, report)
+        if split == "train" and weights is not None:
+            files = [len(files_of(part)) for part in parts(path)]
+            rows = rows.take(blended(rows.counts(files), weights, self.seed))
+        if split not in self.report:
+            tell(report, self._limits, shown=around.is_first)
+        self.report[split] = report.copy()
         self._rows[split] = rows
         return rows
 
@@ -304,35 +313,18 @@ class SFTDataModule(pl.LightningDataModule):
         if held_out.all() or not held_out.any():
             raise DataError(
                 f"validation_fraction={self.validation_fraction} holds out {held_out.sum()} of {len(shares)} rows of "
-                f"{self.files['train']!r}; both parts need at least one."
+                f"{title(self._source('train'))!r}; both parts need at least one."
             )
         return numpy.flatnonzero(held_out if split == "validation" else ~held_out)
 
-    def _source(self, split: str) -> str:
-        """The file that ``split`` is read from."""
+    def _source(self, split: str) -> Source:
+        """What ``split`` is read from."""
         held_out = split == "validation" and self.validation_fraction > 0
         path = self.files.get("train" if held_out else split)
         if path is None:
             given = [name for name, file in self.files.items() if file is not None]
             raise DataError(f"the data module has no {split!r} file; {suggest(split, given)}")
         return path
-
-    def _tell(self, split: str, report: Report) -> None:
-        told = split in self.report
-        self.report[split] = report.copy()
-        if told:
-            return
-        if report["unread"]:
-            log.warning(
-                "%s: no template reads %s of its rows, so a model never sees what they say; "
-                "name a field in prompt_template, as {%s}, or leave it out.",
-                report["file"], ", ".join(map(repr, report["unread"])), report["unread"][0],
-            )  # fmt: skip
-        if report["truncated"] or report["dropped"]:
-            log.warning(
-                "%s: %d rows had their prompt cut on the left and %d were dropped to fit %s (%d rows stay).",
-                report["file"], report["truncated"], report["dropped"], self._limits, report["rows"],
-            )  # fmt: skip
 
     @property
     def _limits(self) -> str:
@@ -346,6 +338,9 @@ class SFTDataModule(pl.LightningDataModule):
         if self.answer_length is not None and self.answer_length < 1:
             raise ConfigError(f"answer_length={self.answer_length} is too small; it must be at least 1.")
         check_deal(self.global_batch_size, self.micro_batch_size, 1)
+        check_row_layout(self.row_layout)
+        if self.train_weights is not None:
+            check_weights(self.train_weights, len(list(named(self.files["train"]))))
         if too_long not in TOO_LONG:
             raise ConfigError(f"too_long={too_long!r} is unknown; {suggest(too_long, TOO_LONG)}")
         if not 0 <= self.validation_fraction < 1:

@@ -183,6 +183,11 @@ class Surroundings:
         return Topology(dealt.get("rank", 0), dealt.get("num_replicas", 1), multiple)
 
     @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.trainer.is_global_zero if self.trainer is not None else self.topology.rank == 0
+
+    @property
     def _model_tokenizer(self) -> Tokenizer | None:
         try:
             return self._model.tokenizer if isinstance(self._model, HasTokenizer) else None

@@ -86,7 +86,6 @@ class PromptTemplate:
 
     def prompt_pieces(self, row: Prompt, place: Place) -> list[Piece]:
         """The prompt of one row: text and virtual tokens in the template's order."""
-        self._refuse_lost_instruction(row, place)
         markers = iter(self.markers(row.task, row.way))
         pieces: list[Piece] = []
         for part in self.prompt:
@@ -105,7 +104,7 @@ class PromptTemplate:
 
     def unread(self, row: Prompt | Chat) -> set[str]:
         """Fields of a row that say something and that nothing reads."""
-        fields = row.fields if isinstance(row, Prompt) else (row.model_extra or {})
+        fields = row.put(self.names) if isinstance(row, Prompt) else (row.model_extra or {})
         known = self.names if isinstance(row, Prompt) else frozenset()
         return {name for name, value in fields.items() if name not in known and value not in (None, "", [], {})}
 
@@ -118,21 +117,13 @@ class PromptTemplate:
         return self._markers[task, way]
 
     def _value(self, name: str, row: Prompt, place: Place) -> str:
-        if name not in row.fields:
-            raise DataError(f"{place}: field {name!r} of the prompt template is missing; {suggest(name, row.fields)}")
-        value = row.fields[name]
+        fields = row.put(self.names)
+        if name not in fields:
+            raise DataError(f"{place}: field {name!r} of the prompt template is missing; {suggest(name, fields)}")
+        value = fields[name]
         if not isinstance(value, str | int | float) or not _is_text(value):
             raise DataError(f"{place}: field {name!r} must be text to stand in the prompt, got {quoted(value)}.")
         return str(value)
-
-    def _refuse_lost_instruction(self, row: Prompt, place: Place) -> None:
-        """Raise DataError for a row in Alpaca's layout whose instruction the template would drop."""
-        if "instruction" in self.unread(row):
-            raise DataError(
-                f"{place}: the row has an 'instruction' (Alpaca's layout), which the prompt template "
-                f"{quoted(self.text)} does not read; set prompt_template='{{instruction}}\\n{{input}}', "
-                "or take the field out of the rows."
-            )
 
 
 class TaskTemplates:

@@ -52,9 +52,18 @@ class Tokenizer(Protocol):
         """Return every entry of the vocabulary with its id."""
 
     def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, object]], *, tokenize: bool, add_generation_prompt: bool
+        self,
+        conversation: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        **told: str,
     ) -> str:
-        """Return the conversation as text."""
+        """Return the conversation as text, with the tools that its assistant may call.
+
+        ``told``: what else the template may read.
+        """
 
     def save_pretrained(self, save_directory: str | Path) -> object:
         """Write the tokenizer's files."""

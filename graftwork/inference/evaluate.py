@@ -34,15 +34,16 @@ def evaluate(
     dtype: Optional[str] = "auto",
     batch_tokens: int = 2048,
     output: Optional[str] = None,
+    row_layout: Optional[str] = None,
 ) -> Metrics:
-    """Evaluate a base model, with an adapter directory or without, on a JSONL, CSV or Parquet file.
+    """Evaluate a base model, with an adapter directory or without, on a file or a directory of rows.
 
     Templates that are None are those the adapter was trained with. ``labels`` is the closed set of answers (found by
     itself where at most 20 answers repeat). ``baseline`` adds the figures without adapters under that key. ``output``
-    is a JSON file to write. Returns what ``evaluate_model`` does. Raises GraftworkError for a missing file, an adapter
-    of another base, an unknown label.
+    is a JSON file to write. ``row_layout`` as in SFTDataModule. Returns what ``evaluate_model`` does. Raises
+    GraftworkError for a missing file, an adapter of another base, an unknown label.
     """
-    examples = Examples.from_file(data, prompt_template, answer_template, limit)
+    examples = Examples.from_file(data, prompt_template, answer_template, limit, row_layout=row_layout)
     model = load(base, dtype=dtype)
     if adapter is not None:
         model.load_adapters(adapter)

@@ -6,9 +6,10 @@ from itertools import islice
 from typing import Any, TypedDict
 
 from graftwork.data import PROMPT_FORMAT, RowEncoder, SFTDataModule
-from graftwork.data.files import read_rows
-from graftwork.data.schema import Chat, Place, Prompt, parse_row
+from graftwork.data.place import Place
+from graftwork.data.schema import Chat, Prompt, parse_row
 from graftwork.data.sequence import Sequence
+from graftwork.data.source import read_source
 from graftwork.data.template import Template, check_templates
 from graftwork.errors import ConfigError, DataError
 from graftwork.models import Model
@@ -65,9 +66,11 @@ class Examples:
         answer_template: Template | None = None,
         limit: int | None = None,
         answered: bool = True,
+        row_layout: str | None = None,
     ) -> "Examples":
-        """Read at most ``limit`` rows of a JSONL, CSV or Parquet file; raises DataError naming file, line and field."""
-        return cls(_parsed(list(read_rows(path)), limit, answered), _encoder(prompt_template, answer_template))
+        """Read at most ``limit`` rows of a file or directory; raises DataError naming file, line and field."""
+        rows = list(read_source(path, row_layout))
+        return cls(_parsed(rows, limit, answered, row_layout), _encoder(prompt_template, answer_template))
 
     @classmethod
     def from_prompts(
@@ -87,7 +90,7 @@ class Examples:
         def encoder(model: Model, way: Way) -> RowEncoder:
             return data.encoder_for(model.tokenizer, model.prompt_layout, model.seq2seq)
 
-        return cls(_parsed(data.raw_rows(chosen), limit, True), encoder)
+        return cls(_parsed(data.raw_rows(chosen), limit, True, data.row_layout), encoder)
 
     def of_kind(self, kind: Kind) -> "Examples":
         """The rows of one kind."""
@@ -150,10 +153,12 @@ def _encoder(prompt_template: Template | None, answer_template: Template | None)
     return encoder
 
 
-def _parsed(placed: Iterable[tuple[Place, object]], limit: int | None, answered: bool) -> list[Placed]:
+def _parsed(
+    placed: Iterable[tuple[Place, object]], limit: int | None, answered: bool, layout: str | None = None
+) -> list[Placed]:
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}, but it must be at least 1 row.")
-    return [(place, parse_row(raw, place, answered=answered)) for place, raw in islice(placed, limit)]
+    return [(place, parse_row(raw, place, answered=answered, layout=layout)) for place, raw in islice(placed, limit)]
 
 
 def _answering(row: Prompt | Chat, label: str, place: Place) -> Prompt:

@@ -27,18 +27,19 @@ def generate(
     limit: Optional[int] = None,
     dtype: Optional[str] = "auto",
     output: Optional[str] = None,
+    row_layout: Optional[str] = None,
 ) -> list[Answer]:
-    """Answer ``prompts``, or the rows of a JSONL, CSV or Parquet ``file``, with a base model and maybe an adapter.
+    """Answer ``prompts``, or the rows of a ``file`` or directory, with a base model and maybe an adapter.
 
     ``prompt_template`` None is the one the adapter was trained with, ``{input}`` without an adapter. ``task`` names the
     prompt of a multi-task adapter for ``prompts`` (rows have a field of that name). Returns per prompt ``input``,
-    ``output`` and, where the file has it, ``expected``; ``output`` is a JSONL file to write. Raises GraftworkError for
-    a missing file, an adapter of another base.
+    ``output`` and, where the file has it, ``expected``; ``output`` is a JSONL file to write. ``row_layout`` as in
+    SFTDataModule. Raises GraftworkError for a missing file, an adapter of another base.
     """
     if (prompts is None) == (file is None):
         raise ConfigError("give either prompts or a file to generate from.")
     if file is not None:
-        examples = Examples.from_file(file, prompt_template, limit=limit, answered=False)
+        examples = Examples.from_file(file, prompt_template, limit=limit, answered=False, row_layout=row_layout)
     else:
         examples = Examples.from_prompts(prompts or [], prompt_template, task)
     model = load(base, dtype=dtype)

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
 
 from graftwork.errors import GraftworkError
 
@@ -68,6 +69,19 @@ def broadcast_object(value: T, source: int = 0) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def reduce_scatter_flat(shard: Tensor, flat: Tensor, group: ProcessGroup) -> Work:
+    """Begin to sum ``flat`` (one dimension) over ``group`` into every rank's equal ``shard`` of it."""
+    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name until torch 2.13
+    work: Work = call(shard, flat, group=group, async_op=True)
+    return work
+
+
+def all_gather_flat(flat: Tensor, shard: Tensor, group: ProcessGroup) -> None:
+    """Fill ``flat`` (one dimension) with the equal shards of all ranks of ``group``."""
+    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.13
+    call(flat, shard, group=group)
 
 
 def barrier() -> None:

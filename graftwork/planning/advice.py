@@ -1,50 +1,19 @@
 """Advice: the layouts, recomputation and microbatches with which a run fits so many devices, fastest first."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from graftwork.errors import ConfigError, quoted
 from graftwork.layout import Layout, valid_tensor_sizes
 from graftwork.models.recompute import RECOMPUTE
-from graftwork.planning import activations, flops, show
-from graftwork.planning.activations import Activations
+from graftwork.planning import show
 from graftwork.planning.blueprint import world_of_one
-from graftwork.planning.checks import STRATEGY, Intent, fitting, layout_problems
+from graftwork.planning.checks import Intent, layout_problems
 from graftwork.planning.devices import Device, device_named
-from graftwork.planning.figures import OnDevice
-from graftwork.planning.flops import Flops, GraphFlops
-from graftwork.planning.memory import memory
-from graftwork.planning.parameters import Held, held
-from graftwork.planning.plan import dealt, setting_of
-from graftwork.planning.samples import Sample, kinds_of, sample
-from graftwork.planning.speed import DEVICES_OF_A_NODE, speed
-from graftwork.planning.stages import stages
+from graftwork.planning.judge import Candidate, Judge
+from graftwork.planning.speed import DEVICES_OF_A_NODE
 
-ROOM = 0.95
-"""Share of a device's memory that may be planned for: the allocator leaves gaps."""
 POWERS = tuple(2**n for n in range(8))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to fit: the run as it would be, what it takes on the device that was asked for."""
-
-    intent: Intent
-    on: OnDevice
-
-    def overrides(self) -> list[str]:
-        """Return the fields of the recipe to set, as the command line takes them."""
-        layout, world = self.intent.layout, self.intent.world
-        nodes = -(-world // DEVICES_OF_A_NODE)
-        fields = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        return [
-            f"trainer.num_nodes={nodes}",
-            f"trainer.devices={world // nodes}",
-            *(f"{STRATEGY}.{name}={getattr(layout, name)}" for name in fields),
-            f"{STRATEGY}.sequence_parallel={layout.sequence_parallel}",
-            f"model.recompute={self.intent.blueprint.recompute}",
-            f"data.micro_batch_size={self.intent.workload.micro_batch_size}",
-        ]
 
 
 def parse_fit(text: str) -> tuple[int, Device]:
@@ -58,27 +27,13 @@ def parse_fit(text: str) -> tuple[int, Device]:
 def advise(intent: Intent, world: int, device: Device) -> list[Candidate]:
     """Return what fits ``world`` devices, fastest first by the bound of a step; of equals the one that keeps most room.
 
-    Activations are measured for one row and multiplied: they grow with the tokens of a rank.
+    Raises ConfigError for a mixture of experts.
     """
     if intent.blueprint.shape.num_moe_experts is not None:
         raise ConfigError("a mixture of experts cannot be fitted: its activations depend on how tokens are routed.")
     with world_of_one():
-        whole, _ = fitting(replace(intent.blueprint, recompute=None))
-        kept = replace(intent.blueprint, transforms=tuple(whole.stack.transforms.values()))
-        parameters = held(whole)
-        kinds = kinds_of(parameters)
-        full = Sample(whole, {kind: kind.layers[0] for kind in kinds})
-        counted = flops.count(full, replace(intent.workload, micro_batch_size=1), None)
-        found = []
-        for tensor in _tensor_sizes(intent, world):
-            for recompute in (None, *RECOMPUTE):
-                layout = Layout(tensor, sequence_parallel=tensor > 1)
-                one = replace(intent, blueprint=replace(kept, recompute=recompute), layout=layout)
-                one = replace(one, workload=replace(one.workload, micro_batch_size=1))
-                row = activations.measure(sample(one.blueprint.cut(tensor, tensor > 1), kinds), dealt(one), layout)
-                for candidate in _settings(one, world):
-                    ready = _judged(candidate, row, _again(counted, recompute), parameters, device)
-                    found += [ready] if ready.on.peak <= ROOM * device.memory else []
+        judge = Judge(intent, device)
+        found = [judge.judged(one) for one in _settings(intent, world) if judge.fits(one)]
     return sorted(found, key=lambda one: (one.on.speed.seconds, one.on.peak))
 
 
@@ -113,12 +68,22 @@ def as_text(candidates: list[Candidate], world: int, device: Device, most: int =
     return "\n".join([*lines, "the first one, as overrides:", " ".join(candidates[0].overrides())])
 
 
-def _tensor_sizes(intent: Intent, world: int) -> list[int]:
+def tensor_sizes(intent: Intent, world: int, of_a_node: int = DEVICES_OF_A_NODE) -> list[int]:
+    """Return the tensor-parallel sizes that suit the model and divide ``world``, within a node."""
     valid = valid_tensor_sizes(intent.blueprint.shape)
-    return [n for n in valid if world % n == 0 and n <= DEVICES_OF_A_NODE]
+    return [n for n in valid if world % n == 0 and n <= of_a_node]
 
 
 def _settings(intent: Intent, world: int) -> Iterator[Intent]:
+    """Yield every recomputation, layout and microbatch that the rules of a layout allow."""
+    for tensor in tensor_sizes(intent, world):
+        layout = Layout(tensor, sequence_parallel=tensor > 1)
+        for recompute in (None, *RECOMPUTE):
+            blueprint = replace(intent.blueprint, recompute=recompute)
+            yield from _divisions(replace(intent, blueprint=blueprint, layout=layout), world)
+
+
+def _divisions(intent: Intent, world: int) -> Iterator[Intent]:
     """Yield every division by pipeline and context, and every microbatch, that the rules of a layout allow."""
     shape, work = intent.blueprint.shape, intent.workload
     for pipeline in POWERS if not shape.undivided else (1,):
@@ -130,19 +95,3 @@ def _settings(intent: Intent, world: int) -> Iterator[Intent]:
                 found = replace(intent, layout=layout, world=world, workload=replace(work, micro_batch_size=micro))
                 if not layout_problems(found):
                     yield found
-
-
-def _again(counted: GraphFlops, recompute: str | None) -> GraphFlops:
-    def repeated(one: Flops) -> Flops:
-        return replace(one, again={"full": one.forward, "selective": one.attention}.get(recompute or "", 0.0))
-
-    return GraphFlops({kind: repeated(one) for kind, one in counted.layers.items()}, counted.outside)
-
-
-def _judged(intent: Intent, row: Activations, counted: GraphFlops, parameters: list[Held], device: Device) -> Candidate:
-    work, layout = intent.workload, intent.layout
-    setting = setting_of(intent, device)
-    cut = stages(parameters, layout, setting.microbatches)
-    held_there = memory(cut, row.times(work.micro_batch_size / layout.context_parallel_size), setting)
-    bound = speed(cut, counted.times(work.micro_batch_size), setting, intent.blueprint.dtype)
-    return Candidate(intent, OnDevice(device, tuple(held_there), bound))

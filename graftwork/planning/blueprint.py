@@ -28,6 +28,11 @@ class Blueprint:
     recompute: str | None = None
     transforms: Sequence[PEFT] = ()
 
+    @property
+    def width(self) -> int:
+        """Bytes of one value of the base."""
+        return DTYPES[self.dtype].itemsize
+
     def draft(self) -> Model:
         """Return the model on the meta device, adapters attached, ready to train; inside of ``world_of_one``.
 

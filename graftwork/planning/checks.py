@@ -18,12 +18,23 @@ STRATEGY = "trainer.strategy"
 
 @dataclass(frozen=True)
 class Intent:
-    """A run as it is meant: the model with its adapters, the layout over ``world`` ranks, the rows of a step."""
+    """A run as it is meant: the model with its adapters, the layout over ``world`` ranks, the rows of a step.
+
+    ``distributed_optimizer``: whether data-parallel ranks share the optimizer out; None: in full fine-tuning.
+    """
 
     blueprint: Blueprint
     layout: Layout
     world: int
     workload: Workload
+    distributed_optimizer: bool | None = None
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share moments and masters out, 1 where each has its own."""
+        shared = self.distributed_optimizer
+        ranks = self.layout.data_parallel_size(self.world) * self.layout.context_parallel_size
+        return ranks if shared or (shared is None and not self.blueprint.transforms) else 1
 
 
 def layout_problems(intent: Intent) -> list[Problem]:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,6 +53,13 @@ def device_named(name: str) -> Device:
     if name.lower() not in known:
         raise ConfigError(f"device is {name!r}; {suggest(name, [*DEVICES, CPU])}")
     return known[name.lower()]
+
+
+def this_gpu() -> Device:
+    """Return this machine's first GPU with the memory that it has; one of an unknown name is as fast as an A100."""
+    found = torch.cuda.get_device_properties(0)
+    known = next((device for name, device in DEVICES.items() if name in found.name), DEVICES["A100"])
+    return replace(known, name=found.name, memory=float(found.total_memory))
 
 
 def this_cpu() -> Device:

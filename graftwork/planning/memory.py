@@ -10,7 +10,7 @@ from graftwork.planning.devices import Device
 from graftwork.planning.stages import Stage
 from graftwork.planning.workload import Workload
 from graftwork.training.callbacks.room import MASTER, MOMENTS
-from graftwork.training.optimizer.gradients import BUCKET_ELEMENTS
+from graftwork.training.optimizer.bucket import BUCKET_ELEMENTS
 
 GRADIENT = 4
 """Bytes of an element of a gradient: sums are kept in fp32."""
@@ -49,7 +49,10 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a rank's memory depends on beside the stage: the layout, the rows, the device."""
+    """What a rank's memory depends on beside the stage: the layout, the rows, the device.
+
+    ``shards``: ranks that share the optimizer's state out, 1 where each has all of it.
+    """
 
     shape: Shape
     width: int
@@ -57,6 +60,7 @@ class Setting:
     workload: Workload
     replicas: int
     device: Device
+    shards: int = 1
 
     @property
     def microbatches(self) -> int:
@@ -88,7 +92,8 @@ def _of(stage: Stage, activations: Activations, setting: Setting) -> StageMemory
         weights=sum(size * one.width for one, size in sizes if not _added(one.inside)),
         adapters=sum(size * one.width for one, size in sizes if _added(one.inside)),
         gradients=elements * GRADIENT,
-        optimizer=sum(size * (MOMENTS + (MASTER if one.width < MASTER else 0)) for one, size in trained),
+        optimizer=sum(size * (MOMENTS + (MASTER if one.width < MASTER else 0)) for one, size in trained)
+        / setting.shards,
         activations=stage.waiting * saved + activations.transient,
         logits=activations.logits if stage.last else 0.0,
         buffers=_buffers(setting),
@@ -104,10 +109,15 @@ def _added(inside: str) -> bool:
 
 
 def _step(setting: Setting, elements: float, largest: float) -> float:
-    """Roots of the second moments, of all tensors at once or of one after another; before it, a bucket of gradients."""
+    """Roots of the second moments, of all tensors at once or of one after another; before it, a bucket of gradients.
+
+    Of a shared optimizer both are of a share, and the share's summed gradients stand beside them.
+    """
     ranks = setting.replicas * setting.layout.context_parallel_size
     bucket = min(elements, BUCKET_ELEMENTS) * GRADIENT if ranks > 1 else 0.0
-    return max(bucket, 4 * elements if setting.device.at_once else 2 * 4 * largest)
+    share = elements / setting.shards
+    summed = share * GRADIENT if setting.shards > 1 else 0.0
+    return summed + max(bucket, 4 * share if setting.device.at_once else 2 * 4 * min(share, largest))
 
 
 def _buffers(setting: Setting) -> float:

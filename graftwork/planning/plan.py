@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from graftwork.models.base import Model
-from graftwork.models.precision import DTYPES
 from graftwork.peft import report
 from graftwork.planning import activations, flops, show
 from graftwork.planning.blueprint import world_of_one
@@ -60,7 +59,7 @@ def make_plan(intent: Intent, devices: Sequence[Device] = tuple(DEVICES.values()
             tokens = measured.flops.whole.times(1 / per_step)
             found = tuple(on_device(intent, measured, device) for device in devices)
         sites = tuple(report.sites(whole.stack))
-    artifact = ARTIFACT * trainable if blueprint.transforms else total * DTYPES[blueprint.dtype].itemsize
+    artifact = ARTIFACT * trainable if blueprint.transforms else total * blueprint.width
     problems += [*misfits, *of_rows, *([] if misfits else _too_large(found))]
     return Plan(
         name, intent.layout, intent.world, sites, trainable, total, artifact, tokens, found, problems=tuple(problems)
@@ -102,11 +101,12 @@ def setting_of(intent: Intent, device: Device) -> Setting:
     """Return what memory and time of a rank depend on."""
     return Setting(
         shape=intent.blueprint.shape,
-        width=DTYPES[intent.blueprint.dtype].itemsize,
+        width=intent.blueprint.width,
         layout=intent.layout,
         workload=intent.workload,
         replicas=intent.layout.data_parallel_size(intent.world),
         device=device,
+        shards=intent.shards,
     )
 
 

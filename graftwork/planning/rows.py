@@ -13,12 +13,13 @@ import numpy
 from graftwork.data import SFTDataModule
 from graftwork.data.encoded import share
 from graftwork.data.encoder import Placed, RowEncoder
-from graftwork.data.files import read_rows
 from graftwork.data.packing import best_fit_decreasing, efficiency
+from graftwork.data.place import Place
 from graftwork.data.sampler import shuffled
-from graftwork.data.schema import Chat, Place, parse_row
+from graftwork.data.schema import Chat, parse_row
 from graftwork.data.sequence import Sequence as Tokens
 from graftwork.data.sequence import TooLong
+from graftwork.data.source import Source, read_source, title
 from graftwork.data.tokenizer import Tokenizer, check_ids
 from graftwork.errors import ConfigError, DataError
 from graftwork.models.shapes import Shape
@@ -88,16 +89,18 @@ class RowsFindings:
     notes: tuple[str, ...] = ()
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
+    """A row as it was read, and checked."""
+
     raw: object
     placed: Placed
 
 
 @dataclass
-class _Reading:
-    """What is known so far."""
+class Reading:
+    """The rows of each split that were read, whether they are all, and what stopped the others."""
 
-    rows: dict[str, list[_Row]] = field(default_factory=dict)
+    rows: dict[str, list[Row]] = field(default_factory=dict)
     whole: dict[str, bool] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
@@ -115,11 +118,22 @@ def look_at_rows(
     ``tokenizer``: the model's own (None where it is not known; lengths are then not told unless the data name one);
     ``shape``: the model's sizes; ``transforms``: the adapters, whose virtual tokens count. Nothing is written.
     """
-    reading = _read(data, most)
-    problems, splits = reading.problems, []
+    return look_at_reading(read_splits(data, most), data, tokenizer, shape, transforms, seq2seq)
+
+
+def look_at_reading(
+    reading: Reading,
+    data: SFTDataModule,
+    tokenizer: Tokenizer | None = None,
+    shape: Shape | None = None,
+    transforms: Iterable[PEFT] = (),
+    seq2seq: bool = False,
+) -> tuple[RowsFindings, list[Problem]]:
+    """Return what ``look_at_rows`` does of rows that were read already."""
+    problems, splits = list(reading.problems), []
     encoder = _encoder(data, tokenizer, transforms, seq2seq, problems)
     for name, rows in reading.rows.items():
-        split = Split(name, data.files[name] or data.files["train"] or "", len(rows), reading.whole[name])
+        split = Split(name, title(data.files[name] or data.files["train"] or ""), len(rows), reading.whole[name])
         if encoder is not None and rows and name != "predict":
             lengths, found = _lengths(split, rows, encoder, data, shape)
             split, problems = replace(split, lengths=lengths), problems + found
@@ -137,15 +151,16 @@ def prompt_layout(transforms: Iterable[PEFT]) -> PromptLayout:
     return layout
 
 
-def _read(data: SFTDataModule, most: int) -> _Reading:
-    reading = _Reading()
+def read_splits(data: SFTDataModule, most: int) -> Reading:
+    """Read the first ``most`` rows of every split and check them."""
+    reading = Reading()
     if data.files["train"] is None:
         reading.problems.append(Problem("data.train", "no file to learn from is named; set data.train=FILE."))
     for name, path in data.files.items():
         if path is None:
             continue
         try:
-            found = _rows_of(path, most + 1, answered=name != "predict")
+            found = _rows_of(path, most + 1, name != "predict", data.row_layout)
         except DataError as error:
             reading.problems.append(Problem(f"data.{name}", str(error)))
             continue
@@ -155,16 +170,16 @@ def _read(data: SFTDataModule, most: int) -> _Reading:
     return reading
 
 
-def _rows_of(path: str, most: int, answered: bool) -> list[_Row]:
+def _rows_of(source: Source, most: int, answered: bool, layout: str | None) -> list[Row]:
     return [
-        _Row(raw, (place, parse_row(raw, place, answered=answered)))
-        for place, raw in itertools.islice(read_rows(path), most)
+        Row(raw, (place, parse_row(raw, place, answered=answered, layout=layout)))
+        for place, raw in itertools.islice(read_source(source, layout), most)
     ]
 
 
-def _hold_out(reading: _Reading, fraction: float) -> None:
+def _hold_out(reading: Reading, fraction: float) -> None:
     rows, whole = reading.rows["train"], reading.whole["train"]
-    parts: tuple[list[_Row], list[_Row]] = ([], [])
+    parts: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
         parts[share(row.raw) < fraction].append(row)
     if whole and not all(parts):
@@ -191,7 +206,7 @@ def _encoder(
 
 
 def _lengths(
-    split: Split, rows: Sequence[_Row], encoder: RowEncoder, data: SFTDataModule, shape: Shape | None
+    split: Split, rows: Sequence[Row], encoder: RowEncoder, data: SFTDataModule, shape: Shape | None
 ) -> tuple[Lengths | None, list[Problem]]:
     """Return the lengths of a split's rows, and what would stop the run on them."""
     placed = [row.placed for row in rows]
@@ -243,22 +258,23 @@ def _histogram(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((end, bars[end]) for end in ends)
 
 
-def _repeats(train: Sequence[_Row], validation: Sequence[_Row]) -> tuple[int, int]:
+def _repeats(train: Sequence[Row], validation: Sequence[Row]) -> tuple[int, int]:
     """Return how many validation rows are training rows too, and how many others share a question with one."""
-    rows, questions = {_digest(row.raw) for row in train}, {_question(row) for row in train}
-    repeated = [_digest(row.raw) in rows for row in validation]
+    rows, questions = {digest(row.raw) for row in train}, {_question(row) for row in train}
+    repeated = [digest(row.raw) in rows for row in validation]
     asked = [_question(row) in questions for row in validation]
     return sum(repeated), sum(a and not r for a, r in zip(asked, repeated))
 
 
-def _question(row: _Row) -> bytes:
+def _question(row: Row) -> bytes:
     checked = row.placed[1]
     if isinstance(checked, Chat):
-        return _digest([checked.task, *(m.model_dump() for m in checked.messages[:-1])])
-    return _digest([checked.task, {k: v for k, v in checked.fields.items() if k != "output"}])
+        return digest([checked.task, *(m.model_dump() for m in checked.messages[:-1])])
+    return digest([checked.task, {k: v for k, v in checked.fields.items() if k != "output"}])
 
 
-def _digest(value: object) -> bytes:
+def digest(value: object) -> bytes:
+    """Return what two equal values have in common, and others not."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()
 
 

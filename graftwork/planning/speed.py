@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graftwork.planning.flops import Flops, GraphFlops
-from graftwork.planning.memory import Setting
+from graftwork.planning.memory import GRADIENT, Setting
+from graftwork.planning.parameters import Held
 from graftwork.planning.stages import Stage
 
 DEVICES_OF_A_NODE = 8
@@ -84,5 +85,11 @@ def _gradient_sum(stages: Sequence[Stage], setting: Setting) -> float:
         return 0.0
     within = replicas * setting.layout.model_ranks <= DEVICES_OF_A_NODE
     link = setting.device.link if within else setting.device.network
-    largest = max(sum(p.elements(setting.layout) for p in stage.parameters if p.trains) for stage in stages)
-    return 2 * (replicas - 1) / replicas * 4 * largest / link
+    largest = max(sum(_sent(p, setting) for p in stage.parameters if p.trains) for stage in stages)
+    return (replicas - 1) / replicas * largest / link
+
+
+def _sent(parameter: Held, setting: Setting) -> float:
+    """Bytes of a sum, there and back; of a shared optimizer gradients go there and parameters come back."""
+    back = parameter.width if setting.shards > 1 else GRADIENT
+    return parameter.elements(setting.layout) * (GRADIENT + back)

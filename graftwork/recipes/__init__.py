@@ -14,6 +14,7 @@ from graftwork.registry import Registry
 
 if TYPE_CHECKING:
     from graftwork.peft import PEFT
+    from graftwork.recipes import auto
     from graftwork.recipes.files import load, save
     from graftwork.recipes.planning import plan
 
@@ -45,7 +46,8 @@ RECIPES: Registry[Recipe] = Registry("recipe")
 
 for _name in (
     "smollm2_135m", "gpt2_124m", "gpt3_175b", "llama2_7b", "llama2_13b", "llama2_70b", "llama3_8b", "llama3_70b",
-    "nemotron3_8b", "nemotron4_340b", "mixtral_8x7b", "qwen3_30b_a3b",
+    "llama31_8b", "llama32_1b", "llama32_3b", "mistral_7b", "qwen2_5_7b", "qwen3_0_6b", "qwen3_8b",
+    "minitron_4b", "nemotron3_8b", "nemotron4_340b", "mixtral_8x7b", "qwen3_30b_a3b",
 ):  # fmt: skip
     RECIPES.enter_place(_name, f"graftwork.recipes.{_name}")
 for _name in (
@@ -55,10 +57,14 @@ for _name in (
 ):  # fmt: skip
     RECIPES.enter_place(_name, f"graftwork.recipes.t5:{_name}")
 
-__all__ = ["RECIPES", "Recipe", *RECIPES, "diff", "grid", "load", "plan", "save", "show"]
+AUTO = "auto"
+"""The factory of any other base, ``auto(base=...)``: a recipe of nobody, so that it is none of RECIPES."""
+
+__all__ = ["AUTO", "RECIPES", "Recipe", *RECIPES, "auto", "diff", "grid", "load", "plan", "save", "show"]
 
 
 _PLACES = {
+    AUTO: "graftwork.recipes.auto",
     "load": "graftwork.recipes.files:load",
     "save": "graftwork.recipes.files:save",
     "plan": "graftwork.recipes.planning:plan",

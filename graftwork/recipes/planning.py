@@ -16,11 +16,13 @@ from graftwork.layout import Layout
 from graftwork.models.base import Model
 from graftwork.models.precision import resolve_dtype
 from graftwork.peft import PEFT
-from graftwork.planning.advice import Candidate, advise, parse_fit
+from graftwork.planning.advice import advise, parse_fit
 from graftwork.planning.base import look_at_base
 from graftwork.planning.blueprint import Blueprint
 from graftwork.planning.checks import STRATEGY, Intent
 from graftwork.planning.devices import DEVICES, device_named
+from graftwork.planning.inspection import MOST, SHOWN, Inspection, inspect
+from graftwork.planning.judge import Candidate
 from graftwork.planning.plan import Plan, make_plan
 from graftwork.planning.problem import Problem
 from graftwork.planning.rows import RowsFindings, look_at_rows
@@ -41,6 +43,19 @@ def fit(recipe: run.Partial, devices: str) -> list[Candidate]:
     world, device = parse_fit(devices)
     model, (data, _) = _model(recipe), _data(recipe)
     return advise(_intent(recipe, model, data, None, None)[0], world, device)
+
+
+def inspected(recipe: run.Partial, most: int = MOST, shown: int = SHOWN) -> Inspection:
+    """Return what the data files of a recipe hold, by the tokenizer that they name or else the base's own.
+
+    Only in the latter case the base is needed on this machine. Raises DataError, ConfigError as ``inspect`` does.
+    """
+    model, (data, problems) = _model(recipe), _data(recipe)
+    if problems or data is None:
+        raise ConfigError(problems[0].message if problems else "the recipe has no rows of files to look at.")
+    tokenizer = None if data.tokenizer_path else model.tokenizer
+    shape = None if data.tokenizer_path else model.shape
+    return inspect(data, tokenizer, shape, _transforms(recipe), model.seq2seq, most, shown)
 
 
 def refuse_problems(recipe: run.Partial) -> None:
@@ -71,7 +86,9 @@ def _intent(
     blueprint = Blueprint(
         type(model), model.shape, _dtype(model, directory), model.recompute, tuple(_transforms(recipe))
     )
-    return Intent(blueprint, layout, _ranks(recipe), _workload(data, model, rows)), problems
+    strategy = getattr(getattr(recipe, "trainer", None), "strategy", None)
+    shared: bool | None = getattr(strategy, "distributed_optimizer", None)
+    return Intent(blueprint, layout, _ranks(recipe), _workload(data, model, rows), shared), problems
 
 
 def _model(recipe: run.Partial) -> Model:
@@ -149,4 +166,4 @@ def _title(model: Model) -> str:
     return f"{model.shape.family} model of {model.shape.num_layers} layers x {model.shape.hidden_size} ({base})"
 
 
-__all__ = ["Candidate", "GraftworkError", "Plan", "fit", "plan", "refuse_problems"]
+__all__ = ["Candidate", "GraftworkError", "Plan", "fit", "inspected", "plan", "refuse_problems"]

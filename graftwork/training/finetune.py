@@ -71,7 +71,7 @@ def finetune(
     """
     stack = as_stack(peft)
     root = Path(trainer.default_root_dir).resolve()
-    own = made(loggers, root)
+    own = made(loggers, root, trainer.is_global_zero)
     extra = [Samples(samples), *([] if early_stopping is None else [EarlyStop(early_stopping)])]
     seed_everything(seed)
     trainee(model).prepare(optim=optim or AdamW(), seed=seed)

@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,14 @@ class TensorBoardLog(_Forgiving, TensorBoardLogger):
 
 
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
-"""Names of loggers; of each the package that a run needs."""
+"""Names of loggers."""
+OF_EVERY_RANK = ("csv", "tensorboard")
 
 
-def made(names: Sequence[str] | None, root: Path) -> list[Logger]:
+def made(names: Sequence[str] | None, root: Path, first_rank: bool) -> list[Logger]:
     """Return the loggers of a run in ``root``: ``metrics.csv`` always, TensorBoard's events unless others are named.
+
+    Only the first rank has those that open a database or a connection as soon as they are made.
 
     ``wandb`` and ``mlflow`` follow their own environment variables (``WANDB_MODE=offline``, ``WANDB_PROJECT``,
     ``MLFLOW_TRACKING_URI``) and keep what is local in ``logs/``. Raises ConfigError for an unknown name and for a
@@ -115,7 +119,8 @@ def made(names: Sequence[str] | None, root: Path) -> list[Logger]:
         "wandb": lambda: _wandb(root),
         "mlflow": lambda: _mlflow(root),
     }
-    return [makers[name]() for name in dict.fromkeys(wanted)]
+    here = [name for name in dict.fromkeys(wanted) if first_rank or name in OF_EVERY_RANK]
+    return [makers[name]() for name in here]
 
 
 def _wandb(root: Path) -> Logger:
@@ -129,9 +134,15 @@ def _wandb(root: Path) -> Logger:
 
 def _mlflow(root: Path) -> Logger:
     _need("mlflow")
-    place = os.environ.get("MLFLOW_TRACKING_URI")
+    refused: type[Exception] = import_module("mlflow.exceptions").MlflowException
+    logs = root / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    place = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{logs}/mlflow.db")
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "graftwork")
-    return MLFlowLogger(experiment, run_name=root.name, tracking_uri=place, save_dir=str(root / "logs" / "mlruns"))
+    try:
+        return MLFlowLogger(experiment, run_name=root.name, tracking_uri=place)
+    except refused as error:
+        raise ConfigError(f"mlflow cannot log to {place!r} (MLFLOW_TRACKING_URI): {quoted(str(error), 300)}") from error
 
 
 def _need(package: str) -> None:

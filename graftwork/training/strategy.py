@@ -21,6 +21,7 @@ from graftwork.parallel.collective import agreed, all_gather_objects
 from graftwork.training.optimizer.clipping import ModelParallelPrecision
 from graftwork.training.optimizer.shards import chunks_of
 from graftwork.training.optimizer.update import Update
+from graftwork.training.optimizer.zero import can_share
 from graftwork.training.run import RunFacts
 from graftwork.training.run_directory import discard
 from graftwork.training.schedule import StepLoss, run_schedule
@@ -59,6 +60,8 @@ class MegatronStrategy(SchedulesSteps, DDPStrategy):
         context_parallel_size: Ranks that share every sequence.
         expert_model_parallel_size: Ranks that share the experts.
         sequence_parallel: Also cut activations between the tensor-parallel regions along the sequence.
+        distributed_optimizer: Share moments, fp32 masters and summed gradients out over the ranks that hold the same
+            weights (ZeRO-1); None: in full fine-tuning only, where there are several such ranks.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class MegatronStrategy(SchedulesSteps, DDPStrategy):
         context_parallel_size: int = 1,
         expert_model_parallel_size: int = 1,
         sequence_parallel: bool = False,
+        distributed_optimizer: Optional[bool] = None,
     ) -> None:
         self._precision = ModelParallelPrecision()
         super().__init__(precision_plugin=self._precision)
@@ -80,6 +84,7 @@ class MegatronStrategy(SchedulesSteps, DDPStrategy):
             expert_model_parallel_size,
             sequence_parallel,
         )
+        self.distributed_optimizer = distributed_optimizer
         self.last_step: StepLoss | None = None
         self._facts = RunFacts(seed=1234)
         self._resume_from: str | None = None
@@ -148,9 +153,9 @@ class MegatronStrategy(SchedulesSteps, DDPStrategy):
         self.model_to_device()
         self._update = Update(self.chunks)
         if trainer.state.fn == TrainerFn.FITTING:
-            self._update.accumulate()
             assert self.identity is not None, "it is taken here: files may be replaced while the run lasts"
             self.setup_optimizers(trainer)
+            self._update.accumulate(self._shares_out(self.optimizers))
             self._update.step_with(self.optimizers)
             self._precision.serve(self._update)
             # The weights exist and agree; from here on dropout may differ between replicas.
@@ -239,6 +244,12 @@ class MegatronStrategy(SchedulesSteps, DDPStrategy):
         weight = int(result.tokens)
         model.log(name, result.mean, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
         return result.mean
+
+    def _shares_out(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Tell whether data-parallel ranks share the optimizer's state out."""
+        if self.distributed_optimizer is not None:
+            return self.distributed_optimizer
+        return not trainee(self._lightning).adapters and all(map(can_share, optimizers))
 
     @property
     def _lightning(self) -> LightningModule:

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from graftwork.batch import Batch
+from graftwork.data.source import Source
 from graftwork.models.loss import LossFunction
 from graftwork.optim import AdamW
 from graftwork.peft import PEFT
@@ -50,8 +51,8 @@ class Trainee(Protocol):
 class HasFiles(Protocol):
     """Data that come from files."""
 
-    files: Mapping[str, str | None]
-    """Their paths by split."""
+    files: Mapping[str, Source | None]
+    """What each split is read from."""
 
 
 def trainee(module: LightningModule | None) -> Trainee:

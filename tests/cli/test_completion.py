@@ -40,7 +40,7 @@ def test_verbs_recipes_options_and_executors_complete(scripts: Path) -> None:
     assert "graft" in offered(scripts, "nemorun gr")
     assert offered(scripts, "nemorun graft fin") == ["finetune"]
     assert {"finetune", "generate", "evaluate"} <= set(offered(scripts, "nemorun graft "))
-    assert offered(scripts, "nemorun graft finetune --factory ") == list(RECIPES)
+    assert offered(scripts, "nemorun graft finetune --factory ") == [*RECIPES, "auto"]
     assert offered(scripts, "nemorun graft finetune --factory smol") == ["smollm2_135m"]
     assert offered(scripts, "nemorun graft finetune --factory=smol") == ["smollm2_135m"]  # bash keeps --factory=
     assert offered(scripts, "nemorun graft finetune --dry") == ["--dryrun"]

@@ -2,13 +2,15 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import nemo_run as run
 import pytest
 
-from graftwork.cli.context import GraftContext, executor_for
+from graftwork.cli.context import GraftContext, executor_for, one_line_errors
+from graftwork.errors import DataError
 from graftwork.executors import local
 from graftwork.recipes import smollm2_135m
 from graftwork.training import finetune
@@ -135,3 +137,11 @@ def test_a_dry_run_for_gpus_elsewhere_needs_none_here(
     elsewhere = ["run.executor=slurm", "trainer.accelerator=gpu", "data.train=train.jsonl"]
     GraftContext(name="finetune", factory="smollm2_135m", dryrun=True).cli_execute(finetune, elsewhere)
     assert "trainer.accelerator = 'gpu'" in capsys.readouterr().out
+
+
+def test_people_are_told_where_to_read_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second line on a terminal; a program or a log gets one."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with pytest.raises(SystemExit), one_line_errors():
+        raise DataError("train.jsonl, line 3: field 'output' is missing; valid: input, output.")
+    assert capsys.readouterr().err.splitlines()[1:] == ["see: docs/troubleshooting.md#dataerror"]

@@ -16,7 +16,8 @@ from graftwork.training import MegatronStrategy, finetune
 
 PLAIN = [int, float, bool, str, list[str], list[int], dict[str, int]]
 BY_TASK = Union[dict[str, str], str]  # tried in this order: any text is a str
-SETTABLE = [*PLAIN, BY_TASK, Optional[BY_TASK], LayerChoice, *(Optional[t] for t in PLAIN)]
+PATHS = Union[list[str], str, None]  # "a.jsonl" is no list, so it is a str
+SETTABLE = [*PLAIN, BY_TASK, Optional[BY_TASK], PATHS, LayerChoice, *(Optional[t] for t in PLAIN)]
 CLASSES = [*METHODS.values(), SFTDataModule, AdamW, MegatronStrategy, shapes.Shape, shapes.llama2_7b]
 RESERVED = ("run", "executor", "plugins")
 

@@ -44,7 +44,7 @@ def test_byte_order_mark_is_no_part_of_the_text(write):
         ("a.csv", "", "has no rows"),
         ("a.parquet", "not parquet at all", "not a readable Parquet file"),
         ("a.parquet", "", "not a readable Parquet file"),
-        ("a.txt", "x", r"unknown kind '.txt'; valid: .csv, .json"),
+        ("a.txt", "x", r"unknown kind '.txt'; valid: .arrow, .csv, .json"),
     ],
 )
 def test_broken_files(write, name, content, said):

@@ -206,7 +206,7 @@ def test_what_has_no_meaning_for_the_kind_is_refused_before_rows_are_read(words,
         with pytest.raises(DataError, match=f"chat.jsonl, line 1: {told}"):
             refused(module(words, chats))
     late = write("late.jsonl", [*REVIEWS[:2], CHAT])
-    with pytest.raises(DataError, match=f"late.jsonl, line 3: {told}"):
+    with pytest.raises(DataError, match=r"late.jsonl, line 3: the row belongs to conversations \(messages\)"):
         module(words, late).train_dataloader()
 
 

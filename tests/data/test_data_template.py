@@ -2,7 +2,7 @@
 
 import pytest
 
-from graftwork.data.schema import Chat, Place, Prompt
+from graftwork.data.schema import Alpaca, Chat, Place, Prompt
 from graftwork.data.template import Piece, PromptTemplate, TaskTemplates, check_templates
 from graftwork.errors import ConfigError, DataError
 from graftwork.virtual_tokens import VIRTUAL_BASE, PromptLayout, PromptSlot
@@ -99,15 +99,21 @@ ALPACA = {"instruction": "Translate to French.", "input": "cat", "output": "chat
 
 @pytest.mark.fault(
     "Alpaca rows (instruction, input, output) train without their instruction",
-    "a row with an instruction that the template does not read is refused, with the template to set",
+    "a template that does not name {instruction} gets it in {input}, above the row's own",
 )
-@pytest.mark.parametrize("template", ["{input}", "Q: {input}\nA:"])
-def test_an_instruction_that_no_template_reads_is_refused(template):
-    said = r"line 1: the row has an 'instruction' \(Alpaca's layout\).* set prompt_template='{instruction}\\n{input}'"
-    with pytest.raises(DataError, match=said):
-        pieces(template, row=Prompt.model_validate(ALPACA))
-    assert pieces("{instruction}\n{input}", row=Prompt.model_validate(ALPACA)) == [Piece("Translate to French.\ncat")]
-    assert pieces(template, row=Prompt.model_validate({**ALPACA, "instruction": ""}))  # nothing is lost
+def test_an_instruction_is_never_lost():
+    row = Alpaca.model_validate(ALPACA)
+    assert (
+        pieces("{input}", row=row) == pieces("{instruction}\n{input}", row=row) == [Piece("Translate to French.\ncat")]
+    )
+    assert pieces("Q: {input}\nA:", row=row) == [Piece("Q: Translate to French.\ncat\nA:")]
+    assert pieces("[{input}] {instruction}", row=row) == [Piece("[cat] Translate to French.")]
+    for empty in ({"instruction": "Translate to French."}, {"instruction": "Translate to French.", "input": None}):
+        assert pieces("{input}", row=Alpaca.model_validate(empty)) == [Piece("Translate to French.")]
+    assert pieces("{input}", row=Alpaca.model_validate({**ALPACA, "instruction": ""})) == [Piece("cat")]
+    template = PromptTemplate("{input}", " {output}", PromptLayout())
+    assert template.unread(row) == set()
+    assert PromptTemplate("{instruction}", " {output}", PromptLayout()).unread(row) == {"input"}
 
 
 def test_fields_that_nothing_reads():
@@ -115,7 +121,9 @@ def test_fields_that_nothing_reads():
     row = {"input": "a", "output": "b", "context": "c", "task": "t", "score": 0, "note": "", "other": None, "tags": []}
     assert template.unread(Prompt.model_validate(row)) == {"score"}
     turns = [{"role": "user", "content": "a", "name": "x"}]
-    assert template.unread(Chat.model_validate({"messages": turns, "tools": [1], "input": ""})) == {"tools"}
+    assert template.unread(Chat.model_validate({"messages": turns, "topic": [1], "tools": [], "input": ""})) == {
+        "topic"
+    }
     assert PromptTemplate("{context}", "{output}", PromptLayout()).unread(Prompt.model_validate(row)) == {
         "score",
         "input",

@@ -15,7 +15,17 @@ from torch import Tensor
 from graftwork import models
 from graftwork.errors import GraftworkError
 from graftwork.models.merging import Blend, combine, combine_directories, merge_combined
-from graftwork.peft import IA3, PEFT, CanonicalLoRA, DoRA, LoRA, PromptTuning
+from graftwork.peft import (
+    IA3,
+    PEFT,
+    CanonicalAdapter,
+    CanonicalLoRA,
+    DoRA,
+    LoRA,
+    PromptTuning,
+    PTuning,
+    Selective,
+)
 from graftwork.peft.artifact.directory import opened
 from tests.contracts.methods import make, shake
 from tests.exchange.desk import EVERY, Desk
@@ -225,6 +235,20 @@ def test_the_comparison_notices_a_mistake(
     assert not close(dense(tmp_path / "both"), summed([(w, dense(p, 2.0)) for w, p in zip(WEIGHTS, paths)]))
 
 
+NO_SUMS: dict[str, PEFT] = {
+    transform.name: transform
+    for transform in (
+        DoRA(dim=4),
+        IA3(),
+        PromptTuning(init="random"),
+        PTuning(virtual_tokens=2, embedding_dim=6, bottleneck_dim=6),
+        CanonicalAdapter(dim=4),
+        Selective(patterns=["norm"]),
+    )
+}
+"""What is no sum of low-rank updates, by name."""
+
+
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with adapters of several methods, and of two bases."""
@@ -234,8 +258,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.add_adapter([LoRA("lora", dim=4), LoRA("second", dim=2)])
         model.save_adapters(root / f"{base}_lora", names=["lora"])
         model.save_adapters(root / f"{base}_two")
-        model.add_adapter([DoRA(dim=4), CanonicalLoRA(dim=4), IA3(), PromptTuning(init="random"), LoRA("r8", dim=8)])
-        for name in ("dora", "canonical_lora", "ia3", "prompt_tuning", "r8"):
+        model.add_adapter([*NO_SUMS.values(), CanonicalLoRA(dim=4), LoRA("r8", dim=8)])
+        for name in (*NO_SUMS, "canonical_lora", "r8"):
             model.save_adapters(root / name, names=[name])
     model = make()
     model.add_adapter(LoRA(dim=4))
@@ -258,9 +282,10 @@ BAD: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "an unknown name": ([ONE], {"weights": [1], "names": ["lorra"]}, "has no adapter 'lorra'; did you mean 'lora'"),
     "other bases": ([ONE, "other_lora"], {"weights": [1, 1]}, "belong to different bases .base and other, whose w"),
     "a random base": (["base_lora", "random"], {"weights": [1, 1]}, "belong to different bases"),
-    "DoRA": (["dora"], {"weights": [1]}, "DoRA 'dora' cannot be combined: it is no sum of low-rank updates"),
-    "IA3": (["ia3"], {"weights": [1]}, "IA3 'ia3' cannot be combined: it is no sum"),
-    "a prompt": (["prompt_tuning"], {"weights": [1]}, "PromptTuning 'prompt_tuning' cannot be combined"),
+    **{
+        type(t).__name__: ([name], {"weights": [1]}, f"{t} cannot be combined: it is no sum of low-rank updates")
+        for name, t in NO_SUMS.items()
+    },
     "two methods": (["other_lora", "canonical_lora"], {"weights": [1, 1]}, "cannot be combined: one has a pair of fac"),
     "ranks of factors": (
         ["other_lora", "r8"],

@@ -16,7 +16,7 @@ from graftwork.errors import GraftworkError
 from graftwork.models.base import Model
 from graftwork.models.exchange.directory import export_directory
 from graftwork.models.exchange.export import Wanted
-from graftwork.peft import IA3, PEFT, CanonicalAdapter, DoRA, LoRA, PromptTuning, Selective
+from graftwork.peft import IA3, PEFT, CanonicalAdapter, DoRA, LoRA, PromptTuning, PTuning, Selective
 from tests.contracts.methods import make
 from tests.exchange.desk import Desk
 from tests.exchange.test_peft_in import CONFIG, TENSORS, config_of
@@ -56,6 +56,7 @@ OUT: dict[str, tuple[Callable[[], Model], PEFT, dict[str, Any], str]] = {
     ),
     "IA3 for vLLM": (make, IA3(), {"for_": "vllm"}, "cannot be served by vLLM: it serves LoRA only; merge it"),
     "prompts for vLLM": (make, PromptTuning(init="random"), {"for_": "vllm"}, "it serves LoRA only"),
+    "an encoder for vLLM": (make, PTuning(virtual_tokens=2), {"for_": "vllm"}, "it serves LoRA only"),
     "GPT-2 for vLLM": (lambda: make("gpt2"), LoRA(dim=4), {"for_": "vllm"}, "its GPT-2 takes no LoRA"),
     "T5 for vLLM": (tiny, LoRA(dim=4), {"for_": "vllm"}, "it has no encoder-decoder"),
     "a rank too high for vLLM": (make, LoRA(dim=513), {"for_": "vllm"}, "has rank 513, but vLLM serves at most 512"),

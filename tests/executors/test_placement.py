@@ -153,6 +153,10 @@ def test_a_job_sees_the_paths_of_this_machine(tmp_path: Path) -> None:
     assert found.data.validation == "absent.jsonl" and found.model.checkpoint == "smollm2_135m"
     assert found.trainer.default_root_dir == str(tmp_path / "runs/default")
     assert made.trainer.default_root_dir == "runs/default" and resolved(made, local()) is made
+    made.data.train = ["train.jsonl", "absent.jsonl"]
+    found = resolved(made, slurm())
+    assert found.data.train == [str(tmp_path / "train.jsonl"), "absent.jsonl"]
+    assert f"{tmp_path}/train.jsonl:{tmp_path}/train.jsonl:ro" in mounts(found)
 
 
 def test_over_ssh_a_relative_run_directory_is_refused() -> None:

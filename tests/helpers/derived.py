@@ -8,13 +8,16 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from graftwork.executors import EXECUTORS
 from graftwork.models.weights import family_table
 from graftwork.peft import METHODS
-from graftwork.recipes import RECIPES
+from graftwork.recipes import AUTO, RECIPES
+from tests.helpers import compatibility, messages
+from tests.helpers.arguments import arguments
 
 TESTS = Path(__file__).parents[1]
 DOCS = TESTS.parent / "docs"
@@ -23,19 +26,30 @@ _BLOCK = re.compile(r"<!-- (\w+): written by make golden -->\n.*?<!-- end of \1 
 
 def names() -> str:
     """Return what the command line takes by name, as a table."""
-    rows = {"--factory": RECIPES, "peft=": (m.short_name() for m in METHODS.values()), "run.executor=": EXECUTORS}
+    rows = {
+        "--factory": (*RECIPES, AUTO),
+        "peft=": (m.short_name() for m in METHODS.values()),
+        "run.executor=": EXECUTORS,
+    }
     return "\n".join(["| where | names |", "|---|---|", *(f"| `{where}` | {code(n)} |" for where, n in rows.items())])
 
 
 def methods() -> str:
     """Return the methods with the names, learning rates and summaries that their classes give, as a table."""
     rows = [
-        f"| `{name}` | `{method.short_name()}` | {method.default_lr:.0e} | {inspect.getdoc(method).splitlines()[0]} |"
+        f"| [`{name}`]({page_of(name)}) | `{method.short_name()}` | {method.default_lr:.0e} | "
+        f"{inspect.getdoc(method).splitlines()[0]} |"
         for name, method in METHODS.items()
     ]
     return "\n".join(["| method | on the command line | default lr | |", "|---|---|---|---|", *rows]).replace(
         "e-0", "e-"
     )
+
+
+def page_of(method: str) -> str:
+    """Return the page of a method, from the pages' directory: the one with its arguments."""
+    (page,) = (page for page in pages() if f"arguments_{method}" in blocks(page))
+    return page.relative_to(DOCS).as_posix()
 
 
 class Fault(NamedTuple):
@@ -80,8 +94,14 @@ def code(words: Iterable[str]) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "families": family_table,
     "faults": planted,
+    "layouts": compatibility.layouts_table,
     "methods": methods,
     "names": names,
+    "refusals": compatibility.refusals_table,
+    "support": compatibility.methods_table,
+    **{f"arguments_{name}": partial(arguments, method) for name, method in METHODS.items()},
+    **{f"support_{name}": partial(compatibility.of_method, name) for name in METHODS},
+    **{f"messages_{kind}": partial(messages.listing, kind) for kind in messages.CLASSES},
 }
 """What each block says."""
 

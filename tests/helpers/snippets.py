@@ -36,7 +36,7 @@ class Block:
 
 def pages() -> list[Path]:
     """Return README and the pages of the site that are not records of the past."""
-    docs = [p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "log.md"]
+    docs = [p for p in sorted((ROOT / "docs").rglob("*.md")) if p.name != "log.md" and p.parent.name != "decisions"]
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *docs]
 
 

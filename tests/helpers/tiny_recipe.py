@@ -43,6 +43,7 @@ def overrides(place: Path, steps: int) -> list[str]:
         f"trainer.val_check_interval={steps // 2}",
         "optim.lr=2e-3",
         "optim.warmup_steps=1",
+        "samples=0",
     ]
 
 

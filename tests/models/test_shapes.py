@@ -21,10 +21,19 @@ PUBLISHED = {
     "llama2_70b": 68976648192,
     "llama3_8b": 8030261248,
     "llama3_70b": 70553706496,
+    "llama31_8b": 8030261248,
+    "llama32_1b": 1235814400,
+    "llama32_3b": 3212749824,
+    "mistral_7b": 7248023552,
+    "qwen2_5_7b": 7615616512,
+    "qwen3_0_6b": 596049920,
+    "qwen3_8b": 8190735360,
     "mixtral_8x7b": 46702792704,
     "qwen3_30b_a3b": 30532122624,
 }
-ROUNDED = {"gpt3_175b": 175e9, "nemotron3_8b": 8.5e9, "nemotron4_340b": 340e9}
+ROUNDED = {"gpt3_175b": 175e9, "minitron_4b": 4.19e9, "nemotron3_8b": 8.5e9, "nemotron4_340b": 340e9}
+WIDE = ("qwen3_0_6b", "qwen3_30b_a3b")
+"""Those whose heads have twice the channels of the hidden size."""
 ALL = [*PUBLISHED, *ROUNDED]
 
 
@@ -52,8 +61,8 @@ def test_megatron_config(name: str) -> None:
     shape = getattr(shapes, name)()
     config = shape.transformer_config(params_dtype=torch.bfloat16)
     assert config.bf16 and config.pipeline_dtype == torch.bfloat16 and config.calculate_per_token_loss
-    assert config.kv_channels * config.num_attention_heads == shape.hidden_size * (2 if name == "qwen3_30b_a3b" else 1)
-    assert config.gated_linear_unit == (shape.family in ("llama", "mixtral", "qwen3_moe"))
+    assert config.kv_channels * config.num_attention_heads == shape.hidden_size * (2 if name in WIDE else 1)
+    assert config.gated_linear_unit == (shape.family not in ("gpt2", "nemotron"))
 
 
 def test_moe_counts_every_expert() -> None:

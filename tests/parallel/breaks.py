@@ -22,6 +22,7 @@ from graftwork.peft.methods import dora, lora, prompt_tuning
 from graftwork.peft.wrapper import original_weight
 from graftwork.training import schedule
 from graftwork.training.optimizer import gradients
+from graftwork.training.optimizer.bucket import Bucket
 
 
 @pytest.mark.fault(
@@ -91,14 +92,14 @@ def mean_per_replica() -> None:
 )
 def average_over_replicas() -> None:
     """Average gradients over replicas that have been divided by the whole batch's tokens already."""
-    exact = gradients.all_reduce
+    exact = Bucket.wait
 
-    def all_reduce(summed: list[Tensor], group: Any) -> None:
-        exact(summed, group)
-        for tensor in summed:
-            tensor.div_(group.size())
+    def wait(self: Bucket) -> None:
+        exact(self)
+        for tensor in self.tensors():
+            tensor.div_(self.group.size())
 
-    gradients.all_reduce = all_reduce
+    Bucket.wait = wait  # type: ignore[method-assign]
 
 
 @pytest.mark.fault(

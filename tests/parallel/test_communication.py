@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ def _listen(rank: int, world: int, sizes: dict[str, Any], cell: Cell, root: Path
 
 
 def trainable_of(named: Iterable[tuple[str, Any]]) -> Counter[str]:
-    """Count this rank's trainable elements: those of its own experts, and all others."""
-    counts: Counter[str] = Counter()
-    for name, parameter in named:
-        counts["expert" if ".experts." in name else "dense"] += parameter.numel() if parameter.requires_grad else 0
-    return counts
+    """Count this rank's trainable elements: those of its own experts, and all others; of these the pieces in halves."""
+    trained = [(name, p.numel()) for name, p in named if p.requires_grad]
+    dense = [size for name, size in reversed(trained) if ".experts." not in name]
+    total = sum(dense)
+    cut = -(-total // 2) not in accumulate(dense)
+    experts = sum(size for name, size in trained if ".experts." in name)
+    return Counter({"dense": total, "expert": experts, "pieces": len(dense) + cut})
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,19 @@ def numbers(count: int) -> Traffic:
     return {"all_reduce": (count, count)}
 
 
+def gradient_sum(subject: str, trainable: Counter[str]) -> Traffic:
+    """One bucket of exactly the trainable gradients; shared out in full fine-tuning, where weights come back.
+
+    A reduce-scatter and an all-gather are the two halves that an all-reduce of as many elements is made of.
+    """
+    elements = trainable["dense"]
+    if subject == "lora":
+        return {"all_reduce": (1, elements)}
+    even = elements + elements % 2
+    norms = {"all_reduce": (1, trainable["pieces"])}
+    return added({"reduce_scatter": (1, even), "all_gather": (1, even)}, norms)
+
+
 def times(count: int, elements: int) -> tuple[int, int]:
     return count, count * elements
 
@@ -80,10 +96,10 @@ def cut_vocabulary(tokens: int) -> Traffic:
 
 @pytest.mark.processes
 def test_data_parallel_sends_each_trainable_element_once(heard: Any) -> None:
-    """One bucket of exactly the trainable gradients, the answer tokens and the loss; the norm is known already."""
+    """The trainable gradients, the answer tokens and the loss; the norm is known, but for that of the other's half."""
     for rank in heard("dp2"):
-        for traffic, _, trainable in rank.values():
-            assert traffic == added({"all_reduce": (1, trainable["dense"])}, numbers(2))
+        for subject, (traffic, _, trainable) in rank.items():
+            assert traffic == added(gradient_sum(subject, trainable), numbers(2))
         assert rank["lora"][2]["dense"] < rank["full"][2]["dense"] / 3
 
 
@@ -150,9 +166,9 @@ def test_pipeline_parallel_sends_activations_the_loss_and_the_norm(heard: Any) -
 def test_context_parallel_gathers_keys_and_values(heard: Any) -> None:
     """Keys and values of a layer forward and again backward, sums of their gradients; the trainable gradients, loss."""
     for rank in heard("cp2"):
-        for traffic, _, trainable in rank.values():
+        for subject, (traffic, _, trainable) in rank.items():
             sites = times(2 * LAYERS * MICROBATCHES, LENGTH * MICRO * KEYS)
-            sums = added({"all_reduce": sites}, {"all_reduce": (1, trainable["dense"])}, numbers(1))
+            sums = added({"all_reduce": sites}, gradient_sum(subject, trainable), numbers(1))
             assert traffic == added({"all_gather": sites}, {"all_gather": sites}, sums)
 
 
@@ -172,7 +188,7 @@ def test_expert_parallel_sends_tokens_to_their_experts_and_back(heard: Any) -> N
         assert sum(elements for _, elements in sent) == chosen * 2 * (h + 1 + h)
         for traffic, _, trainable in (rank[subject] for rank in ranks):
             counts = {"all_gather": times(layers * microbatches, 2 * experts)}  # how many tokens each expert gets
-            assert traffic == added(counts, {"all_reduce": (1, trainable["dense"])}, numbers(3))
+            assert traffic == added(counts, gradient_sum(subject, trainable), numbers(3))
             assert trainable["expert"] > 0
 
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graftwork import parallel
+from graftwork.parallel.collective import all_gather_objects
 from graftwork.parallel.record import record_of
 from tests.helpers.tiny_gpt import cut
 from tests.parallel.models import key_of
@@ -18,10 +19,19 @@ def whole(model: Any, gradients: bool = False) -> dict[str, Tensor]:
     for chunk in model.chunks:
         for name, parameter in chunk.named_parameters():
             if parameter.requires_grad:
-                value = parameter.grad if gradients else parameter.detach()
-                assert value is not None, f"{name} has no gradient"
+                value = _gradient(model, parameter) if gradients else parameter.detach()
                 found[key_of(chunk, name, parameter)] = _joined(chunk, name, parameter, value, model.shape.vocab_size)
     return found
+
+
+def _gradient(model: Any, parameter: nn.Parameter) -> Tensor:
+    """Return a gradient as ``.grad`` has it, or from the pieces of all ranks that share the parameter out."""
+    if parameter.grad is not None:
+        return parameter.grad
+    expert = record_of(parameter).expert
+    group = parallel.expert_dp_group() if expert else parallel.dp_group(with_context_parallel=True)
+    held = all_gather_objects(model.trainer.strategy.update.gradient_of(parameter), group)
+    return torch.cat([piece for pieces in held for piece in pieces]).view_as(parameter)
 
 
 def _joined(chunk: nn.Module, name: str, parameter: Tensor, local: Tensor, vocabulary: int) -> Tensor:

@@ -66,6 +66,21 @@ def test_what_stands_on_a_rank_follows_from_the_counts() -> None:
     assert (held.gradients, held.optimizer) == (4 * made.trainable_parameters, 8 * made.trainable_parameters)
 
 
+@pytest.mark.parametrize(("transforms", "shared", "ranks"), [([], None, 4), ([], False, 1), (["lora"], True, 4)])
+def test_a_shared_optimizer_stands_on_a_rank_by_its_share(
+    transforms: list[str], shared: bool | None, ranks: int
+) -> None:
+    """Two replicas of two context-parallel ranks; what is summed goes there in fp32 and comes back in bf16."""
+    stack = [LoRA(dim=4) for _ in transforms]
+    blueprint = Blueprint(GPT, shape(), "bf16", None, stack)
+    intent = Intent(blueprint, Layout(context_parallel_size=2), 4, ROWS, shared)
+    made, alone = make_plan(intent, H100), make_plan(replace(intent, distributed_optimizer=False), H100)
+    state = 8 if stack else 12  # adapters are fp32
+    assert made.memory_per_rank[0].optimizer * ranks == state * made.trainable_parameters
+    slower = alone.speeds[0].communication / made.speeds[0].communication
+    assert slower > 1 if ranks > 1 and not stack else slower == 1
+
+
 @pytest.mark.parametrize(
     ("sizes", "method", "count"),
     [

@@ -7,10 +7,11 @@ from graftwork.errors import ConfigError
 from graftwork.layout import Layout
 from graftwork.models import GPT
 from graftwork.peft import LoRA
-from graftwork.planning.advice import ROOM, advise, as_text, parse_fit
+from graftwork.planning.advice import advise, as_text, parse_fit
 from graftwork.planning.blueprint import Blueprint
 from graftwork.planning.checks import Intent, layout_problems, row_problems
 from graftwork.planning.devices import DEVICES, Device, device_named
+from graftwork.planning.judge import ROOM
 from graftwork.planning.plan import make_plan
 from graftwork.planning.workload import Workload
 from graftwork.recipes.planning import refuse_problems

@@ -74,7 +74,7 @@ def test_nothing_is_sent_in_a_group_of_one(monkeypatch: Any) -> None:
 def test_buckets_hold_one_dtype_and_a_limited_size(monkeypatch: Any) -> None:
     monkeypatch.setattr(gradients, "BUCKET_ELEMENTS", 10)
     tensors = [torch.zeros(4), torch.zeros(4), torch.zeros(4, dtype=torch.bfloat16), torch.zeros(40), torch.zeros(2)]
-    buckets = [[t.numel() for t in b] for b in gradients._buckets(tensors)]
+    buckets = [[t.numel() for t in b] for b in gradients._parts(tensors)]
     assert buckets == [[4, 4], [40], [2], [4]]
 
 

@@ -23,12 +23,20 @@ from tests.helpers.tiny_run import finetune
 
 STEPS, STOP = 4, 2
 METHODS: dict[str, Any] = {
+    "stack": lambda: [
+        PTuning(virtual_tokens=3, embedding_dim=8, bottleneck_dim=8),
+        CanonicalAdapter(4),
+        LoRA(dim=4),
+        IA3(),
+    ],
+    "full": list,
     "lora": lambda: [LoRA(dim=4)],
     "canonical": lambda: [CanonicalAdapter(dim=4)],
     "ia3": lambda: [IA3()],
     "ptuning": lambda: [PTuning(virtual_tokens=3, embedding_dim=8, bottleneck_dim=8)],
-    "full": list,
 }
+FAST = ("stack", "full")
+"""The stack holds each tensor of each method; the methods one by one are trained in `make test-all`."""
 BATCHES: dict[str, dict[str, Any]] = {
     "padded": {},
     "packed": {"packing": True, "seq_length": 64, "micro_batch_size": 1, "global_batch_size": 2},
@@ -46,10 +54,17 @@ FEW: dict[str, dict[str, Any]] = {
 """Layouts that train only some of the cases."""
 DEEP = replace(tiny_run.SHAPE, num_layers=4)
 CASES = [(method, batch) for method in METHODS for batch in BATCHES]
+Cases = list[tuple[str, str]]
 FEW_CASES = [("full", "padded", "vpp2"), ("full", "packed", "cp2")]
 MOVES = [
     *(("tp2_sp", "one", "padded"), ("pp2", "one", "padded"), ("vpp2", "one", "padded"), ("one", "tp2_sp", "padded")),
-    *(("tp2_sp", "pp2", "padded"), ("pp2", "dp2", "padded"), ("one", "cp2", "packed"), ("cp2", "one", "packed")),
+    *(
+        ("tp2_sp", "pp2", "padded"),
+        ("pp2", "dp2", "padded"),
+        ("dp2", "one", "padded"),
+        ("one", "cp2", "packed"),
+        ("cp2", "one", "packed"),
+    ),
 ]
 """Full fine-tuning, cut in one layout and resumed in another."""
 
@@ -92,7 +107,7 @@ def train(rank: int, data: Path, root: Path, layout: str, method: str, batch: st
     return {"losses": [loss for _, loss in report.train], "weights": weights, "rows": rows.seen}
 
 
-def every_case(rank: int, data: Path, root: Path, layout: str, cases: list[tuple[str, str]]) -> dict[Any, Any]:
+def every_case(rank: int, data: Path, root: Path, layout: str, cases: Cases) -> dict[Any, Any]:
     """For every case: whole, and cut and resumed; the cut state is kept for another layout."""
     found = {}
     for method, batch in cases:
@@ -106,11 +121,11 @@ def every_case(rank: int, data: Path, root: Path, layout: str, cases: list[tuple
     return found
 
 
-def two_ranks(rank: int, world_size: int, data: Path, root: Path) -> dict[Any, Any]:
+def two_ranks(rank: int, world_size: int, data: Path, root: Path, cases: Cases) -> dict[Any, Any]:
     """Every case in every layout of two ranks, then what moves to two ranks."""
     found: dict[Any, Any] = {}
     for layout in ("tp2_sp", "pp2", "dp2"):
-        found |= every_case(rank, data, root, layout, CASES)
+        found |= every_case(rank, data, root, layout, cases)
     for method, batch, layout in FEW_CASES:
         found |= every_case(rank, data, root, layout, [(method, batch)])
     for source, target, batch in MOVES:
@@ -128,16 +143,21 @@ def _copy(rank: int, source: Path, target: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    """What every rank found, the single process first."""
+def results(
+    request: pytest.FixtureRequest, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[Any, Any]]:
+    """What every rank found in the cases that are asked for, the single process first."""
     root = tmp_path_factory.mktemp("layouts")
+    asked = [item.callspec.params for item in request.session.items if item.path == request.path]
+    methods = {params["method"] for params in asked if "method" in params} | {"full"}
+    cases = [case for case in CASES if case[0] in methods]
     for name, shape in (("base", tiny_run.SHAPE), ("deep", DEEP)):
         base = tiny_run.GPT(shape)
         base.configure_model()
         base.export_hf(tiny_data / name)
     parallel.destroy()
-    one = every_case(0, tiny_data, root, "one", CASES)
-    ranks = run_ranks(two_ranks, 2, tiny_data, root, timeout=400)
+    one = every_case(0, tiny_data, root, "one", cases)
+    ranks = run_ranks(two_ranks, 2, tiny_data, root, cases, timeout=400)
     for source, target, batch in MOVES:
         if target == "one":
             at = root / source / "full" / batch / "moved"
@@ -152,7 +172,14 @@ def results(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("method", "batch", "layout"),
-    [*((*case, layout) for case in CASES for layout in LAYOUTS), *FEW_CASES],
+    [
+        *(
+            pytest.param(*case, layout, marks=() if case[0] in FAST else pytest.mark.slow)
+            for case in CASES
+            for layout in LAYOUTS
+        ),
+        *FEW_CASES,
+    ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(method: str, batch: str, layout: str, results: list) -> None:
     for rank in results[:1] if layout == "one" else results[1:]:

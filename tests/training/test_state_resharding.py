@@ -46,10 +46,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "first_stage_only": {"shape": {}, "stack": lambda: [PTuning(virtual_tokens=3, embedding_dim=8, bottleneck_dim=8)]},
 }
 WALKS: dict[str, list[dict[str, int]]] = {
-    "full": [{"tensor": 2}, {"pipeline": 2}, {}],
-    "tied_bf16": [{"pipeline": 2}, {"tensor": 2}, {"pipeline": 2}],
+    "full": [{"tensor": 2}, {"pipeline": 2}, {}, {"tensor": 2}, {"context": 2}],
+    "tied_bf16": [{"pipeline": 2}, {"tensor": 2}, {}, {"pipeline": 2}],
     "experts": [{"expert": 2}, {"tensor": 2}, {"pipeline": 2}],
-    "adapters": [{"tensor": 2}, {"pipeline": 2}, {}],
+    "adapters": [{"tensor": 2}, {"pipeline": 2}, {}, {"tensor": 2}],
     "in_experts": [{"expert": 2}, {"tensor": 2}, {"tensor": 2, "expert": 2}],
     "some_layers": [{"expert": 2}, {"pipeline": 2}, {"tensor": 2, "expert": 2}],
     "first_stage_only": [{"pipeline": 2}, {"tensor": 2}],
@@ -68,13 +68,20 @@ def made(name: str, seed: int) -> tuple[GPT, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def save(model: GPT, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    checkpoint.save(path, lightning_state(3), Update(model.chunks, [optimizer]), Layout())
+def shared(model: GPT, optimizer: torch.optim.Optimizer) -> Update:
+    """Return an update whose state the ranks that hold the same weights share out: two in layouts that name no two."""
+    update = Update(model.chunks)
+    update.accumulate(sharded=True)
+    update.step_with([optimizer])
+    return update
 
 
-def load(model: GPT, optimizer: torch.optim.Optimizer, path: Path) -> None:
+def save(update: Update, path: Path) -> None:
+    checkpoint.save(path, lightning_state(3), update, Layout())
+
+
+def load(update: Update, path: Path) -> None:
     _, state = checkpoint.read_common(path)
-    update = Update(model.chunks, [optimizer])
     checkpoint.read_weights(path, state, update)
     checkpoint.read_optimizer(path, state, update)
 
@@ -84,9 +91,9 @@ def walk(rank: int, world_size: int, root: Path) -> None:
     for name, layouts in WALKS.items():
         for index, sizes in enumerate(layouts):
             parallel.initialize(layout_of(**sizes))
-            model, optimizer = made(name, seed=77 + index)
-            load(model, optimizer, root / name / str(index))
-            save(model, optimizer, root / name / str(index + 1))
+            update = shared(*made(name, seed=77 + index))
+            load(update, root / name / str(index))
+            save(update, root / name / str(index + 1))
 
 
 def write_first(name: str, root: Path) -> None:
@@ -98,7 +105,7 @@ def write_first(name: str, root: Path) -> None:
         with torch.no_grad():
             parameter.add_(torch.rand_like(parameter))
     optimizer.step()
-    save(model, optimizer, root / name / "0")
+    save(Update(model.chunks, [optimizer]), root / name / "0")
     parallel.destroy()
 
 
@@ -144,7 +151,7 @@ def refusals(rank: int, world_size: int, root: Path) -> dict[str, str]:
     parallel.initialize(layout_of(tensor=2))
     model, optimizer = made("adapters", seed=5)
     update = Update(model.chunks, [optimizer])
-    save(model, optimizer, root / "good")
+    save(update, root / "good")
     found = {}
     for culprit in (0, 1):
         elsewhere = root / ("missing" if rank == culprit else "good")
@@ -157,10 +164,10 @@ def refusals(rank: int, world_size: int, root: Path) -> dict[str, str]:
             with pytest.MonkeyPatch.context() as patch:
                 if rank == culprit:
                     _break(patch, what)
-                found[f"{what} {culprit}"] = _error(lambda: save(model, optimizer, root / "bad"))
+                found[f"{what} {culprit}"] = _error(lambda: save(update, root / "bad"))
             barrier()
             assert not list(root.glob("*bad*")) and not list(root.glob(".*")), what
-    save(model, optimizer, root / "bad")
+    save(update, root / "bad")
     return found
 
 

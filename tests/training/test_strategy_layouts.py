@@ -93,9 +93,12 @@ def train_broken(rank: int, world_size: int, layout: dict[str, Any], what: str) 
     """Return the losses of a training with one gradient sum left out."""
     init = gradients.Gradients.__init__
 
-    def broken(self: Any, chunks: Any) -> None:
-        init(self, chunks)
-        setattr(self, what, None if what == "tied" else [])
+    def broken(self: Any, *args: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if what == "dense":
+                patch.setattr(parallel, "dp_group", lambda **_: parallel.tp_group())  # of one rank here
+            init(self, *args)
+        setattr(self, what, None if what == "tied" else [] if what == "partial" else self.dense)
 
     gradients.Gradients.__init__ = broken  # type: ignore[method-assign]
     try:

@@ -33,9 +33,10 @@ def resolved(recipe: run.Partial, executor: run.Executor) -> run.Partial:
         _refuse_relative(recipe)
         return recipe
     made = recipe.clone()
-    for field, path in _found(recipe):
+    for field, value in _values(recipe):
         owner, name = _place(made, field)
-        setattr(owner, name, str(path))
+        paths = [str(_absolute(path)) if _is_here(field, path) else path for path in _each(value)]
+        setattr(owner, name, paths if isinstance(value, list) else paths[0])
     return made
 
 
@@ -54,16 +55,28 @@ def _folder(field: str, path: Path) -> Path:
 def _found(recipe: run.Partial) -> Iterator[tuple[str, Path]]:
     """Yield the fields that name a path of this machine, and the path, absolute."""
     for field, value in _values(recipe):
-        path = Path(value).expanduser()
-        if field in WRITTEN or path.exists():
-            yield field, Path(os.path.abspath(path))
+        yield from ((field, _absolute(path)) for path in _each(value) if _is_here(field, path))
 
 
-def _values(recipe: run.Partial) -> Iterator[tuple[str, str]]:
+def _is_here(field: str, path: str) -> bool:
+    return field in WRITTEN or Path(path).expanduser().exists()
+
+
+def _absolute(path: str) -> Path:
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+def _each(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _values(recipe: run.Partial) -> Iterator[tuple[str, str | list[str]]]:
+    """Yield the fields that name a path, or several."""
     for field in (*READ, *WRITTEN):
         owner, name = _place(recipe, field)
         value = getattr(owner, name, None) if isinstance(owner, fdl.Buildable) else None
-        if isinstance(value, str) and value:
+        texts = value if isinstance(value, list) else [value]
+        if value and all(isinstance(text, str) for text in texts):
             yield field, value
 
 
@@ -74,7 +87,7 @@ def _place(recipe: run.Partial, field: str) -> tuple[object, str]:
 
 def _refuse_relative(recipe: run.Partial) -> None:
     for field, value in _values(recipe):
-        if field in WRITTEN and not value.startswith("/"):
+        if field in WRITTEN and not _each(value)[0].startswith("/"):
             raise ConfigError(
                 f"{field}={value!r} is relative, but the job runs on another machine: give an absolute path of a "
                 "directory that all its nodes share."

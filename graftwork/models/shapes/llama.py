@@ -52,7 +52,7 @@ def llama2_70b(**overrides: object) -> Shape:
 
 def _llama3(overrides: dict[str, object], **sizes: object) -> Shape:
     fixed = {"num_query_groups": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rotary_base": 500000.0}
-    return shape_of(overrides, **fixed, **sizes)
+    return shape_of(overrides, **{**fixed, **sizes})
 
 
 @published
@@ -65,3 +65,28 @@ def llama3_8b(**overrides: object) -> Shape:
 def llama3_70b(**overrides: object) -> Shape:
     """LLaMA 3 70B (Grattafiori et al. 2024, arXiv 2407.21783)."""
     return _llama3(overrides, num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64)
+
+
+def _llama31(overrides: dict[str, object], factor: float, **sizes: object) -> Shape:
+    """LLaMA 3 with the frequency scaling and the context of 3.1 and 3.2."""
+    return _llama3(overrides, **{"rope_scaling_factor": factor, "max_position_embeddings": 131072, **sizes})
+
+
+@published
+def llama31_8b(**overrides: object) -> Shape:
+    """LLaMA 3.1 8B (Grattafiori et al. 2024, arXiv 2407.21783): as 3 8B, frequencies scaled by up to 8."""
+    return _llama31(overrides, 8.0, num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32)
+
+
+@published
+def llama32_1b(**overrides: object) -> Shape:
+    """LLaMA 3.2 1B (Meta 2024, config.json of meta-llama/Llama-3.2-1B): tied embeddings, heads of 64 channels."""
+    sizes = {"num_layers": 16, "hidden_size": 2048, "ffn_hidden_size": 8192, "num_attention_heads": 32}
+    return _llama31(overrides, 32.0, tie_embeddings=True, **sizes)
+
+
+@published
+def llama32_3b(**overrides: object) -> Shape:
+    """LLaMA 3.2 3B (Meta 2024, config.json of meta-llama/Llama-3.2-3B): tied embeddings."""
+    sizes = {"num_layers": 28, "hidden_size": 3072, "ffn_hidden_size": 8192, "num_attention_heads": 24}
+    return _llama31(overrides, 32.0, tie_embeddings=True, **sizes)

@@ -19,6 +19,13 @@ def _nemotron(overrides: dict[str, object], **sizes: object) -> Shape:
 
 
 @published
+def minitron_4b(**overrides: object) -> Shape:
+    """Minitron 4B, Nemotron-4 pruned (Muralidharan et al. 2024, arXiv 2407.14679; nvidia/Minitron-4B-Base)."""
+    sizes = {"num_layers": 32, "hidden_size": 3072, "ffn_hidden_size": 9216, "num_attention_heads": 24}
+    return _nemotron(overrides, num_query_groups=8, **sizes)
+
+
+@published
 def nemotron3_8b(**overrides: object) -> Shape:
     """Nemotron-3 8B (NVIDIA 2023)."""
     return _nemotron(overrides, num_layers=32, hidden_size=4096, ffn_hidden_size=16384, num_attention_heads=32)

@@ -41,6 +41,12 @@ def _default(shape: Shape, name: str) -> object:
     return None if name in derived and value == derived[name] else value
 
 
+def said(shape: Shape) -> dict[str, object]:
+    """Return the fields of ``shape`` that its class would not have without being told."""
+    told = {one.name: (_default(shape, one.name), one.default) for one in fields(shape)}
+    return {name: value for name, (value, default) in told.items() if value != default}
+
+
 def shape_of(overrides: dict[str, object], **values: object) -> Shape:
     """Return Shape(**values) with ``overrides`` on top, as ``made``."""
     return made(Shape, values, overrides)

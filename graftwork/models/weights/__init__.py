@@ -8,6 +8,7 @@ from graftwork.models.weights.fingerprint import fingerprint
 from graftwork.models.weights.hf import (
     FAMILIES,
     Family,
+    check_architecture,
     family_named,
     family_of,
     family_table,
@@ -24,6 +25,7 @@ __all__ = [
     "Family",
     "Mapping",
     "Rule",
+    "check_architecture",
     "check_checkpoint",
     "export_weights",
     "family_named",

@@ -1,7 +1,7 @@
 """GGUF file (llama architecture) -> Hugging Face checkpoint directory, dequantised tensor by tensor."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from graftwork.atomic import atomic_directory
 from graftwork.errors import CheckpointError, quoted, suggest
 from graftwork.models.shape import Shape
 from graftwork.models.weights.gguf_header import check_header
-from graftwork.models.weights.gguf_tokenizer import read_vocabulary, write_tokenizer
+from graftwork.models.weights.gguf_tokenizer import Vocabulary, read_vocabulary, write_tokenizer
 from graftwork.models.weights.hf import hf_config, mapping_for
 from graftwork.models.weights.hf.llama import Llama
 from graftwork.models.weights.hf.rope import LLAMA3
@@ -87,10 +87,15 @@ class Reader(Protocol):
 
 def shape_of(path: Path) -> Shape:
     """Return the shape of the model in a GGUF file; raises CheckpointError for a file that is damaged or no LLaMA."""
+    return described_by(path)[0]
+
+
+def described_by(path: Path) -> tuple[Shape, Callable[[], Vocabulary]]:
+    """Return the shape of the model in a GGUF file, and what reads the vocabulary; raises as ``shape_of`` does."""
     reader = _open(path)
     shape = read_shape(reader)
     _wanted(path, shape, {tensor.name: tensor for tensor in reader.tensors})
-    return shape
+    return shape, lambda: _vocabulary(reader)
 
 
 def convert(path: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -100,7 +105,7 @@ def convert(path: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) ->
     """
     reader = _open(path)
     shape = read_shape(reader)
-    vocabulary = read_vocabulary({name: field(reader, name) for name in reader.fields if "tokenizer." in name})
+    vocabulary = _vocabulary(reader)
     ids = {f"{name}_token_id": value for name, value in vocabulary.ids("bos", "eos", "pad").items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     wanted = _wanted(path, shape, tensors)
@@ -127,6 +132,10 @@ def _wanted(path: Path, shape: Shape, tensors: Mapping[str, StoredTensor]) -> di
             shown = ", ".join(quoted(name, bare=True) for name in found[:5])
             raise CheckpointError(f"{quoted(path)} {what} the tensors {shown}.")
     return wanted
+
+
+def _vocabulary(reader: Reader) -> Vocabulary:
+    return read_vocabulary({name: field(reader, name) for name in reader.fields if "tokenizer." in name})
 
 
 def _size(tensor: StoredTensor) -> tuple[int, ...]:

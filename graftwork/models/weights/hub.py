@@ -50,7 +50,9 @@ REGISTERED = {
     ),
 }
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+"""Files of the hub that describe a model: config, tokenizer, chat template, index."""
+HUB_FILES = [*SMALL_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,33 @@ class HubModel:
             f"or can be downloaded from here; where there is network, run: hf download {self.name}"
         ) from problem
 
+    def described(self) -> Path:
+        """Return a directory with config and tokenizer, of the local cache or downloaded; weights may be missing.
+
+        Raises CheckpointError when neither can be.
+        """
+        problem: Exception | None = None
+        for local_only in (True, False):
+            try:
+                found = self._fetched(local_only, SMALL_FILES)
+                if (found / "config.json").is_file():
+                    return found
+            except OSError as error:
+                problem = error
+        raise CheckpointError(
+            f"{self.name!r} is no local directory, and its config.json is neither in the hub's local cache nor can be "
+            f"downloaded from here; where there is network, run: hf download {self.name}"
+        ) from problem
+
     def _snapshot(self, local_only: bool) -> Path | None:
         """Return the hub's snapshot, None for a part of one; raises CheckpointError for an id that cannot be."""
+        snapshot = self._fetched(local_only, HUB_FILES)
+        # An interrupted download leaves parts, which the hub is asked for again; a good one may leave old parts too.
+        parts = local_only and any(snapshot.parent.parent.glob("blobs/*.incomplete"))
+        return snapshot if (snapshot / "config.json").is_file() and _has_tensors(snapshot) and not parts else None
+
+    def _fetched(self, local_only: bool, files: list[str]) -> Path:
+        """Return the hub's snapshot with those of ``files`` that there are; raises CheckpointError for no id."""
         try:
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HFValidationError
@@ -120,14 +147,11 @@ class HubModel:
                 f"{self.name!r} is no local directory, and huggingface_hub is not installed."
             ) from error
         try:
-            snapshot = Path(snapshot_download(self.name, local_files_only=local_only, allow_patterns=HUB_FILES))
+            return Path(snapshot_download(self.name, local_files_only=local_only, allow_patterns=files))
         except HFValidationError as error:
             raise CheckpointError(
                 f"{self.name!r} is neither a local directory nor a valid hub id (owner/model)."
             ) from error
-        # An interrupted download leaves parts, which the hub is asked for again; a good one may leave old parts too.
-        parts = local_only and any(snapshot.parent.parent.glob("blobs/*.incomplete"))
-        return snapshot if (snapshot / "config.json").is_file() and _has_tensors(snapshot) and not parts else None
 
 
 def resolve(name_or_path: str | Path) -> Path:

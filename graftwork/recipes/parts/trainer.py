@@ -15,6 +15,7 @@ def megatron_trainer(
     tensor: int = 1,
     pipeline: int = 1,
     expert: int = 1,
+    context: int = 1,
 ) -> run.Config:
     """Return a configured trainer that writes to ``dir/name``; sequence parallelism goes with tensor parallelism."""
     strategy = run.Config(
@@ -22,6 +23,7 @@ def megatron_trainer(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         expert_model_parallel_size=expert,
+        **({"context_parallel_size": context} if context > 1 else {}),
         sequence_parallel=tensor > 1,
     )
     return run.Config(

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import BaseModel
 
-from graftwork.data.files import content_hash
+from graftwork.data.source import content_hash, named
 from graftwork.errors import CheckpointError
 from graftwork.jsonfile import validated
 from graftwork.models.cards import retell
@@ -125,5 +125,5 @@ class AdapterCheckpoint(WritesRunDown, Checkpoint):
 def _files(data: object) -> list[DataFile]:
     """Return the files that data train on and are validated with."""
     given = data.files if isinstance(data, HasFiles) else {}
-    named = [(use, given.get(use)) for use in ("train", "validation")]
-    return [DataFile(use, Path(path).name, content_hash(path)) for use, path in named if path is not None]
+    found = [(use, part) for use in ("train", "validation") for part in named(given.get(use))]
+    return [DataFile(use, Path(part).name, content_hash(part)) for use, part in found]

@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from graftwork.data.source import Source, title
 from graftwork.layout import Layout
 from graftwork.models.base import Model
 from graftwork.parallel.collective import world_size
@@ -27,8 +28,8 @@ class Counted(Protocol):
 
     sizes: Mapping[str, int]
     """Rows by split."""
-    files: Mapping[str, str | None]
-    """Paths by split."""
+    files: Mapping[str, Source | None]
+    """What they are read from, by split."""
     global_batch_size: int
     seq_length: int
     packing: bool
@@ -72,10 +73,14 @@ def _places(model: Model) -> str:
 
 
 def _rows(data: Counted) -> str:
-    named = {split: data.files.get(split) or f"held out of {data.files['train']}" for split in data.sizes}
-    parts = [f"{split} {rows:,} rows ({named[split]})" for split, rows in data.sizes.items()]
+    parts = [f"{split} {rows:,} rows ({_from(data, split)})" for split, rows in data.sizes.items()]
     packed = "packed into rows of" if data.packing else "of at most"
     return f"{', '.join(parts)}; {data.global_batch_size} a step, {packed} {data.seq_length} tokens"
+
+
+def _from(data: Counted, split: str) -> str:
+    own, train = data.files.get(split), data.files["train"]
+    return title(own) if own is not None else f"held out of {title(train or '')}"
 
 
 def _steps(trainer: Trainer) -> str:

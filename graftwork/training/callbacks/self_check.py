@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from graftwork import parallel
 from graftwork.batch import Batch
 from graftwork.errors import TrainingError
-from graftwork.optim import gradient_of
 from graftwork.parallel.collective import agree, all_gather_objects
 from graftwork.parallel.record import record_of
 from graftwork.peft.adapter import Adapter
@@ -75,7 +74,7 @@ class SelfCheck(Callback):
                 f"step {step}: the gradient norm is {norm} while the loss is {loss:.4f}. Nothing was updated."
             )
         if trainer.global_step == self._first_step:
-            self._check_first_gradients(pl_module)
+            self._check_first_gradients(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what moved."""
@@ -87,29 +86,29 @@ class SelfCheck(Callback):
         problem = _replicas_differ(pl_module)
         agree(TrainingError(problem) if problem else None)
 
-    def _check_first_gradients(self, pl_module: LightningModule) -> None:
+    def _check_first_gradients(self, trainer: Trainer, pl_module: LightningModule) -> None:
         names = [*sorted(trainee(pl_module).adapters), BASE]
         holds, alive = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
         for _, parameter in trainable(pl_module):
-            owner, gradient = _owner(parameter), gradient_of(parameter)
+            owner = _owner(parameter)
             holds[owner] = 1.0
-            if gradient is not None and bool(gradient.any()):
+            if _alive(trainer, parameter):
                 alive[owner] = 1.0
         held, living = largest([holds[n] for n in names]), largest([alive[n] for n in names])
         sent = largest([float(n == BASE or n in self._sent) for n in names])
         dead = [n for n, h, a, rows in zip(names, held, living, sent) if rows and h and not a]
         if dead:
             raise TrainingError(f"no gradient reaches {_some(dead)}: it would stay at its initial values.")
-        self._check_lent(pl_module)
+        self._check_lent(trainer, pl_module)
         stray = [n for n, p in frozen(pl_module) if p.grad is not None]
         agree(TrainingError(f"frozen parameters have gradients: {_some(stray)}.") if stray else None)
 
-    def _check_lent(self, pl_module: LightningModule) -> None:
+    def _check_lent(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop where a tensor of the base that an adapter trains has no gradient; an idle expert rightly has none."""
         stack: Stack | None = getattr(pl_module, "stack", None) if trainee(pl_module).adapters else None
         lent = [t for tensors in stack.lent.values() for t in tensors] if stack is not None else []
         held = [t for t in lent if t.parameter.requires_grad and not record_of(t.parameter).expert]
-        alive = [t.tensor.name for t in held if (g := gradient_of(t.parameter)) is not None and bool(g.any())]
+        alive = [t.tensor.name for t in held if _alive(trainer, t.parameter)]
         dead = sorted({t.tensor.name for t in held} - _everywhere(alive))
         agree(TrainingError(f"no gradient reaches {_some(dead)}: it would keep the base's values.") if dead else None)
 
@@ -146,6 +145,13 @@ class SelfCheck(Callback):
             sums = last.microbatches
             parts = [part for part, total in zip(parts, sums) if not bool(torch.isfinite(total))] if sums else []
         return [int(r) for part in parts for r in part.flatten().tolist() if r >= 0]
+
+
+def _alive(trainer: Trainer, parameter: nn.Parameter) -> bool:
+    """Tell whether what this rank holds of a gradient is anywhere other than zero."""
+    if isinstance(trainer.strategy, MegatronStrategy):
+        return any(bool(part.any()) for part in trainer.strategy.update.gradient_of(parameter))
+    return parameter.grad is not None and bool(parameter.grad.any())
 
 
 def _not_finite(module: nn.Module) -> str | None:

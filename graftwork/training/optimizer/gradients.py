@@ -1,124 +1,203 @@
 """Gradients of what trains on this rank: summed over the ranks that share a parameter, scaled, measured, clipped."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.utils.hooks import RemovableHandle
 
 from graftwork import parallel
 from graftwork.optim import MAIN_GRAD, gradient_of
 from graftwork.parallel.record import record_of
+from graftwork.training.optimizer.bucket import BUCKET_ELEMENTS, Bucket, Piece
+from graftwork.training.optimizer.queue import Queue
 
-BUCKET_ELEMENTS = 2**25
-"""One all-reduce carries at most this many gradient elements (128 MiB in fp32)."""
+T = TypeVar("T", bound=Tensor)
 
 
 class Gradients:
     """The gradients of the trainable parameters in this rank's model ``chunks``; frozen ones get no buffer.
 
-    Low-precision parameters accumulate over the microbatches in fp32 (``main_grad``), fp32 ones in ``.grad``.
+    They lie in buckets that data-parallel ranks sum while the backward pass of the last microbatch still runs; with
+    ``sharded`` every rank keeps its shard of the sums. megatron-core's schedule tells which microbatch is the last.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+    def __init__(self, chunks: Sequence[nn.Module], sharded: bool = False) -> None:
         self.parameters = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
-        self.experts = [p for p in self.parameters if record_of(p).expert]
-        self.dense = [p for p in self.parameters if not record_of(p).expert]
-        self.partial = [p for p in self.parameters if record_of(p).partial]
+        self.partial = [p for p in self.parameters if record_of(p).partial and parallel.tp_size() > 1]
         self.tied = _tied_embedding(chunks)
         self.has_experts = getattr(chunks[0].config, "num_moe_experts", None) is not None
         self.norm = torch.zeros(())
-        self._measured = [p for p in self.dense if _counts(p)]
         self._device = next(chunks[0].parameters()).device
-        self._hooks = [_accumulate_in_fp32(p) for p in self.parameters if p.dtype != torch.float32]
+        self._late = {*self.partial, *([self.tied] if self.tied is not None else [])}
+        self.dense = self._buckets(expert=False, sharded=sharded)
+        self.experts = self._buckets(expert=True, sharded=sharded)
+        self._of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
+        place = {p: index for index, p in enumerate(self.parameters)}
+        early = [bucket for bucket in self.buckets if not self._late.intersection(bucket.parameters)]
+        self._queue = Queue(sorted(early, key=lambda bucket: -min(place[p] for p in bucket.parameters)))
+        self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self.parameters]
+        self._configs = [chunk.config for chunk in chunks]
+        self._sent = False
+        self._listen(self._queue.no_sync, self._send)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """All buckets; the experts' stand last."""
+        return [*self.dense, *self.experts]
+
+    def pieces(self) -> dict[nn.Parameter, list[Piece]]:
+        """Return this rank's pieces of every parameter that is shared out over ranks."""
+        sharded = [bucket for bucket in self.buckets if bucket.sharded]
+        found: dict[nn.Parameter, list[Piece]] = {p: [] for bucket in sharded for p in bucket.parameters}
+        for piece in (piece for bucket in sharded for piece in bucket.own):
+            found[piece.whole].append(piece)
+        return found
 
     def zero(self) -> None:
         """Forget the gradients of the last step."""
-        for parameter in self.parameters:
-            parameter.grad = None
-            if parameter.dtype != torch.float32:
-                getattr(parameter, MAIN_GRAD).zero_()
+        self._sent = False
+        self._queue.zero()
+        for bucket in self.buckets:
+            bucket.zero()
 
     def finish(self, tokens: Tensor) -> None:
         """Turn gradients of this rank's loss *sum* into those of the global batch's mean over ``tokens``."""
-        for parameter in self.parameters:
-            if gradient_of(parameter) is None:  # an adapter that no microbatch reached, e.g. an idle expert
-                parameter.grad = torch.zeros_like(parameter)
-        self._sum()
-        every = self._of(self.parameters)
-        if every:
-            torch._foreach_mul_(every, 1.0 / tokens.clamp(min=1).item())
+        self._send()
+        for bucket in self.buckets:
+            bucket.wait()
+        self._scale(1.0 / tokens.clamp(min=1).item())
         self.norm = self._global_norm()
 
     def clip(self, limit: float) -> None:
         """Scale the gradients so that their global norm is at most ``limit``."""
-        factor = (limit / (self.norm + 1e-6)).clamp(max=1.0)
-        every = self._of(self.parameters)
-        if every:
-            torch._foreach_mul_(every, factor.to(every[0].device))
+        self._scale((limit / (self.norm + 1e-6)).clamp(max=1.0).to(self._device))
 
     def clip_values(self, limit: float) -> None:
         """Clamp every element of the gradients to [-limit, limit]."""
-        for gradient in self._of(self.parameters):
+        for gradient in self._tensors():
             gradient.clamp_(-limit, limit)
+
+    def of(self, parameter: nn.Parameter) -> list[Tensor]:
+        """Return what this rank holds of a parameter's gradient: all of it, or its flat pieces."""
+        bucket = self._of[parameter]
+        return [sums for piece, sums in zip(bucket.own, bucket.sums()) if piece.whole is parameter]
+
+    def gather(self) -> None:
+        """Bring every parameter together from the shards after a step."""
+        for bucket in self.buckets:
+            bucket.gather()
 
     def release(self) -> None:
         """Remove the hooks and fp32 accumulators from the parameters."""
+        self._listen(None, None)
         for hook in self._hooks:
             hook.remove()
-        for parameter in self.parameters:
-            if hasattr(parameter, MAIN_GRAD):
-                delattr(parameter, MAIN_GRAD)
+        for bucket in self.buckets:
+            bucket.release()
 
-    def _sum(self) -> None:
-        all_reduce(self._of(self.partial), parallel.tp_group())
+    def _buckets(self, expert: bool, sharded: bool) -> list[Bucket]:
+        """Share parameters out in the order of the backward pass; those that wait for other sums have their own."""
+        group = parallel.expert_dp_group() if expert else parallel.dp_group(with_context_parallel=True)
+        mine = [p for p in reversed(self.parameters) if record_of(p).expert == expert]
+        kinds = [[p for p in mine if (p in self._late) == late] for late in (False, True)]
+        return [Bucket(part, group, sharded) for kind in kinds for part in _parts(kind)]
+
+    def _listen(self, no_sync: object, finalize: object) -> None:
+        """Let megatron-core's schedule tell that the last microbatch begins, and that it is over."""
+        for config in self._configs:
+            setattr(config, "no_sync_func", no_sync)  # noqa: B010
+            setattr(config, "finalize_model_grads_func", finalize)  # noqa: B010
+
+    def _arrived(self, parameter: Tensor) -> None:
+        main: Tensor | None = getattr(parameter, MAIN_GRAD, None)
+        if main is not None:
+            assert parameter.grad is not None
+            main.add_(parameter.grad)
+            parameter.grad = None
+        self._queue.arrived(parameter)
+
+    def _send(self, *_: object, **__: object) -> None:
+        """Begin all sums that have not begun: the backward pass is over."""
+        if self._sent:
+            return
+        self._sent = True
+        self._queue.finish()
+        late = [bucket for bucket in self.buckets if not bucket.sent]
+        for bucket in late:
+            bucket.fill()
+        all_reduce(_gradients(self.partial), parallel.tp_group())
         if self.tied is not None:
-            all_reduce(self._of([self.tied]), parallel.embedding_group())
-        all_reduce(self._of(self.dense), parallel.dp_group(with_context_parallel=True))
-        all_reduce(self._of(self.experts), parallel.expert_dp_group())
+            all_reduce(_gradients([self.tied]), parallel.embedding_group())
+        for bucket in late:
+            bucket.send()
+
+    def _scale(self, factor: float | Tensor) -> None:
+        every = self._tensors()
+        if every:
+            torch._foreach_mul_(every, factor)
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for bucket in self.buckets for tensor in bucket.tensors()]
 
     def _global_norm(self) -> Tensor:
         """L2 norm over the whole model: copies on other tensor ranks and of tied embeddings count once."""
-        squares = self._squares(self._measured)
+        squares = self._squares(self.dense, _counts)
         dist.all_reduce(squares, group=parallel.model_parallel_group())
         if self.has_experts:
-            expert = self._squares(self.experts)
+            expert = self._squares(self.experts, lambda _: True)
             dist.all_reduce(expert, group=parallel.model_parallel_group(expert=True))
             squares = squares + expert
         return squares.sqrt()
 
-    def _squares(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        if not parameters:
+    def _squares(self, buckets: Sequence[Bucket], counts: Callable[[nn.Parameter], bool]) -> Tensor:
+        """Add up the squares piece by piece: with the norms of all shards the sum is the same bits, sharded or not."""
+        if not buckets:
             return torch.zeros((), device=self._device)
-        return torch.stack(torch._foreach_norm(self._of(parameters), 2)).float().square().sum()
-
-    @staticmethod
-    def _of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        return [g for g in map(gradient_of, parameters) if g is not None]
+        norms = torch.cat([_norms(bucket, counts) for bucket in buckets])
+        if buckets[0].sharded:
+            dist.all_reduce(norms, group=buckets[0].group)
+        return norms.square().sum()
 
 
 def all_reduce(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
-    """Sum ``tensors`` in place over ``group``, in flat buckets of one dtype; nothing is sent for nothing to sum."""
+    """Sum ``tensors`` in place over ``group``, in flat messages of one dtype; nothing is sent for nothing to sum."""
     if group.size() == 1:
         return
-    for bucket in _buckets(tensors):
-        flat = torch.cat([t.flatten() for t in bucket])
+    for part in _parts(tensors):
+        flat = torch.cat([t.flatten() for t in part])
         dist.all_reduce(flat, group=group)
-        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket])):
-            tensor.copy_(part.view_as(tensor))
+        for tensor, summed in zip(part, flat.split([t.numel() for t in part])):
+            tensor.copy_(summed.view_as(tensor))
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _parts(tensors: Sequence[T]) -> Iterator[list[T]]:
+    """Cut ``tensors`` into runs of one dtype and at most so many elements, or of one tensor."""
     for dtype in dict.fromkeys(t.dtype for t in tensors):
-        bucket: list[Tensor] = []
+        part: list[T] = []
         for tensor in (t for t in tensors if t.dtype == dtype):
-            if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET_ELEMENTS:
-                yield bucket
-                bucket = []
-            bucket.append(tensor)
-        yield bucket
+            if part and sum(t.numel() for t in part) + tensor.numel() > BUCKET_ELEMENTS:
+                yield part
+                part = []
+            part.append(tensor)
+        yield part
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [g for g in map(gradient_of, parameters) if g is not None]
+
+
+def _norms(bucket: Bucket, counts: Callable[[nn.Parameter], bool]) -> Tensor:
+    """Return the norms of all pieces that count on this rank; 0 for those of another rank's shard."""
+    counted = [piece for piece in bucket.pieces if counts(piece.whole)]
+    mine = [sums for piece, sums in zip(bucket.own, bucket.sums()) if counts(piece.whole)]
+    norms = torch.zeros(len(counted), device=bucket.parameters[0].device)
+    first = sum(piece.rank < bucket.group.rank() for piece in counted) if bucket.sharded else 0
+    if mine:
+        norms[first : first + len(mine)] = torch.stack(torch._foreach_norm(mine, 2)).float()
+    return norms
 
 
 def _counts(parameter: nn.Parameter) -> bool:
@@ -137,16 +216,3 @@ def _tied_embedding(chunks: Sequence[nn.Module]) -> nn.Parameter | None:
         return None
     weight = shared()
     return weight if weight.requires_grad else None
-
-
-def _accumulate_in_fp32(parameter: nn.Parameter) -> RemovableHandle:
-    accumulator = torch.zeros_like(parameter, dtype=torch.float32)
-    setattr(parameter, MAIN_GRAD, accumulator)
-
-    def move(p: Tensor) -> None:
-        assert p.grad is not None
-        accumulator.add_(p.grad)
-        p.grad = None
-
-    hook: RemovableHandle = parameter.register_post_accumulate_grad_hook(move)
-    return hook

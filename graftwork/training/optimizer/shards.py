@@ -1,8 +1,8 @@
 """What trains as megatron-core's sharded state: weights under their own keys, moments and masters beside them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
@@ -13,13 +13,17 @@ from torch.optim import Optimizer
 from graftwork import parallel
 from graftwork.errors import CheckpointError
 from graftwork.parallel.collective import all_gather_objects
+from graftwork.parallel.flat_range import flat_range
 from graftwork.parallel.sharded_files import Entry, State, load, parts_of, shapes_in
+from graftwork.training.optimizer.bucket import Piece
 
 OPTIMIZER = "optimizer.state."
 """How megatron-core's own checkpoints begin the keys of an optimizer's tensors."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
 AGAIN = "resume with the same recipe, or start anew with resume=False."
+Pieces: TypeAlias = Mapping[nn.Parameter, Sequence[Piece]]
+"""What this rank's optimizers step of parameters that are shared out over data-parallel ranks."""
 
 
 class HoldsModule(Protocol):
@@ -53,21 +57,23 @@ def trained(chunks: Sequence[nn.Module]) -> dict[str, tuple[nn.Parameter, Entry]
     return found
 
 
-def state_to_save(chunks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> State:
+def state_to_save(chunks: Sequence[nn.Module], optimizers: Sequence[Optimizer], pieces: Pieces) -> State:
     """Return the sharded state of what trains in ``chunks`` and of ``optimizers``."""
     state: State = {}
     for name, (parameter, entry) in trained(chunks).items():
         state[name] = entry
-        for kind, value in _tensors(parameter, optimizers).items():
-            if kind != "step":
-                state[f"{name}/{kind}"] = make_sharded_optimizer_tensor(entry, value, OPTIMIZER + kind)
+        for start, stepped in _stepped(parameter, pieces):
+            for kind, value in _tensors(stepped, optimizers).items():
+                if kind != "step":
+                    state |= _placed(f"{name}/{kind}", entry, kind, value, None if stepped is parameter else start)
     return state
 
 
-def steps_made(chunks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> float:
+def steps_made(chunks: Sequence[nn.Module], optimizers: Sequence[Optimizer], pieces: Pieces) -> float:
     """Return the number of steps that every trained parameter has made; all ranks must call this together."""
     parameters = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
-    mine = {float(_tensors(p, optimizers).get("step", 0.0)) for p in parameters}
+    stepped = [one for p in parameters for _, one in _stepped(p, pieces)]
+    mine = {float(_tensors(one, optimizers).get("step", 0.0)) for one in stepped}
     steps = sorted({step for found in all_gather_objects(mine) for step in found})
     if len(steps) > 1:
         raise CheckpointError(f"parameters have made different numbers of steps ({steps}), which no state can hold.")
@@ -85,25 +91,43 @@ def load_weights(chunks: Sequence[nn.Module], directory: Path, name: str) -> Non
             parameter.copy_(loaded[key])
 
 
-def load_optimizer(chunks: Sequence[nn.Module], optimizer: Optimizer, step: float, directory: Path, name: str) -> None:
+def load_optimizer(
+    chunks: Sequence[nn.Module], optimizer: Optimizer, pieces: Pieces, step: float, directory: Path, name: str
+) -> None:
     """Fill ``optimizer``'s state bit for bit; learning rate and other settings stay the recipe's."""
     held = {p for group in optimizer.param_groups for p in group["params"]}
-    wanted = {
-        f"{key}/{kind}": (parameter, kind, entry)
-        for key, (parameter, entry) in trained(chunks).items()
-        if parameter in held
-        for kind in _kinds(parameter)
-    }
-    state = {
-        key: make_sharded_optimizer_tensor(entry, torch.zeros_like(p, dtype=torch.float32), OPTIMIZER + kind)
-        for key, (p, kind, entry) in wanted.items()
-    }
+    state: State = {}
+    filled: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for key, (parameter, entry) in trained(chunks).items():
+        for start, stepped in ((a, one) for a, one in _stepped(parameter, pieces) if one in held):
+            filled[stepped] = {kind: torch.zeros_like(stepped, dtype=torch.float32) for kind in _kinds(parameter)}
+            for kind, value in filled[stepped].items():
+                state |= _placed(f"{key}/{kind}", entry, kind, value, None if stepped is parameter else start)
     _check_fit(state, directory, name, optimizer=True)
+    into = {key: entry.data for key, entry in state.items()}
     loaded = load(state, directory)
-    for key, (parameter, kind, _) in wanted.items():
-        of_parameter = optimizer.state[parameter]
-        of_parameter["step"] = torch.tensor(step)  # torch keeps it on the CPU
-        of_parameter[kind] = loaded[key].to(parameter.device)
+    for key, place in into.items():
+        assert place is not None
+        place.copy_(loaded[key])
+    for stepped, tensors in filled.items():
+        optimizer.state[stepped] |= {"step": torch.tensor(step), **tensors}  # torch keeps the step on the CPU
+
+
+def _stepped(parameter: nn.Parameter, pieces: Pieces) -> list[tuple[int, nn.Parameter]]:
+    """Return what this rank steps of a parameter, with the place of each in it: itself, or pieces of it, or nothing."""
+    if parameter not in pieces:
+        return [(0, parameter)]
+    return [(piece.start, piece.parameter) for piece in pieces[parameter]]
+
+
+def _placed(name: str, entry: Entry, kind: str, value: Tensor, start: int | None) -> State:
+    """Describe ``value``, a moment or master of the tensor that ``entry`` places, or of a piece that begins there."""
+    if start is None:
+        return {name: make_sharded_optimizer_tensor(entry, value, OPTIMIZER + kind)}
+    assert entry.data is not None
+    local = torch.empty(entry.data.shape, dtype=value.dtype, device="meta")
+    whole = make_sharded_optimizer_tensor(entry, local, OPTIMIZER + kind)
+    return {f"{name}/{start}.{index}": part for index, part in enumerate(flat_range(whole, value, start))}
 
 
 def _tensors(parameter: nn.Parameter, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from graftwork.errors import ConfigError
 from graftwork.parallel.sharded_files import State
-from graftwork.training.optimizer import shards
+from graftwork.training.optimizer import shards, zero
+from graftwork.training.optimizer.bucket import Piece
 from graftwork.training.optimizer.gradients import Gradients
 
 
@@ -27,21 +28,26 @@ class Update:
         self._chunks = chunks
         self._optimizers = optimizers
         self._gradients: Gradients | None = None
+        self._pieces: dict[nn.Parameter, list[Piece]] = {}
 
-    def accumulate(self) -> None:
-        """Sum gradients over microbatches from here on; raises ConfigError when no rank has anything to train."""
-        gradients = Gradients(self._chunks)
+    def accumulate(self, sharded: bool = False) -> None:
+        """Sum gradients over microbatches from here on; ``sharded``: every data-parallel rank keeps its share only.
+
+        Raises ConfigError when no rank has anything to train.
+        """
+        gradients = Gradients(self._chunks, sharded)
         count = torch.tensor(len(gradients.parameters), device=self._device)
         dist.all_reduce(count)
         if not int(count):
             raise ConfigError(
                 "nothing to train: every parameter is frozen; give a peft stack, or none of it for full fine-tuning."
             )
-        self._gradients = gradients
+        self._gradients, self._pieces = gradients, gradients.pieces()
 
     def step_with(self, optimizers: Sequence[Optimizer]) -> None:
-        """Let ``optimizers``, built over what trains, make the steps."""
+        """Let ``optimizers``, built over what trains and before any step, make the steps: on shards if shared."""
         self._optimizers = optimizers
+        zero.share_out(optimizers, self._pieces)
         _optimizers_to_device(optimizers, self._device)
 
     # ---- one step ------------------------------------------------------------------------------------------------
@@ -69,7 +75,13 @@ class Update:
 
     def step(self, optimizer: Optimizer, closure: Callable[[], float]) -> float:
         """Call ``closure``, which makes the gradients, and let ``optimizer`` step; return what the closure returns."""
-        return optimizer.step(closure)
+        loss = optimizer.step(closure)
+        self._accumulated.gather()
+        return loss
+
+    def gradient_of(self, parameter: nn.Parameter) -> list[Tensor]:
+        """Return what this rank holds of a trained parameter's gradient: all of it, or flat pieces, or none."""
+        return self._accumulated.of(parameter)
 
     def learning_rates(self) -> dict[str, float]:
         """Return the rate of every parameter group by name; of several (LoRA+ has two) the last stands for all."""
@@ -85,11 +97,11 @@ class Update:
 
     def steps_made(self) -> float:
         """Return the number of steps of every trained parameter; CheckpointError when they differ."""
-        return shards.steps_made(self._chunks, self._optimizers)
+        return shards.steps_made(self._chunks, self._optimizers, self._pieces)
 
     def state(self) -> State:
         """Return the sharded state: weights, moments and masters of what trains."""
-        return shards.state_to_save(self._chunks, self._optimizers)
+        return shards.state_to_save(self._chunks, self._optimizers, self._pieces)
 
     def load_weights(self, directory: Path, name: str) -> None:
         """Fill what trains from the files of the state ``name``; CheckpointError when they do not fit the model."""
@@ -98,7 +110,7 @@ class Update:
     def load_optimizers(self, steps: float, directory: Path, name: str) -> None:
         """Fill moments and masters bit for bit; learning rate and other settings stay the recipe's."""
         for optimizer in self._optimizers:
-            shards.load_optimizer(self._chunks, optimizer, steps, directory, name)
+            shards.load_optimizer(self._chunks, optimizer, self._pieces, steps, directory, name)
 
     @property
     def _accumulated(self) -> Gradients:

@@ -176,6 +176,7 @@ def _surroundings(model: LightningModule, trainer: Trainer, layout: Layout) -> d
         **{f"trainer.{name}": getattr(trainer, name) for name in steps},
         "trainer.devices (in all)": world_size(),
         **{f"trainer.strategy.{name}": value for name, value in asdict(layout).items()},
+        "trainer.strategy.distributed_optimizer": getattr(trainer.strategy, "distributed_optimizer", None),
     }
 
 

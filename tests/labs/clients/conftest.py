@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval as people run it: a command of its own, in an environment of its own."""
+"""Other people's programs in an environment of their own: lm-eval as a command, and keepers of a run's figures."""
 
 import os
 import subprocess
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-REQUIREMENTS = Path(__file__).parent / "requirements.txt"
+HERE = Path(__file__).parent
+REQUIREMENTS, LOGGERS = HERE / "requirements.txt", HERE / "loggers-requirements.txt"
 INSTALL_SECONDS, RUN_SECONDS = 300, 180
 
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -19,21 +20,21 @@ OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 Run = Callable[..., None]
 
 
-def installed() -> Path:
-    """Return the directory that holds lm-eval; made once for each list of requirements and interpreter."""
-    digest = sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]
+def installed(requirements: Path, *options: str) -> Path:
+    """Return the directory that holds ``requirements``; made once for each list of them and interpreter."""
+    digest = sha256(requirements.read_bytes()).hexdigest()[:12]
     place = Path(sys.prefix) / f"clients-{digest}"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", *options]
     with FileLock(f"{place}.lock", timeout=INSTALL_SECONDS):
         if not (place / ".complete").is_file():
             done = subprocess.run(
-                [*pip, "--target", str(place), "--upgrade", "--requirement", str(REQUIREMENTS)],
+                [*pip, "--target", str(place), "--upgrade", "--requirement", str(requirements)],
                 capture_output=True,
                 text=True,
                 timeout=INSTALL_SECONDS,
             )
             if done.returncode:
-                pytest.skip(f"lm-eval cannot be installed here: {done.stderr.strip()[-300:]}")
+                pytest.skip(f"{requirements.name} cannot be installed here: {done.stderr.strip()[-300:]}")
             (place / ".complete").touch()
     return place
 
@@ -44,7 +45,7 @@ def lm_eval(tmp_path_factory: pytest.TempPathFactory) -> Run:
     home = tmp_path_factory.mktemp("home")
     environment = {
         **{name: value for name, value in os.environ.items() if name not in OF_RANKS},
-        "PYTHONPATH": str(installed()),
+        "PYTHONPATH": str(installed(REQUIREMENTS, "--no-deps")),
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
@@ -57,3 +58,9 @@ def lm_eval(tmp_path_factory: pytest.TempPathFactory) -> Run:
         assert done.returncode == 0, done.stderr[-3000:]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def loggers() -> Path:
+    """The directory that holds wandb and mlflow with what they need."""
+    return installed(LOGGERS)

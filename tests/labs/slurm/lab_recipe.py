@@ -17,6 +17,11 @@ def overrides(place: Path) -> list[str]:
     return [*tiny_recipe.overrides(place, STEPS), *more]
 
 
+def over_nodes() -> list[str]:
+    """Return what makes it one of two nodes with a process each, TP2."""
+    return ["trainer.num_nodes=2", "trainer.strategy.tensor_model_parallel_size=2"]
+
+
 def over_ranks() -> list[str]:
     """Return what makes it one of two nodes with two processes each, TP2 x DP2."""
     return ["trainer.devices=2", "trainer.num_nodes=2", "trainer.strategy.tensor_model_parallel_size=2"]

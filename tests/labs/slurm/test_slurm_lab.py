@@ -19,7 +19,7 @@ from graftwork.executors import jobs
 from tests.helpers.tiny_recipe import summary
 from tests.helpers.transcript import Transcript
 from tests.labs.slurm.lab import SlurmLab, wait_until
-from tests.labs.slurm.lab_recipe import STEPS, over_ranks, paused, recipe
+from tests.labs.slurm.lab_recipe import STEPS, over_nodes, over_ranks, paused, recipe
 from tests.labs.slurm.login_node import PYTHON, login_node
 from tests.labs.slurm.pause import go
 
@@ -81,10 +81,10 @@ def same_weights(run: Path, here: Path) -> None:
     assert (run / WEIGHTS).read_bytes() == (here / WEIGHTS).read_bytes()
 
 
-def test_two_nodes_of_two_ranks_give_one_rank_s_losses_and_are_followed_from_other_shells(
+def test_two_nodes_give_one_rank_s_losses_and_are_followed_from_other_shells(
     slurm_lab: SlurmLab, place: Path, here: Path
 ) -> None:
-    recipes.save(recipe(place, "four", *over_ranks()), place / "four.yaml")
+    recipes.save(recipe(place, "two", *over_nodes()), place / "two.yaml")
     shell = Transcript({str(place): "/shared", get_nemorun_home(): "~/.nemo_run"})
 
     def typed(*arguments: str) -> str:
@@ -93,7 +93,7 @@ def test_two_nodes_of_two_ranks_give_one_rank_s_losses_and_are_followed_from_oth
         shell.add(shlex.join(["nemorun", "graft", *arguments]), done.stdout)
         return done.stdout
 
-    submitted = typed("finetune", "--file", "four.yaml", "run.executor=slurm", "run.executor.account=root",
+    submitted = typed("finetune", "--file", "two.yaml", "run.executor=slurm", "run.executor.account=root",
                       "run.executor.time=00:15:00", "--detach", "--yes")  # fmt: skip
     found = re.search(r"finetune_\d+", submitted)
     assert found, submitted
@@ -101,7 +101,7 @@ def test_two_nodes_of_two_ranks_give_one_rank_s_losses_and_are_followed_from_oth
     wait_until(lambda: jobs.states(jobs.find(experiment))[0].state == "RUNNING", "the job to run")
     assert re.search(r"finetune  RUNNING ", typed("status", experiment))
     assert f"step {STEPS}/{STEPS}" in typed("attach", experiment)
-    same_losses(place / "four", here)
+    same_losses(place / "two", here)
 
     slurm_lab.wait_for(job_of(experiment), "COMPLETED")
     sizes = slurm_lab.ask("sacct", "-j", job_of(experiment), "-X", "-n", "-P", "-o", "NNodes,NodeList")

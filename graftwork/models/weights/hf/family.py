@@ -25,9 +25,9 @@ ShapeFields = dict[str, Any]
 class Family(ABC):
     """One ``model_type``; a subclass without state, entered in FAMILIES.
 
-    ``name``: the model_type, also ``Shape.family``; ``architecture``: what config.json calls the class; ``notes``: the
-    family's line in the docs; ``kind``: which class of ``graftwork.models`` its checkpoints become; ``shape_class``:
-    what describes them; ``mixture``: whether they are mixtures of experts.
+    ``name``: the model_type, also ``Shape.family``; ``architecture``: what config.json calls the class, ``earlier``:
+    what it once did; ``notes``: the family's line in the docs; ``kind``: which class of ``graftwork.models`` its
+    checkpoints become; ``shape_class``: what describes them; ``mixture``: whether they are mixtures of experts.
 
     Every field of transformers' config class is in one of ``used`` (by ``read``), ``fixed`` (its valid values, None:
     absent) and ``irrelevant`` (with the reason), here or above for all families. ``defaults``: what transformers takes
@@ -37,6 +37,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     architecture: ClassVar[str]
+    earlier: ClassVar[tuple[str, ...]] = ()
     notes: ClassVar[str]
     kind: ClassVar[str] = "gpt"
     shape_class: ClassVar[type[Shape]] = Shape
@@ -116,6 +117,22 @@ def family_of(config: Config) -> Family:
     if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(f"model_type {quoted(name)} is not supported; {suggest(str(name)[:100], FAMILIES)}")
     return FAMILIES[name]
+
+
+def check_architecture(config: Config) -> None:
+    """Raise CheckpointError where config.json names another class of the family: an encoder alone, a classifier.
+
+    A config that names none is taken for that of the family.
+    """
+    family = family_of(config)
+    named, valid = config.get("architectures"), (family.architecture, *family.earlier)
+    if not isinstance(named, list) or not named:
+        return
+    if not {str(one).lower() for one in named} & {one.lower() for one in valid}:  # LLaMAForCausalLM was one spelling
+        raise CheckpointError(
+            f"architectures={quoted(named)} of config.json is no model that generates text; valid for model_type "
+            f"{family.name!r}: {family.architecture}."
+        )
 
 
 def read_config(directory: str | Path) -> dict[str, object]:

@@ -10,6 +10,7 @@ class T5(T5Like):
 
     name = "t5"
     architecture = "T5ForConditionalGeneration"
+    earlier = ("T5WithLMHeadModel",)
     notes = "T5 1.0 (ReLU, tied and scaled output), 1.1 and Flan-T5 (gated GELU, untied); encoder-decoder"
     defaults = {**T5Like.defaults, "feed_forward_proj": "relu"}
 
