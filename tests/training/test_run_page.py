@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -207,3 +208,22 @@ def test_experts_of_a_layer_count_as_one() -> None:
     page = Page(heat_maps(moved))
     assert page.titles == ["linear_fc1, layer 1: 1.25"]
     assert page.rows == [["layer", "0", "1"], ["linear_fc1", "", "100"]]
+
+
+def test_each_part_of_a_model_has_a_map() -> None:
+    moved = [Movement(f"{part}.layers.0.mlp.linear_fc2", "lora", 1.0, 1, True) for part in ("encoder", "decoder")]
+    assert [row[0] for row in Page(heat_maps(moved)).rows] == [
+        "encoder, layer", "linear_fc2", "decoder, layer", "linear_fc2",
+    ]  # fmt: skip
+
+
+def test_every_curve_drops_the_same_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "MAX_POINTS", 4)
+    report = Report()
+    for step in range(1, 12):
+        metrics = {"train_loss": 1.0 / step, "grad_norm": math.inf if step == 8 else float(step), "other": 1.0}
+        trainer: Any = SimpleNamespace(global_step=step, callback_metrics=metrics)
+        report.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
+    assert [step for step, _ in report.train] == [4, 8]
+    assert set(report.series) == {"grad_norm", "memory_gb"} and report.series["grad_norm"] == [(4, 4.0)]
+    assert [step for step, _ in report.series["memory_gb"]] == [4, 8]

@@ -73,7 +73,7 @@ def _results(story: Story) -> list[tuple[str, str, str]]:
     made = story.summary
     trainable, total = made["trainable_parameters"], made["total_parameters"]
     first = story.validation[0] if story.validation else None
-    since = f"best; {first[1]:.4f} at step {first[0]:,}" if first else "nothing was validated"
+    since = f"the best; the first was {first[1]:.4f}" if first else "nothing was validated"
     return [
         ("validation loss", number(made["val_loss"], "{:.4f}"), since),
         ("training loss", number(made["train_loss"], "{:.4f}"), "of the last step, nats per token"),
