@@ -14,6 +14,9 @@ LOG    := $(VENV)/install.log
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+# Compiled modules are kept even where the surroundings forbid it: else each of a hundred processes compiles torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-compat lint types format bench bench-memory bench-methods gpu docs audit golden clean
 .NOTPARALLEL:

@@ -71,14 +71,12 @@ def finetune(
     """
     stack = as_stack(peft)
     root = Path(trainer.default_root_dir).resolve()
-    own = made(loggers, root, trainer.is_global_zero)
+    _take_loggers(trainer, loggers, root)
     extra = [Samples(samples), *([] if early_stopping is None else [EarlyStop(early_stopping)])]
     seed_everything(seed)
     trainee(model).prepare(optim=optim or AdamW(), seed=seed)
     facts = RunFacts(seed, recipe_text)
     report = equip(trainer, stack, facts, extra)
-    if loggers is not None or all(_is_default_logger(logger) for logger in trainer.loggers):
-        trainer.loggers = [*(one for one in trainer.loggers if not _is_default_logger(one)), *own]
     with locked(root) if trainer.is_global_zero else nullcontext(), _quiet(), quiet_writers():
         if trainer.is_global_zero:
             clear(root)
@@ -89,6 +87,13 @@ def finetune(
             trainer.fit(model, datamodule=data, ckpt_path=resume_from)
         refuse_lost_logs(trainer)
     return report.summary
+
+
+def _take_loggers(trainer: Trainer, names: Sequence[str] | None, root: Path) -> None:
+    """Give ``trainer`` the loggers of these names, or the usual ones where it has none that a user has set."""
+    given = [logger for logger in trainer.loggers if not _is_default_logger(logger)]
+    if names is not None or not given:
+        trainer.loggers = [*given, *made(names, root, trainer.is_global_zero)]
 
 
 def _resume_from(root: Path, resume: bool, trainer: Trainer) -> str | None:
