@@ -40,6 +40,13 @@ def retell(path: str | Path, told: Told) -> None:
         atomic_write_text(Path(path) / artifact.CARD, text)
 
 
+def ways_of(path: str | Path) -> list[Way]:
+    """Return how the artifact in a directory is loaded, in every place that could; on this rank alone."""
+    with ExitStack() as reading:
+        held = artifact.open_here(Path(path), reading)
+        return _ways(held.config, stored_tensors(held.file), str(path))
+
+
 def _ways(config: ArtifactConfig, tensors: Mapping[str, Readable], place: str) -> list[Way]:
     base = config.base.name
     try:

@@ -1,9 +1,9 @@
 """What every adapter module shares: parallel-aware parameters, on/off state, checkpoint keys, merging."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -23,6 +23,14 @@ Inner = Callable[..., Any]
 
 Offsets = tuple[tuple[int, int, int], ...]
 """Places on leading axes, as megatron-core passes them through ``sharded_state_dict``: (axis, index, count)."""
+
+
+class Product(NamedTuple):
+    """The update ``scale * B A`` of a weight, by its trained factors A [r, in] and B [out, r]."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,10 @@ class Adapter(nn.Module):
         """Return ``changed`` [s, b, ...] on rows that are sent to this adapter, ``unchanged`` on the others."""
         here = self._here(changed)
         return changed if here is None else torch.where(here, changed, unchanged)
+
+    def products(self) -> Sequence[Product]:
+        """Return the terms ``scale * B A`` that it adds to a weight, where that is all it does; none by default."""
+        return ()
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """Return derived tensors that are saved beside the parameters (a baked prompt table); none by default."""

@@ -2,11 +2,29 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol, TypeVar
 
 from graftwork.parallel.collective import all_gather_objects
 from graftwork.parallel.record import record_of
 from graftwork.parallel.state import ep_group, pp_group
 from graftwork.peft.stack import Stack
+
+
+class OfSite(Protocol):
+    """What is told of one adapter at one site."""
+
+    @property
+    def site(self) -> str:
+        """Global name of the site."""
+        ...
+
+    @property
+    def adapter(self) -> str:
+        """Name of the adapter."""
+        ...
+
+
+S = TypeVar("S", bound=OfSite)
 
 
 @dataclass(frozen=True)
@@ -27,9 +45,14 @@ class SiteReport:
 def sites(stack: Stack) -> list[SiteReport]:
     """Return every site of the whole model (all pipeline stages and experts) with what is trained there, in order."""
     found = [report for name in stack.transforms for report in _sites_of(stack, name)]
+    return everywhere(found)
+
+
+def everywhere(found: list[S]) -> list[S]:
+    """Return what the ranks have found of every site, once: over all pipeline stages and experts, in their order."""
     for group in (pp_group(), ep_group()):
-        found = [report for part in all_gather_objects(found, group) for report in part]
-    return list({(r.adapter, r.site): r for r in found}.values())
+        found = [one for part in all_gather_objects(found, group) for one in part]
+    return list({(one.adapter, one.site): one for one in found}.values())
 
 
 def as_text(stack: Stack, total_parameters: int, limit: int = 12) -> str:

@@ -1,59 +1,40 @@
 """The leaderboard of several runs as an HTML page of its own: no script, no file beside it."""
 
-import base64
 from collections.abc import Sequence
 from html import escape
 
-from graftwork.training.plot import colour
+from graftwork.training.page.curves import Line, chip, curves
+from graftwork.training.page.frame import frame
+from graftwork.training.page.table import framed
+from graftwork.training.plot import Curve, smoothed
 
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; background: #fff; }
-body { margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
-h1 { font-size: 1.3rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: 0.35rem 0.8rem; text-align: right; border-bottom: 1px solid #e3e3e3; }
-th { border-bottom: 2px solid #999; font-weight: 600; }
-th:nth-child(2), td:nth-child(2), th:last-child, td:last-child { text-align: left; }
-tbody tr:first-child { background: #f1f6fb; }
-.run::before { content: ""; display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.5em;
-  border-radius: 2px; background: var(--colour); }
-img { max-width: 100%; margin-top: 1.5rem; }
-""".strip()
+TITLE = "Runs compared"
 
 
-def page(columns: Sequence[str], rows: Sequence[Sequence[str]], picture: bytes, title: str = "Runs compared") -> str:
-    """Return the page: ``rows`` of text, the second cell of each naming the run, and a PNG of their curves."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "\n".join(f"<tr>{_cells(number, row)}</tr>" for number, row in enumerate(rows))
-    image = base64.b64encode(picture).decode()
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{escape(title)}</title>
-<style>
-{STYLE}
-</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-<div class="scroll">
-<table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{body}
-</tbody>
-</table>
-</div>
-<img alt="Loss curves of the runs" src="data:image/png;base64,{image}">
-</body>
-</html>
-"""
+def page(columns: Sequence[str], rows: Sequence[Sequence[str]], runs: Sequence[Curve]) -> str:
+    """Return the page: ``rows`` of text, the second cell of each naming the run, and the curves of ``runs``."""
+    cells = [_cells(number, row) for number, row in enumerate(rows)]
+    words = (1, len(columns) - 1)
+    train = [Line(run.name, _smooth(run), number) for number, run in enumerate(runs)]
+    validation = [Line(run.name, run.validation, number, marked=True) for number, run in enumerate(runs)]
+    pictures = (
+        curves("training loss", train, "smoothed, nats per answer token"),
+        curves("validation loss", validation, "nats per answer token"),
+    )
+    return frame(
+        TITLE,
+        [
+            f"<h1>{TITLE}</h1>",
+            framed(columns, cells, words, kind="best"),
+            f'<div class="figures wide">{"".join(pictures)}</div>',
+        ],
+    )
 
 
-def _cells(number: int, row: Sequence[str]) -> str:
-    place, run, *others = map(escape, row)
-    named = f'<td class="run" style="--colour: {colour(number)}">{run}</td>'
-    return f"<td>{place}</td>{named}" + "".join(f"<td>{cell}</td>" for cell in others)
+def _cells(number: int, row: Sequence[str]) -> list[str]:
+    place, run, *others = row
+    return [escape(place), chip(run, number), *map(escape, others)]
+
+
+def _smooth(run: Curve) -> list[tuple[int, float]]:
+    return [(step, loss) for (step, _), loss in zip(run.train, smoothed([loss for _, loss in run.train]))]

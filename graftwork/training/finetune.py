@@ -60,9 +60,9 @@ def finetune(
     """Train ``model`` on ``data`` with a stack of transforms and return the fields of ``summary.json``.
 
     The run directory is ``trainer.default_root_dir``: ``adapter/`` (or ``model/`` in full fine-tuning), ``logs/``,
-    ``summary.json``, ``loss.png``, ``checkpoints/`` (training states). ``peft`` None or [] is full fine-tuning;
-    ``optim`` None is ``AdamW()``; ``seed`` governs initial adapter values, random base weights and dropout;
-    ``recipe_text`` is remembered by its hash and in the adapter. With ``resume`` a run whose directory holds a
+    ``summary.json``, ``loss.png``, ``report.html``, ``checkpoints/`` (training states). ``peft`` None or [] is full
+    fine-tuning; ``optim`` None is ``AdamW()``; ``seed`` governs initial adapter values, random base weights and
+    dropout; ``recipe_text`` is remembered by its hash and in the adapter. With ``resume`` a run whose directory holds a
     training state goes on where it stopped; without it the states are deleted and training starts anew. A state of
     another base, other data or other settings is refused, but for the fields that ``allow_changes`` names, such as
     ``optim.lr``. At each validation ``samples`` of its rows are answered (``samples.jsonl``); ``early_stopping`` ends

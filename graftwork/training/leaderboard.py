@@ -84,12 +84,11 @@ def compare(directories: list[str], output: Optional[str] = None, sort: str = "v
     print(leaderboard(runs), end="", flush=True)
     if output is None:
         return
-    picture = loss_curves([run.curve for run in runs])
+    losses = [run.curve for run in runs]
     if output.endswith(".png"):
-        atomic_write_bytes(output, picture)
+        atomic_write_bytes(output, loss_curves(losses))
     else:
-        columns, rows = cells(runs, differing(runs))
-        atomic_write_text(output, page(columns, rows, picture))
+        atomic_write_text(output, page(*cells(runs, differing(runs)), losses))
     print(f"\nwritten: {output}", flush=True)
 
 

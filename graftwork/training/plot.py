@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from matplotlib.axes import Axes
@@ -121,9 +122,6 @@ def spans_widely(losses: Sequence[float]) -> bool:
 def smoothed(values: Sequence[float], share: float = 0.08) -> list[float]:
     """Return centred means over about ``share`` of the curve (at least 5 values), fewer towards its ends."""
     half = max(2, round(share * len(values) / 2))
-    means = []
-    for i in range(len(values)):
-        reach = min(half, i, len(values) - 1 - i)  # equal reach on both sides, or the ends would lag
-        window = values[i - reach : i + reach + 1]
-        means.append(sum(window) / len(window))
-    return means
+    sums = list(accumulate(values, initial=0.0))
+    reaches = [min(half, i, len(values) - 1 - i) for i in range(len(values))]  # equal on both sides, or ends would lag
+    return [(sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1) for i, reach in enumerate(reaches)]

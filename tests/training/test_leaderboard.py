@@ -1,11 +1,9 @@
 """Runs beside each other: the figures are those of their directories, the order is the asked one."""
 
-import base64
 import csv
 import io
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from graftwork.errors import CheckpointError, ConfigError
 from graftwork.peft import LoRA
 from graftwork.training.leaderboard import compare, differing, leaderboard, ranked, read_runs
 from tests.helpers import tiny_run
+from tests.helpers.page import Page
 from tests.helpers.tiny_run import finetune
 
 STEPS = 4
@@ -78,46 +77,18 @@ def test_the_table_says_what_differs(real: Path, capsys: pytest.CaptureFixture[s
     assert " ".join(stopped[-5:]) == "unfinished, state at step 3" and stopped[4:6] == ["-", "-"]
 
 
-class Page(HTMLParser):
-    """The cells and pictures of a page; complains of tags that do not close."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.pictures: list[str] = []
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        assert not any(name in given for name in ("href", "onload")) and tag not in ("script", "link")
-        if tag == "img":
-            self.pictures.append(str(given["src"]))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
-
-
 def test_the_page_holds_table_and_curves(real: Path, tmp_path: Path) -> None:
     compare([str(real)], output=str(tmp_path / "runs.html"))
     page = Page()
     page.feed((tmp_path / "runs.html").read_text())
     assert not page.open and len(page.rows) == 4 and "peft[0].dim" in page.rows[0]
     assert {row[1] for row in page.rows[1:]} == {"small", "large", "stopped"}
-    (source,) = page.pictures
-    picture = image.imread(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
-    assert picture.shape[0] > 300 and picture.shape[1] > 900
+    assert page.figures == ["training loss", "validation loss"]
+    points = [len(curve) for run in ranked(read_runs([str(real)])) for curve in (run.curve.train, run.curve.validation)]
+    assert page.lines == [*points[::2], *points[1::2]] and min(points) > 0
     compare([str(real)], output=str(tmp_path / "runs.png"))
-    assert image.imread(tmp_path / "runs.png").shape == picture.shape
+    picture = image.imread(tmp_path / "runs.png")
+    assert picture.shape[0] > 300 and picture.shape[1] > 900
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs.html", "runs.png"]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from graftwork.core.layers import normalized_input
 from graftwork.parallel.fused import Parts
-from graftwork.peft.adapter import Adapter, Birth, Inner
+from graftwork.peft.adapter import Adapter, Birth, Inner, Product
 from graftwork.peft.cuts import GATED, Cut, cut_of, drop, is_linear, parts_of
 from graftwork.peft.method import LayerChoice
 from graftwork.peft.methods.lora import Lender, LoRA, LowRank, LowRankAdapter, Update
@@ -63,6 +63,10 @@ class FusedLoRA(LowRankAdapter):
             for name, plan in self.plans.items()
         }
         return self.parts.add(weight, changes, dim=0), bias
+
+    def products(self) -> list[Product]:
+        """The update of every linear, each on rows of its own."""
+        return [product for name, plan in self.plans.items() for product in self.own_product(plan, f"{name}_")]
 
     def moved(self) -> bool:
         """A trained update has a non-zero B (or did not start from zero)."""

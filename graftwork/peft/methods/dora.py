@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from graftwork.core.layers import normalized_input
 from graftwork.errors import ConfigError, MatchError
 from graftwork.parallel.record import record_of
-from graftwork.peft.adapter import Adapter, Birth, Inner
+from graftwork.peft.adapter import Adapter, Birth, Inner, Product
 from graftwork.peft.cuts import OUTPUT, Cut, drop
 from graftwork.peft.method import LayerChoice
 from graftwork.peft.methods.lora import LoRA, LoRALinear, LowRank, Update
@@ -59,6 +59,10 @@ class DoRALinear(LoRALinear):
         """W' = m / |W + sBA| * (W + sBA), whatever inner adapters have made of W; the bias is not scaled."""
         changed, bias = super().merged_weights(weight, bias)
         return changed * self.scale()[:, None], bias
+
+    def products(self) -> list[Product]:
+        """None: the lengths of the rows change too."""
+        return []
 
     def _change(self, x: Tensor, scale: Tensor) -> Tensor:
         dropped = drop(x, self.low_rank.dropout, True, self.cut.inputs_differ)

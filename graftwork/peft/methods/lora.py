@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graftwork.core.layers import normalized_input
 from graftwork.errors import ConfigError, suggest
 from graftwork.parallel.sharding import Sharding
-from graftwork.peft.adapter import INITIALIZERS, Adapter, Birth, Inner, normal
+from graftwork.peft.adapter import INITIALIZERS, Adapter, Birth, Inner, Product, normal
 from graftwork.peft.cuts import Cut, Region, cut_of, drop, is_embedding, is_linear
 from graftwork.peft.embedding import EmbeddingLookup
 from graftwork.peft.low_rank import is_whole, low_rank_linear
@@ -72,6 +72,13 @@ class LowRankAdapter(Adapter):
             A, B = cut.input_factor(low_rank.dim), cut.output_factor(low_rank.dim)
             self.new_parameter(f"{prefix}lora_A", A, init_A, partial=cut.input_partial)
             self.new_parameter(f"{prefix}lora_B", B, init_B, partial=cut.output_partial)
+
+    def own_product(self, low_rank: LowRank, prefix: str) -> list[Product]:
+        """Return the update of the linear whose factors have ``prefix``; none where they are lent."""
+        if self.lender is not None:
+            return []
+        A, B = (self.get_parameter(f"{prefix}lora_{factor}") for factor in "AB")
+        return [Product(A, B, low_rank.scale)]
 
     def factor(self, name: str) -> Tensor:
         """Return factor ``name``, its own or lent."""
@@ -135,6 +142,10 @@ class LoRALinear(LowRankAdapter):
         A, B = self.factors
         return weight + self.low_rank.scale * (B.float() @ A.float()), bias
 
+    def products(self) -> list[Product]:
+        """The one update."""
+        return self.own_product(self.low_rank, self.prefix)
+
     def moved(self) -> bool:
         """A trained LoRA has a non-zero B (or did not start from zero)."""
         return self.low_rank.init_B != "zero" or bool(self.factors[1].detach().any())
@@ -160,6 +171,11 @@ class SharedFactors(Adapter):
     def forward(self, inner: Inner, *args: object, **kwargs: object) -> object:
         """Call the experts, whose linears use the factors."""
         return inner(*args, **kwargs)
+
+    def products(self) -> list[Product]:
+        """The update of every linear: each expert has it."""
+        factors = {name: [self.get_parameter(f"{name}_lora_{factor}") for factor in "AB"] for name in self.plans}
+        return [Product(A, B, self.plans[name][1].scale) for name, (A, B) in factors.items()]
 
     def moved(self) -> bool:
         """Trained factors B are not zero (or did not start there)."""
