@@ -174,7 +174,9 @@ class MegatronStrategy(SchedulesSteps, DDPStrategy):
         update.finish(self.last_step.tokens)
         loss = self.last_step.mean
         model.log("train_loss", loss.clone(), prog_bar=True, batch_size=1)
-        model.log("grad_norm", update.norm.clone(), batch_size=1)
+        model.log("grad_norm", update.norm, batch_size=1)
+        if len(norms := update.norms()) > 1:
+            model.log_dict({f"grad_norm/{name}": norm for name, norm in norms.items()}, batch_size=1)
         model.log_dict(_by_metric(update.learning_rates()), batch_size=1)
         return loss
 

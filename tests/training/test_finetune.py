@@ -85,7 +85,8 @@ def test_logs_and_picture_are_there(run: dict) -> None:
 def test_lightnings_defaults_are_replaced_and_the_users_callbacks_kept(run: dict, tmp_path: Path) -> None:
     kinds = [type(c).__name__ for c in run["trainer"].callbacks]
     assert kinds == [
-        "LoRA", "Room", "Throughput", "SelfCheck", "AdapterCheckpoint", "Report", "Progress", "TrainingState",
+        "LoRA", "Room", "Throughput", "SelfCheck", "AdapterCheckpoint", "Report", "Banner", "Progress", "Samples",
+        "TrainingState",
     ]  # fmt: skip
     mine = [ModelCheckpoint(dirpath=tmp_path), Callback(), AdapterCheckpoint(monitor="other")]
     trainer = tiny_run.trainer(tmp_path, callbacks=list(mine), enable_progress_bar=False)

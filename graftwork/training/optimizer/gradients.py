@@ -10,11 +10,14 @@ from torch.distributed import ProcessGroup
 
 from graftwork import parallel
 from graftwork.optim import MAIN_GRAD, gradient_of
+from graftwork.parallel.collective import all_gather_objects
 from graftwork.parallel.record import record_of
 from graftwork.training.optimizer.bucket import BUCKET_ELEMENTS, Bucket, Piece
 from graftwork.training.optimizer.queue import Queue
 
 T = TypeVar("T", bound=Tensor)
+BASE = "base"
+"""Owner of what no adapter owns."""
 
 
 class Gradients:
@@ -29,7 +32,9 @@ class Gradients:
         self.partial = [p for p in self.parameters if record_of(p).partial and parallel.tp_size() > 1]
         self.tied = _tied_embedding(chunks)
         self.has_experts = getattr(chunks[0].config, "num_moe_experts", None) is not None
-        self.norm = torch.zeros(())
+        mine = sorted({_owner(p) for p in self.parameters})
+        self.owners = sorted({owner for found in all_gather_objects(mine) for owner in found})
+        self.norms: dict[str, Tensor] = {}
         self._device = next(chunks[0].parameters()).device
         self._late = {*self.partial, *([self.tied] if self.tied is not None else [])}
         self.dense = self._buckets(expert=False, sharded=sharded)
@@ -69,7 +74,12 @@ class Gradients:
         for bucket in self.buckets:
             bucket.wait()
         self._scale(1.0 / tokens.clamp(min=1).item())
-        self.norm = self._global_norm()
+        self.norms = dict(zip(self.owners, self._measured().sqrt()))
+
+    @property
+    def norm(self) -> Tensor:
+        """L2 norm of the whole model's gradient, of which ``norms`` holds each adapter's part."""
+        return torch.stack([*self.norms.values()]).square().sum().sqrt()
 
     def clip(self, limit: float) -> None:
         """Scale the gradients so that their global norm is at most ``limit``."""
@@ -142,24 +152,31 @@ class Gradients:
     def _tensors(self) -> list[Tensor]:
         return [tensor for bucket in self.buckets for tensor in bucket.tensors()]
 
-    def _global_norm(self) -> Tensor:
-        """L2 norm over the whole model: copies on other tensor ranks and of tied embeddings count once."""
+    def _measured(self) -> Tensor:
+        """Squared norms over the whole model, by owner: copies on other tensor ranks and tied embeddings count once."""
         squares = self._squares(self.dense, _counts)
         dist.all_reduce(squares, group=parallel.model_parallel_group())
         if self.has_experts:
             expert = self._squares(self.experts, lambda _: True)
             dist.all_reduce(expert, group=parallel.model_parallel_group(expert=True))
             squares = squares + expert
-        return squares.sqrt()
+        return squares
 
     def _squares(self, buckets: Sequence[Bucket], counts: Callable[[nn.Parameter], bool]) -> Tensor:
         """Add up the squares piece by piece: with the norms of all shards the sum is the same bits, sharded or not."""
+        squares = torch.zeros(len(self.owners), device=self._device)
         if not buckets:
-            return torch.zeros((), device=self._device)
+            return squares
         norms = torch.cat([_norms(bucket, counts) for bucket in buckets])
         if buckets[0].sharded:
             dist.all_reduce(norms, group=buckets[0].group)
-        return norms.square().sum()
+        owners = [_owner(piece.whole) for bucket in buckets for piece in bucket.pieces if counts(piece.whole)]
+        places = torch.tensor([self.owners.index(owner) for owner in owners], device=self._device, dtype=torch.int64)
+        return squares.index_add(0, places, norms.square())
+
+
+def _owner(parameter: nn.Parameter) -> str:
+    return record_of(parameter).owner or BASE
 
 
 def all_reduce(tensors: Sequence[Tensor], group: ProcessGroup) -> None:

@@ -65,6 +65,10 @@ class Update:
         """L2 norm of the whole model's gradient, as ``finish`` has measured it: before any clipping."""
         return self._accumulated.norm
 
+    def norms(self) -> dict[str, Tensor]:
+        """Return what each adapter, and ``base`` where it trains, has of the norm, by name."""
+        return dict(self._accumulated.norms)
+
     def clip(self, limit: float) -> None:
         """Scale the gradients so that their global norm is at most ``limit``."""
         self._accumulated.clip(limit)
