@@ -28,6 +28,12 @@ HELP = {
     "graftwork.inference:generate": """Answer prompts with a base model and maybe an adapter.
 
     nemorun graft generate base=smollm2_135m adapter=runs/default/adapter 'prompts=["Hello"]'""",
+    "graftwork.cli.chat:chat": """Talk with a base model and maybe an adapter, or several to choose from.
+
+    nemorun graft chat base=smollm2_135m adapter=runs/default/adapter
+    echo "a warm film" | nemorun graft chat base=smollm2_135m adapter=runs/default/adapter
+
+    In a pipe every line is a question, and every answer a line.""",
     "graftwork.inference:evaluate": """Loss, exact match and closed-set accuracy on rows with known answers.
 
     nemorun graft evaluate base=smollm2_135m adapter=runs/default/adapter data=test.jsonl baseline=True""",
@@ -96,6 +102,7 @@ HELP = {
 """Every verb by the place where it stands, with its help; a verb is imported only where the command line names it."""
 
 CONTEXTS = {
+    "graftwork.cli.chat:chat": "graftwork.cli.chat:ChatContext",
     "graftwork.cli.plan:plan": "graftwork.cli.plan:PlanContext",
     "graftwork.cli.data:data": "graftwork.cli.data:DataContext",
     "graftwork.cli.sweep:sweep": "graftwork.cli.sweep:SweepContext",
