@@ -21,7 +21,7 @@ WORDS: dict[str, tuple[str, ...]] = {
 """The fields of a verb that bare words fill in turn; one that ends in ``*`` takes all that are left, as a list."""
 
 _WITH_VALUE = {"--profile": "profile", "--file": "file", "--from-adapter": "from_adapter", "--fit": "fit"}
-_FLAGS = {"--no-plan": ("plan", False)}
+_FLAGS = {"--no-plan": ("plan", False), "--all": ("whole", True)}
 OPTIONS = (*_WITH_VALUE, *_FLAGS)
 """Our own options, as they are typed."""
 
@@ -31,6 +31,7 @@ OPTION_HELP = {
     "--from-adapter": "Run the recipe that the adapter in a directory was trained by.",
     "--fit": "Devices to find a layout for, such as 8xH100.",
     "--no-plan": "Submit to another machine without a plan.",
+    "--all": "Show every field of the recipe before asking, not only those that were changed.",
 }
 """What each of them does."""
 
@@ -41,12 +42,13 @@ _WORD = re.compile(r"[^=\s'\"\[\]()]+")
 class Options:
     """What our own options said.
 
-    ``profile`` names a cluster profile, ``plan`` is False to submit unplanned, ``file`` and ``from_adapter`` say where
-    the recipe is, ``fit`` names devices to find a layout for.
+    ``profile`` names a cluster profile, ``plan`` is False to submit unplanned, ``whole`` shows every field before
+    asking, ``file`` and ``from_adapter`` say where the recipe is, ``fit`` names devices to find a layout for.
     """
 
     profile: Optional[str] = None
     plan: bool = True
+    whole: bool = False
     file: Optional[str] = None
     from_adapter: Optional[str] = None
     fit: Optional[str] = None
