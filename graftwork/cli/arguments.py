@@ -21,9 +21,19 @@ WORDS: dict[str, tuple[str, ...]] = {
 """The fields of a verb that bare words fill in turn; one that ends in ``*`` takes all that are left, as a list."""
 
 _WITH_VALUE = {"--profile": "profile", "--file": "file", "--from-adapter": "from_adapter", "--fit": "fit"}
-_FLAGS = {"--no-plan": ("plan", False)}
+_FLAGS = {"--no-plan": ("plan", False), "--all": ("whole", True)}
 OPTIONS = (*_WITH_VALUE, *_FLAGS)
 """Our own options, as they are typed."""
+
+OPTION_HELP = {
+    "--profile": "Profile of a cluster, which names the executor too: NAME, FILE.yaml or FILE.yaml:NAME.",
+    "--file": "Run the recipe of a file that recipes.save wrote.",
+    "--from-adapter": "Run the recipe that the adapter in a directory was trained by.",
+    "--fit": "Devices to find a layout for, such as 8xH100.",
+    "--no-plan": "Submit to another machine without a plan.",
+    "--all": "Show every field of the recipe before asking, not only those that were changed.",
+}
+"""What each of them does."""
 
 _WORD = re.compile(r"[^=\s'\"\[\]()]+")
 
@@ -32,12 +42,13 @@ _WORD = re.compile(r"[^=\s'\"\[\]()]+")
 class Options:
     """What our own options said.
 
-    ``profile`` names a cluster profile, ``plan`` is False to submit unplanned, ``file`` and ``from_adapter`` say where
-    the recipe is, ``fit`` names devices to find a layout for.
+    ``profile`` names a cluster profile, ``plan`` is False to submit unplanned, ``whole`` shows every field before
+    asking, ``file`` and ``from_adapter`` say where the recipe is, ``fit`` names devices to find a layout for.
     """
 
     profile: Optional[str] = None
     plan: bool = True
+    whole: bool = False
     file: Optional[str] = None
     from_adapter: Optional[str] = None
     fit: Optional[str] = None
@@ -49,7 +60,7 @@ def own_options(args: Sequence[str], valid: Collection[str]) -> tuple[Options, l
     Raises ConfigError for an option that is unknown or not allowed, that lacks its value or is given twice.
     """
     found, rest, waiting = Options(), [], list(args)
-    allowed = [option for option, field in _fields().items() if field in valid]
+    allowed = option_names(valid)
     while waiting:
         option, equals, value = waiting[0].partition("=")
         if not option.startswith("--"):
@@ -65,6 +76,11 @@ def own_options(args: Sequence[str], valid: Collection[str]) -> tuple[Options, l
             raise ConfigError(f"{option} needs a value: {option} VALUE.")
         found = _told(found, option, _WITH_VALUE[option], value if equals else waiting.pop(0))
     return found, rest
+
+
+def option_names(fields: Collection[str]) -> list[str]:
+    """Return our own options for these fields of ``Options``, as they are typed."""
+    return [option for option, field in _fields().items() if field in fields]
 
 
 def words_as_fields(verb: str, args: Sequence[str], words: Mapping[str, Sequence[str]] = WORDS) -> list[str]:

@@ -21,12 +21,23 @@ def combine(
     dtype: Optional[str] = None,
     verify: bool = True,
 ) -> None:
-    """Write the weighted combination of adapters to ``output``: an adapter, or with ``merged`` the model with it.
+    """Write the weighted combination of adapters: an adapter, or the model with it.
 
-    ``combine``: ``cat``, ``svd`` (to ``rank``) or ``linear``; ``names``: which adapter of each directory; ``name``: of
-    the result; ``base``: the checkpoint, ``dtype``: that of a merged model; ``verify``: whether what was
-    written is proved before it is there. Raises as ``combine_directories`` and
-    ``merge_combined`` do.
+    Args:
+        adapters: Directories of adapters.
+        weights: A number for each of them.
+        output: Directory to write.
+        combine: ``cat`` (exact, ranks add up), ``svd`` (nearest of a rank) or ``linear`` (of the factors).
+        rank: Rank of the result of ``svd``.
+        names: Which adapter of each directory.
+        name: Name of the result.
+        base: Checkpoint of the base; default the one that the adapters name.
+        merged: Writes the model with the combination in place of an adapter.
+        dtype: ``bf16`` or ``fp32`` of a merged model; default the base's.
+        verify: Proves what was written before it is there.
+
+    Raises:
+        GraftworkError: as ``combine_directories`` and ``merge_combined`` do.
     """
     blend = Blend(weights, combine, rank, names, name)
     if merged:

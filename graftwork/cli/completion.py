@@ -10,8 +10,8 @@ from pkgutil import resolve_name
 import fiddle as fdl
 import nemo_run as run
 
-from graftwork.cli import HELP
 from graftwork.cli.arguments import OPTIONS
+from graftwork.cli.verbs import VERBS
 from graftwork.errors import ConfigError, suggest
 from graftwork.executors import EXECUTORS
 from graftwork.peft import METHODS
@@ -29,7 +29,11 @@ SHELLS = ("bash", "zsh")
 
 
 def completion(shell: str) -> None:
-    """Print the completion script of a shell, ``bash`` or ``zsh``; the shell's start-up file evaluates it."""
+    """Print the completion script of a shell; the shell's start-up file evaluates it.
+
+    Args:
+        shell: ``bash`` or ``zsh``.
+    """
     if shell not in SHELLS:
         raise ConfigError(f"there is no completion for {shell!r}; {suggest(shell, SHELLS)}")
     print(script(shell))
@@ -37,7 +41,7 @@ def completion(shell: str) -> None:
 
 def script(shell: str) -> str:
     """Return the completion script of a shell."""
-    verbs = {place.rpartition(":")[2]: place for place in HELP}
+    verbs = {verb.name: verb.place for verb in VERBS}
     fields = {verb: sorted(_fields(verb, place)) for verb, place in verbs.items()}
     lists = {"verbs": list(verbs), "recipes": [*RECIPES, AUTO], "options": sorted({*NEMO_RUN_OPTIONS, *OPTIONS})}
     lists |= {f"fields_{verb}": found for verb, found in fields.items()}

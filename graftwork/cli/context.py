@@ -30,8 +30,8 @@ from graftwork.executors.process.here import build, check_values
 from graftwork.executors.process.task import exit_code, quiet_lightning, sentence, tell
 from graftwork.executors.submission.script import script_of
 from graftwork.recipes import files
-from graftwork.recipes.planning import refuse_problems
-from graftwork.recipes.show import show, with_text
+from graftwork.recipes.planning import outlook, refuse_problems
+from graftwork.recipes.show import diff, show, with_text
 from graftwork.training import finetune
 
 
@@ -39,7 +39,7 @@ class GraftContext(run.cli.RunContext):
     """For ``run.cli.entrypoint(run_ctx_cls=...)``: parse as NeMo Run does, then run, check, and exit by the result."""
 
     options = Options()
-    takes: ClassVar[tuple[str, ...]] = ("profile", "plan", "file", "from_adapter")
+    takes: ClassVar[tuple[str, ...]] = ("profile", "plan", "whole", "file", "from_adapter")
     """The fields of ``Options`` that a verb with a recipe accepts; one without a recipe accepts none."""
 
     words: ClassVar[Optional[str]] = None
@@ -119,11 +119,19 @@ class GraftContext(run.cli.RunContext):
         """Ask before a training; without a terminal the answer must be ``--yes``."""
         if self.skip_confirmation or not hasattr(task, "trainer"):
             return
-        typer.echo(show(task))
+        typer.echo(show(task) if self.options.whole else self.changes(task))
+        if task.__fn_or_cls__ is finetune and (line := outlook(task)):
+            typer.echo(line)
         if not sys.stdin.isatty():
             raise ConfigError("nobody can answer 'Continue?' here; add --yes to run, or --dryrun to only look.")
         if not typer.confirm("Continue?"):
             raise SystemExit(0)
+
+    def changes(self, task: run.Partial) -> str:
+        """Return what was set beside what the recipe says by itself, each line as ``diff`` has it."""
+        usual = self.written()
+        found = diff(self.parse_fn(task.__fn_or_cls__, []) if usual is None else usual, task)
+        return f"changed, of the recipe (--all shows every field):\n{found}" if found else "the recipe as it is."
 
 
 def with_profile(own: list[str], name: str | None) -> list[str]:

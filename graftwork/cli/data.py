@@ -28,7 +28,14 @@ FIELDS, PARTS = (frozenset(inspect.signature(one).parameters) for one in (SFTDat
 
 
 def data(train: str, output: Optional[str] = None, limit: int = MOST, rows: int = SHOWN) -> None:
-    """Say what the verb takes beside a recipe; ``DataContext`` does what it stands for."""
+    """Say what the verb takes beside a recipe; ``DataContext`` does what it stands for.
+
+    Args:
+        train: File of rows to learn from; other fields of the data may leave out their ``data.`` too.
+        output: PNG file to draw the lengths into.
+        limit: Most rows of a file that are looked at.
+        rows: Rows that are shown as they are learned.
+    """
     raise ConfigError(
         "data are looked at by nemorun graft data, or in Python by planning.inspection.inspect "
         f"(train={train}, output={output}, limit={limit}, rows={rows})."

@@ -20,13 +20,19 @@ def export(
     experts: Optional[str] = None,
     verify: bool = True,
 ) -> None:
-    """Write the adapters in directory ``adapter`` (default all) to ``output``; no model is built, nothing is trained.
+    """Write adapters as Hugging Face PEFT or vLLM load them; no model is built, nothing is trained.
 
-    ``for_``: ``peft`` or ``vllm``. ``base``: what the base is called where it is loaded; of a checkpoint that is here,
-    its tokenizer tells whether rows begin with BOS. ``experts`` of a mixture: ``parameters`` (of transformers 5) or
-    ``modules``; default the reader's. ``verify``: whether what was written is proved before it is there, on the base,
-    if it is here. Raises ConfigError, ArtifactError or CheckpointError as
-    ``model.export_adapters`` does.
+    Args:
+        adapter: Directory of adapters.
+        output: Directory to write.
+        for_: Who reads it: ``peft`` or ``vllm``.
+        names: Adapters of the directory; default all.
+        base: What the base is called where it is loaded; of one that is here, its tokenizer tells of BOS.
+        experts: Of a mixture: ``parameters`` (of transformers 5) or ``modules``; default the reader's.
+        verify: Proves, on the base if it is here, what was written before it is there.
+
+    Raises:
+        GraftworkError: as ``model.export_adapters`` does.
     """
 
     def bos() -> bool | None:

@@ -16,10 +16,18 @@ def merge(
     check_base: bool = True,
     verify: bool = True,
 ) -> None:
-    """Fold the adapters in directory ``adapter`` (default all) into their base and write it to ``output``.
+    """Fold adapters into their base and write a Hugging Face checkpoint; one layer of it is in memory at a time.
 
-    ``adapter``: of ours, or of Hugging Face PEFT. ``base``: the checkpoint, default the one that the adapter names.
-    ``dtype``: ``bf16`` or ``fp32``, default the base's. ``verify``: whether what was written is proved before it is
-    there. One layer of the base is in memory at a time. Raises as ``merge_directory`` does.
+    Args:
+        adapter: Directory of adapters, of ours or of Hugging Face PEFT.
+        output: Directory to write.
+        base: Checkpoint of the base; default the one that the adapter names.
+        names: Adapters of the directory; default all.
+        dtype: ``bf16`` or ``fp32``; default the base's.
+        check_base: Refuses a base that the adapter was not trained on.
+        verify: Proves what was written before it is there.
+
+    Raises:
+        GraftworkError: as ``merge_directory`` does.
     """
     typer.echo(f"wrote {merge_directory(adapter, output, base, names, dtype, check_base, verify)}")

@@ -20,7 +20,12 @@ OWN = ("device", "output")
 
 
 def plan(device: Optional[str] = None, output: Optional[str] = None) -> None:
-    """Say what the verb takes beside a recipe; ``PlanContext`` does what it stands for."""
+    """Say what the verb takes beside a recipe; ``PlanContext`` does what it stands for.
+
+    Args:
+        device: Device to plan for, such as ``H100``; default several.
+        output: JSON file to write the plan to.
+    """
     raise ConfigError(
         f"a plan is made by nemorun graft plan, or in Python by recipes.plan (device={device}, output={output})."
     )

@@ -14,9 +14,14 @@ ACTIONS = ("init", "check")
 
 
 def profile(action: str, name: Optional[str] = None) -> None:
-    """``init`` writes a commented cluster.yaml here; ``check`` tries a profile out and prints a line for every finding.
+    """Write a commented cluster.yaml here, or try a profile out and print a line for every finding.
 
-    ``name`` is a profile, FILE.yaml or FILE.yaml:PROFILE. Raises LaunchError when a check fails.
+    Args:
+        action: ``init`` writes, ``check`` tries out.
+        name: A profile, FILE.yaml or FILE.yaml:PROFILE; default the nearest one.
+
+    Raises:
+        LaunchError: when a check fails.
     """
     if action == "init":
         write_profile(Path(FILE))

@@ -29,7 +29,11 @@ _OPENED, _CLOSED = "([{", ")]}"
 
 
 def sweep(parallel: Optional[int] = None) -> None:
-    """Say what the verb takes beside a recipe; ``SweepContext`` does what it stands for."""
+    """Say what the verb takes beside a recipe; ``SweepContext`` does what it stands for.
+
+    Args:
+        parallel: Runs at the same time; default one here, all of them on a cluster.
+    """
     raise ConfigError(f"a sweep is run by nemorun graft sweep, or in Python by executors.sweep (parallel={parallel}).")
 
 

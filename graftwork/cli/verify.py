@@ -17,12 +17,19 @@ def verify(
     client: str = "graftwork",
     dtype: Optional[str] = None,
 ) -> None:
-    """Run the probe that ``directory`` carries again and print how far the logits are from the proof's.
+    """Run the probe that a directory carries again and print how far the logits are from the proof's.
 
-    ``directory``: an adapter, an exported one or a merged model; ``against``: another of these that is to answer in its
-    place. ``base``: the checkpoint of an adapter, default the one that it names. ``client``: ``graftwork``, or
-    ``transformers`` (with PEFT). ``dtype``: default that of the proof. Exits 1 where they differ by more than the
-    tolerance. Raises as ``verify_directory`` does.
+    Exits 1 where they differ by more than the tolerance.
+
+    Args:
+        directory: An adapter, an exported one or a merged model.
+        base: Checkpoint of the base; default the one that the adapter names.
+        against: Another directory of these kinds, which answers the probe in place of the first.
+        client: Who answers: ``graftwork``, or ``transformers`` (with PEFT).
+        dtype: ``bf16`` or ``fp32``; default that of the proof.
+
+    Raises:
+        GraftworkError: as ``verify_directory`` does.
     """
     found = verify_directory(directory, base, against, client, dtype)
     typer.echo(found.what)

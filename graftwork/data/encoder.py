@@ -104,6 +104,10 @@ class RowEncoder:
             self.cut(sequence, place)
         return [(s.tokens, question, answer) for s, (_, question, answer) in zip(sequences, asked)]
 
+    def lengths(self, rows: list[Placed]) -> list[int]:
+        """Tokens of every prompt to generate from, before ``ask`` cuts it."""
+        return [len(one) for one in self._encode(rows, [self._asked(row, place)[0] for place, row in rows])]
+
     def cut(self, sequence: Sequence, place: Place) -> int:
         """Cut one row of ``whole`` to its length and return how many tokens went; raises TooLong, DataError."""
         if sequence.loss[:1] == [True] or not sequence.tokens:

@@ -39,7 +39,9 @@ class Tokenizer(Protocol):
 
     def __len__(self) -> int: ...
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    def decode(
+        self, token_ids: Sequence[int], skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool = ...
+    ) -> str:
         """Return the text of ``token_ids``."""
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:

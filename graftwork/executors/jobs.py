@@ -62,7 +62,11 @@ class State:
 
 
 def status(experiment: Optional[str] = None) -> None:
-    """Print how every task of an experiment is, or, when none is named, of the newest experiments."""
+    """Print how every task of an experiment is.
+
+    Args:
+        experiment: Id or name of an experiment; default the newest ones.
+    """
     known = list(_known())[:SHOWN] if experiment is None else [experiment]
     if not known:
         print("nothing was launched yet.")
@@ -73,9 +77,12 @@ def status(experiment: Optional[str] = None) -> None:
 
 
 def logs(experiment: Optional[str] = None, task: Optional[str] = None, follow: bool = False) -> None:
-    """Print what the tasks of an experiment (None: the newest) have written so far, all ranks and all attempts.
+    """Print what the tasks of an experiment have written so far, all ranks and all attempts.
 
-    ``task`` chooses one of several. ``follow`` goes on until the last of them has ended.
+    Args:
+        experiment: Id or name of an experiment; default the newest.
+        task: One of several tasks.
+        follow: Goes on until the last task has ended.
     """
     found = find(experiment)
     with _looking_at(found._id):
@@ -84,9 +91,13 @@ def logs(experiment: Optional[str] = None, task: Optional[str] = None, follow: b
 
 
 def attach(experiment: Optional[str] = None, task: Optional[str] = None) -> None:
-    """Show a run (None: the newest) as if it had been launched here: what rank 0 prints, then the end it comes to.
+    """Show a run as if it had been launched here: what rank 0 prints, then the end it comes to.
 
     Raises the GraftworkError a task ended with, or LaunchError with the end of its log. Ctrl-C only stops looking.
+
+    Args:
+        experiment: Id or name of an experiment; default the newest.
+        task: One of several tasks.
     """
     found = find(experiment)
     with _looking_at(found._id):
@@ -103,6 +114,10 @@ def cancel(experiment: Optional[str] = None, task: Optional[str] = None) -> None
 
     A training saves its state first where the scheduler leaves it the time. Raises ConfigError when none is named or it
     runs in the foreground of this machine, LaunchError when a task does not end.
+
+    Args:
+        experiment: Id or name of an experiment; it must be named.
+        task: One of several tasks.
     """
     if experiment is None:
         raise ConfigError(f"cancel needs the id of an experiment; {suggest('', list(_known())[:SHOWN])}")

@@ -36,12 +36,23 @@ def evaluate(
     output: Optional[str] = None,
     row_layout: Optional[str] = None,
 ) -> Metrics:
-    """Evaluate a base model, with an adapter directory or without, on a file or a directory of rows.
+    """Evaluate a base model, with an adapter or without, on rows with known answers.
 
-    Templates that are None are those the adapter was trained with. ``labels`` is the closed set of answers (found by
-    itself where at most 20 answers repeat). ``baseline`` adds the figures without adapters under that key. ``output``
-    is a JSON file to write. ``row_layout`` as in SFTDataModule. Returns what ``evaluate_model`` does. Raises
-    GraftworkError for a missing file, an adapter of another base, an unknown label.
+    Returns what ``evaluate_model`` does. Raises GraftworkError.
+
+    Args:
+        base: A checkpoint directory, a registered model or a name on Hugging Face's hub.
+        data: File or directory of rows with answers.
+        adapter: Directory of an adapter; without one the base is evaluated.
+        prompt_template: How a prompt is put; default as the adapter was trained.
+        answer_template: How an answer follows it, likewise.
+        labels: The closed set of answers; found by itself where at most 20 answers repeat.
+        baseline: Adds the figures without adapters.
+        limit: Most rows of the file.
+        dtype: ``bf16``, ``fp32`` or ``auto``, the checkpoint's.
+        batch_tokens: Tokens that are scored together.
+        output: JSON file to write.
+        row_layout: Name of the layout the rows have; default their columns tell.
     """
     examples = Examples.from_file(data, prompt_template, answer_template, limit, row_layout=row_layout)
     model = load(base, dtype=dtype)

@@ -83,6 +83,12 @@ class Examples:
         return cls(_parsed(rows, None, False), _encoder(prompt_template, None))
 
     @classmethod
+    def from_messages(cls, messages: list[dict[str, str]], task: str | None = None) -> "Examples":
+        """Take one conversation that waits for an answer; raises DataError for a message that cannot be one."""
+        row = {"messages": messages, "task": task}
+        return cls(_parsed([(Place("conversation", "turn", len(messages)), row)], None, False), _encoder(None, None))
+
+    @classmethod
     def from_data(cls, data: SFTDataModule, split: str | None = None, limit: int | None = None) -> "Examples":
         """Take the rows of a data module's ``split``: by default ``test``, or ``validation`` where there is no test."""
         chosen = split or ("test" if data.files["test"] else "validation")
@@ -109,6 +115,10 @@ class Examples:
 
     def _asked(self, model: Model) -> Iterable[tuple[Prompt | Chat, Asked]]:
         return zip((row for _, row in self.rows), self.encoder(model).ask(self.rows), strict=True)
+
+    def lengths(self, model: Model) -> list[int]:
+        """Per row, the tokens of its prompt, however long it is."""
+        return self.encoder(model).lengths(self.rows)
 
     def references(self, model: Model) -> list[list[Sequence | None]]:
         """Per row, its prompt with the right answer; None where the encoder drops a row as too long."""

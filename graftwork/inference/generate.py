@@ -29,12 +29,25 @@ def generate(
     output: Optional[str] = None,
     row_layout: Optional[str] = None,
 ) -> list[Answer]:
-    """Answer ``prompts``, or the rows of a ``file`` or directory, with a base model and maybe an adapter.
+    """Answer prompts, or the rows of a file, with a base model and maybe an adapter.
 
-    ``prompt_template`` None is the one the adapter was trained with, ``{input}`` without an adapter. ``task`` names the
-    prompt of a multi-task adapter for ``prompts`` (rows have a field of that name). Returns per prompt ``input``,
-    ``output`` and, where the file has it, ``expected``; ``output`` is a JSONL file to write. ``row_layout`` as in
-    SFTDataModule. Raises GraftworkError for a missing file, an adapter of another base.
+    Returns per prompt ``input``, ``output`` and, where the file has it, ``expected``. Raises GraftworkError.
+
+    Args:
+        base: A checkpoint directory, a registered model or a name on Hugging Face's hub.
+        prompts: Texts to answer.
+        file: File or directory of rows to answer.
+        adapter: Directory of an adapter; without one the base answers.
+        prompt_template: How a prompt is put; default the one the adapter was trained with, else ``{input}``.
+        task: Names the prompt of a multi-task adapter for ``prompts``; rows have a field of that name.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token, more draws.
+        top_p: Draw from the likeliest tokens of this share only.
+        seed: Makes the draws repeatable.
+        limit: Most rows of the file.
+        dtype: ``bf16``, ``fp32`` or ``auto``, the checkpoint's.
+        output: JSONL file to write.
+        row_layout: Name of the layout the rows have; default their columns tell.
     """
     if (prompts is None) == (file is None):
         raise ConfigError("give either prompts or a file to generate from.")

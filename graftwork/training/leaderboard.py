@@ -72,11 +72,15 @@ class Run:
 
 
 def compare(directories: list[str], output: Optional[str] = None, sort: str = "val_loss") -> None:
-    """Print a leaderboard of the runs in ``directories``, or below them; write their loss curves to ``output``.
+    """Print a leaderboard of runs, best first, and write their loss curves.
 
-    ``output`` ends in .html (a page of its own, table and curves) or .png. ``sort``: val_loss, train_loss,
-    tokens_per_second, trainable_parameters or the name of a metric; runs without it come last. Raises ConfigError for a
-    directory without runs and for a ``sort`` or an ``output`` that cannot be.
+    Args:
+        directories: Run directories, or directories that hold some.
+        output: File that ends in .html (a page of its own, table and curves) or .png.
+        sort: val_loss, train_loss, tokens_per_second, trainable_parameters or the name of a metric.
+
+    Raises:
+        ConfigError: for a directory without runs, and for a ``sort`` or an ``output`` that cannot be.
     """
     if output is not None and Path(output).suffix not in OUTPUTS:
         raise ConfigError(f"output={quoted(output)} ends in neither of {' and '.join(OUTPUTS)}.")

@@ -1,6 +1,6 @@
 """Token-by-token generation: prompts of different lengths together, finished ones leave."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypedDict
 
 from graftwork.errors import ConfigError, quoted
@@ -10,6 +10,9 @@ from graftwork.models.generation.sampling import Sampler
 from graftwork.models.generation.scoring import check_tokens, evaluating, one_piece
 from graftwork.routes import Routes
 from graftwork.ways import Named, Way, way
+
+Each = Callable[[int, int], None]
+"""Hears every token as it is chosen: the number of its prompt, and its id. What it raises ends the generation."""
 
 
 class Decoding(TypedDict, total=False):
@@ -22,6 +25,7 @@ class Decoding(TypedDict, total=False):
     use_cache: bool
     batch_size: int
     adapter: Sequence[Named] | None
+    each: Each | None
 
 
 class Options(Decoding, total=False):
@@ -41,14 +45,16 @@ def generate(
     use_cache: bool = True,
     batch_size: int = 16,
     adapter: Sequence[Named] | None = None,
+    each: Each | None = None,
 ) -> list[list[int]]:
     """Return the tokens that follow each prompt of token ids (virtual ids included), up to and with a stop token.
 
     Temperature 0 is greedy; otherwise ``seed`` makes the draws repeatable. ``stop_ids`` None is the tokenizer's end of
     sequence, [] never stops. ``adapter`` names for each prompt the adapters that answer it (one, several, or None for
     the base alone); left out, every adapter answers every prompt. All ranks call it with the same prompts (of their
-    data-parallel group) and get the same answers. The cache is exact; pipeline, context and sequence parallelism always
-    go without. Raises ConfigError for an unknown token id or a prompt that leaves too little of the model's context.
+    data-parallel group) and get the same answers; ``each`` hears a token as soon as it is chosen. The cache is exact;
+    pipeline, context and sequence parallelism always go without. Raises ConfigError for an unknown token id or a prompt
+    that leaves too little of the model's context.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
@@ -65,7 +71,7 @@ def generate(
             begun = zip(numbers, heads(model, asked), strict=True)
             rows = [_Row(number, head, max_new_tokens, stops, ways[number]) for number, head in begun]
             with reader(model, asked, max(row.limit for row in rows), cached) as rest:
-                _decode(model, rows, rest, sampler)
+                _decode(model, rows, rest, sampler, each)
             answers.update((row.number, row.answer) for row in rows)
     return [answers[number] for number in range(len(prompts))]
 
@@ -124,7 +130,7 @@ def _groups(prompts: Sequence[Sequence[int]], size: int, gap: int | None) -> Ite
         yield group
 
 
-def _decode(model: CausalModel, rows: list[_Row], reader: Reader, sampler: Sampler) -> None:
+def _decode(model: CausalModel, rows: list[_Row], reader: Reader, sampler: Sampler, each: Each | None) -> None:
     """Advance all rows one position at a time: a row still inside its prompt reads on, the others get a new token."""
     # The shortest prompt is read at once. From then on every row is ``width`` tokens long in the reader's eyes, so no
     # padding ever enters the cache; a longer prompt catches up while the others' answers grow.
@@ -137,6 +143,8 @@ def _decode(model: CausalModel, rows: list[_Row], reader: Reader, sampler: Sampl
             chosen = sampler.choose(logits[asking], [rows[i].number for i in asking])
             for i, token in zip(asking, chosen):
                 rows[i].tokens.append(token)
+                if each is not None:
+                    each(rows[i].number, token)
         going = [i for i, row in enumerate(rows) if not row.finished]
         if going and len(going) < len(rows):
             reader.keep(going)

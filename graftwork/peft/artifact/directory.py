@@ -192,7 +192,8 @@ def check_base(artifact: Artifact, base: Base) -> None:
     if theirs.fingerprint != base.fingerprint:
         raise ArtifactError(
             f"Adapter {artifact} was trained on {name}, whose weights differ from this base "
-            f"({base.name}); pass check_base=False to load it all the same."
+            f"({base.name}); give the base it was trained on (merge and load_adapters take others with "
+            "check_base=False)."
         )
 
 

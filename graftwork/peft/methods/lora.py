@@ -329,6 +329,11 @@ class LoRA(PEFT):
         name = unnumbered(site_name) if self.share_experts else site_name
         return _first(self.rank_pattern, name, self.dim), _first(self.alpha_pattern, name, self.alpha)
 
+    def summary(self) -> str:
+        """Return the rank and the factor on the update beside method and name; patterns may say otherwise by site."""
+        dim, scale = self.dim, self.alpha / (self.dim**0.5 if self.use_rslora else self.dim)
+        return f"{self} (rank {dim}, scale {scale:.3g})"
+
     def lr_scale(self, parameter_name: str) -> float:
         """LoRA+: B's share of the learning rate."""
         return self.lr_ratio_B if parameter_name.endswith("lora_B") else 1.0

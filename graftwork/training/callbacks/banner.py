@@ -47,7 +47,7 @@ class Banner(Callback):
 
 def _trains(pl_module: LightningModule) -> str:
     trained, total = count_parameters(pl_module)
-    names = ", ".join(str(t) for t in trainee(pl_module).adapters.values()) or "full fine-tuning"
+    names = ", ".join(t.summary() for t in trainee(pl_module).adapters.values()) or "full fine-tuning"
     return f"training {names}: {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)"
 
 
