@@ -29,9 +29,7 @@ def generate(
     output: Optional[str] = None,
     row_layout: Optional[str] = None,
 ) -> list[Answer]:
-    """Answer prompts, or the rows of a file, with a base model and maybe an adapter.
-
-    Returns per prompt ``input``, ``output`` and, where the file has it, ``expected``. Raises GraftworkError.
+    """Answer prompts, or rows of a file: ``input``, ``output`` and, where it is known, ``expected`` of each.
 
     Args:
         base: A checkpoint directory, a registered model or a name on Hugging Face's hub.
@@ -51,10 +49,11 @@ def generate(
     """
     if (prompts is None) == (file is None):
         raise ConfigError("give either prompts or a file to generate from.")
-    if file is not None:
-        examples = Examples.from_file(file, prompt_template, limit=limit, answered=False, row_layout=row_layout)
-    else:
-        examples = Examples.from_prompts(prompts or [], prompt_template, task)
+    examples = (
+        Examples.from_prompts(prompts or [], prompt_template, task)
+        if file is None
+        else Examples.from_file(file, prompt_template, limit=limit, answered=False, row_layout=row_layout)
+    )
     model = load(base, dtype=dtype)
     if adapter is not None:
         model.load_adapters(adapter)

@@ -25,7 +25,8 @@ def train(data: Path, root: Path, **options: Any) -> None:
 
 def test_without_a_terminal_there_are_plain_lines(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
     train(tiny_data, tmp_path)
-    out = capsys.readouterr().out.splitlines()
+    reading, *out = capsys.readouterr().out.splitlines()
+    assert reading.startswith("reading ") and reading.endswith("train.jsonl: input/output rows (input, output), 48 rows")
     assert out[0].startswith("training LoRA 'lora' (rank ") and out[0].endswith(" %)")
     assert [line.split(":")[0] for line in out[1:6]] == ["  base", "  at", "  data", "  run", "  memory"]
     assert out[6].startswith("step 1/4: loss 5.") and "tokens/s" in out[6] and out[6].endswith("left")
@@ -35,7 +36,7 @@ def test_without_a_terminal_there_are_plain_lines(tiny_data: Path, tmp_path: Pat
 
 def test_the_banner_tells_base_sites_rows_steps_and_ranks(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
     train(tiny_data, tmp_path)
-    base, at, data, run, memory = capsys.readouterr().out.splitlines()[1:6]
+    base, at, data, run, memory = capsys.readouterr().out.splitlines()[2:7]
     assert base == "  base: random weights, llama of 2 layers x 32, float32"
     assert at == "  at: 2 linear_proj, 2 linear_qkv, 2 linear_fc1, 2 linear_fc2"
     rows = [json.loads(line) for line in (tiny_data / "train.jsonl").read_text().splitlines()]
