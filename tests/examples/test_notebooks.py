@@ -57,7 +57,7 @@ def test_it_lies_clean(notebook: Path) -> None:
     assert set(document) == {"cells", "metadata", "nbformat", "nbformat_minor"} and document["nbformat"] == 4
     assert document["metadata"]["kernelspec"]["name"] == "python3"
     identities = [cell["id"] for cell in document["cells"]]
-    assert len(set(identities)) == len(identities) and 8 <= len(identities) <= 18
+    assert len(set(identities)) == len(identities) and 8 <= len(identities) <= 14
     for cell in document["cells"]:
         assert cell["metadata"] == {} and "".join(cell["source"]).strip() == "".join(cell["source"])
         if cell["cell_type"] == "code":
