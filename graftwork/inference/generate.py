@@ -63,6 +63,19 @@ def generate(
     return answers
 
 
+def _questions(
+    prompts: list[str],
+    file: str | None,
+    prompt_template: str | None,
+    task: str | None,
+    limit: int | None,
+    row_layout: str | None,
+) -> Examples:
+    if file is None:
+        return Examples.from_prompts(prompts, prompt_template, task)
+    return Examples.from_file(file, prompt_template, limit=limit, answered=False, row_layout=row_layout)
+
+
 def answer(model: Model, examples: Examples, **options: Unpack[Options]) -> list[Answer]:
     """Return ``input``, ``output`` and, where it is known, ``expected`` of every row; options as in model.generate."""
     model.configure_model()

@@ -1,11 +1,10 @@
-"""The script and the notebook that readers start from."""
+"""The script that readers start from."""
 
 import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,6 @@ from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "quickstart.py"
-NOTEBOOK = ROOT / "examples" / "notebooks" / "first_steps.ipynb"
 
 
 def run_script(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
@@ -55,31 +53,3 @@ def test_the_script_learns_on_the_pretrained_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     right, _, total = done.stdout.splitlines()[-1].split()[:3]
     assert int(right) > 0.8 * int(total), done.stdout
-
-
-def cells(*, with_slow: bool) -> list[str]:
-    document: dict[str, Any] = json.loads(NOTEBOOK.read_text())
-    assert all(not cell.get("outputs") for cell in document["cells"]), "clear the outputs before committing"
-    code = [c for c in document["cells"] if c["cell_type"] == "code"]
-    tags = [set(c["metadata"].get("tags", ())) for c in code]
-    runnable = [c for c, t in zip(code, tags) if "ipython" not in t and (with_slow or "slow" not in t)]
-    return ["".join(c["source"]) for c in runnable]
-
-
-def test_the_notebook_configures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {}
-    for source in cells(with_slow=False):
-        exec(source, namespace)
-    assert namespace["recipe"].trainer.max_steps == 30 and (tmp_path / "reviews.jsonl").exists()
-
-
-@pytest.mark.slow
-def test_the_notebook_runs_on_the_pretrained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {}
-    for source in cells(with_slow=True):
-        exec(source, namespace)
-    parallel.destroy()
-    assert (tmp_path / "runs/first_steps/loss.png").exists()
-    assert namespace["after"]["accuracy"] > namespace["before"]["accuracy"]

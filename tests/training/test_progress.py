@@ -26,7 +26,7 @@ def train(data: Path, root: Path, **options: Any) -> None:
 def test_without_a_terminal_there_are_plain_lines(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
     train(tiny_data, tmp_path)
     reading, *out = capsys.readouterr().out.splitlines()
-    assert reading.startswith("reading ") and reading.endswith("train.jsonl: input/output rows (input, output), 48 rows")
+    assert reading.startswith("reading ") and reading.endswith(": input/output rows (input, output), 48 rows")
     assert out[0].startswith("training LoRA 'lora' (rank ") and out[0].endswith(" %)")
     assert [line.split(":")[0] for line in out[1:6]] == ["  base", "  at", "  data", "  run", "  memory"]
     assert out[6].startswith("step 1/4: loss 5.") and "tokens/s" in out[6] and out[6].endswith("left")
