@@ -49,11 +49,7 @@ def generate(
     """
     if (prompts is None) == (file is None):
         raise ConfigError("give either prompts or a file to generate from.")
-    examples = (
-        Examples.from_prompts(prompts or [], prompt_template, task)
-        if file is None
-        else Examples.from_file(file, prompt_template, limit=limit, answered=False, row_layout=row_layout)
-    )
+    examples = _questions(prompts or [], file, prompt_template, task, limit, row_layout)
     model = load(base, dtype=dtype)
     if adapter is not None:
         model.load_adapters(adapter)
