@@ -25,7 +25,7 @@ STEPS, STOP = 4, 2
 METHODS: dict[str, Any] = {
     "stack": lambda: [
         PTuning(virtual_tokens=3, embedding_dim=8, bottleneck_dim=8),
-        CanonicalAdapter(4),
+        CanonicalAdapter(dim=4),
         LoRA(dim=4),
         IA3(),
     ],
