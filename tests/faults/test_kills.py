@@ -217,7 +217,7 @@ FEW = {
     "each appears whole or not at all; killed at any call that changes the disk, the next run ends with the same bits",
 )
 @pytest.mark.processes
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "full_tp2" else k for k in FEW])
 def test_killed_inside_a_save(kind: str, place: Path) -> None:
     life, (victim, wanted) = whole(place, kind), FEW[kind]
     moment = next(n for n, call in enumerate(life.calls[victim]) if re.match(wanted, call))
@@ -287,6 +287,7 @@ def test_what_killed_processes_left_is_cleared_and_nothing_else(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == [".model.12-0123abcd", ".other.tmp", "model"]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "the newest training state is chosen by a file's time, which another machine's clock has set",
     "states are ordered by the step in their name; locks end with their holder, not by age",

@@ -75,9 +75,10 @@ def test_figures_are_those_of_the_summary(run: dict[str, Any]) -> None:
 def test_curves_have_a_point_for_every_step(run: dict[str, Any]) -> None:
     titles = ["loss", "learning rate", "gradient norm", "tokens per second", "peak memory"]
     assert run["page"].figures == titles
-    assert run["page"].lines == [6, 2, 6, 6, 6, 6, 6], "training, validation, two learning rates, and the others"
+    assert run["page"].lines == [6, 2, *[6] * 7], "training, validation, two rates, three norms, two others"
     series = run["report"].series
-    assert {"lr/lora", "lr/ptuning", "grad_norm", "tokens_per_second", "memory_gb"} == set(series)
+    by_adapter = {f"{what}/{name}" for what in ("lr", "grad_norm") for name in ("lora", "ptuning")}
+    assert by_adapter | {"grad_norm", "tokens_per_second", "memory_gb"} == set(series)
     assert all([step for step, _ in points] == list(range(1, 7)) for points in series.values())
 
 
@@ -138,7 +139,7 @@ def test_a_resumed_run_tells_the_whole_run(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists(), "a run that is not over has no report"
     _, trainer, _ = trained(data, tmp_path)
     report = next(c for c in trainer.callbacks if isinstance(c, Report))
-    assert Page((tmp_path / "report.html").read_text()).lines == [6, 2, 6, 6, 6, 6, 6]
+    assert Page((tmp_path / "report.html").read_text()).lines == [6, 2, *[6] * 7]
     assert all([step for step, _ in points] == list(range(1, 7)) for points in report.series.values())
     confused = next(c for c in trainer.callbacks if isinstance(c, BeforeAfter)).confusion
     assert list(confused) == ["before", "after"]

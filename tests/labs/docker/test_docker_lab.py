@@ -83,6 +83,7 @@ def here(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_container_gives_the_losses_and_the_adapter_of_this_process(
     docker_lab: str, inputs: Path, here: Path, tmp_path: Path
@@ -92,7 +93,7 @@ def test_a_container_gives_the_losses_and_the_adapter_of_this_process(
     typed = ["nemorun", "graft", "finetune", "--file", "run.yaml", *in_container(docker_lab), "--yes"]
     done = subprocess.run([NEMORUN, *typed[1:]], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    shell = Transcript({str(tmp_path): "/home/me", docker_lab: "graftwork:cpu"})
+    shell = Transcript({str(tmp_path): "/home/me", str(inputs): "/home/me/data", docker_lab: "graftwork:cpu"})
     shell.add(shlex.join(typed), done.stdout)
     shell.check("docker.md", "docker")
     ours, theirs = summary(here), summary(tmp_path / "run")
