@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from graftwork.parallel.sharding import Sharding
 from graftwork.parallel.state import is_initialized, tp_rank, tp_size
 
+BASE = "base"
+"""Who trains what no transform owns."""
 _ATTRIBUTE = "graftwork_record"
 
 
@@ -65,6 +67,11 @@ def record_of(parameter: Tensor) -> Record:
     """Return the record; a parameter that nobody has marked is read from megatron-core's attributes."""
     found = getattr(parameter, _ATTRIBUTE, None)
     return found if isinstance(found, Record) else _from_attributes(parameter)
+
+
+def owner_of(parameter: Tensor) -> str:
+    """Return the name of the transform that trains ``parameter``, ``base`` for the base."""
+    return record_of(parameter).owner or BASE
 
 
 def give_to(parameter: nn.Parameter, owner: str | None) -> None:

@@ -105,8 +105,8 @@ def made(names: Sequence[str] | None, root: Path, first_rank: bool) -> list[Logg
     Only the first rank has those that open a database or a connection as soon as they are made.
 
     ``wandb`` and ``mlflow`` follow their own environment variables (``WANDB_MODE=offline``, ``WANDB_PROJECT``,
-    ``MLFLOW_TRACKING_URI``) and keep what is local in ``logs/``. Raises ConfigError for an unknown name and for a
-    package that is not installed.
+    ``MLFLOW_TRACKING_URI``) and keep what is local in ``logs/``. Raises ConfigError for an unknown name, a package that
+    is not installed, and where they refuse the run.
     """
     wanted = ["csv", *(("tensorboard",) if names is None else names)]
     for name in wanted:
@@ -125,24 +125,34 @@ def made(names: Sequence[str] | None, root: Path, first_rank: bool) -> list[Logg
 
 def _wandb(root: Path) -> Logger:
     _need("wandb")
-    logs = root / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    offline = os.environ.get("WANDB_MODE", "online") != "online"
+    refused: type[Exception] = import_module("wandb.errors").Error
     project = os.environ.get("WANDB_PROJECT", "graftwork")
-    return WandbLogger(name=root.name, save_dir=logs, offline=offline, project=project)
+    logger = WandbLogger(name=root.name, save_dir=_logs(root), project=project)  # WANDB_MODE is wandb's own affair
+    try:
+        opened = logger.experiment  # now, and not after the model has been loaded
+    except refused as error:
+        raise ConfigError(
+            f"wandb does not take this run ({quoted(str(error), 200, bare=True)}); log in with 'wandb login', or keep "
+            "its figures here with WANDB_MODE=offline."
+        ) from error
+    assert opened is not None
+    return logger
 
 
 def _mlflow(root: Path) -> Logger:
     _need("mlflow")
     refused: type[Exception] = import_module("mlflow.exceptions").MlflowException
-    logs = root / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    place = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{logs}/mlflow.db")
+    place = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{_logs(root)}/mlflow.db")
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "graftwork")
     try:
         return MLFlowLogger(experiment, run_name=root.name, tracking_uri=place)
-    except refused as error:
-        raise ConfigError(f"mlflow cannot log to {place!r} (MLFLOW_TRACKING_URI): {quoted(str(error), 300)}") from error
+    except refused as error:  # the place may hold a password and is not repeated
+        raise ConfigError(f"mlflow does not take this run: {quoted(str(error), 200, bare=True)}") from error
+
+
+def _logs(root: Path) -> Path:
+    (root / "logs").mkdir(parents=True, exist_ok=True)
+    return root / "logs"
 
 
 def _need(package: str) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from graftwork import parallel
 from graftwork.optim import AdamW, gradient_of
+from graftwork.parallel.record import give_to
 from graftwork.training.optimizer import Update, gradients
 from graftwork.training.optimizer.gradients import Gradients, all_reduce
 from tests.helpers import tiny_gpt
@@ -46,6 +47,19 @@ def test_norm_and_clipping_equal_torch() -> None:
         torch.testing.assert_close(parameter.grad, copy.grad)
     ours.clip_values(0.01)
     assert all(float(p.grad.abs().max()) <= 0.01 for p in chunk.parameters())  # type: ignore[union-attr]
+
+
+def test_the_norm_is_told_by_owner() -> None:
+    parallel.ensure_initialized()
+    chunk = Chunk(torch.float32)
+    give_to(chunk.linear.weight, "lora")
+    ours = Gradients([chunk])
+    chunk.linear(torch.randn(8, 16)).square().sum().backward()
+    ours.finish(torch.tensor(8))
+    parts = {"base": chunk.linear.bias, "lora": chunk.linear.weight}
+    wanted = {name: float(p.grad.norm()) for name, p in parts.items()}  # type: ignore[union-attr]
+    assert {name: float(norm) for name, norm in ours.norms.items()} == pytest.approx(wanted, rel=1e-6)
+    assert float(ours.norm) == pytest.approx(sum(norm**2 for norm in wanted.values()) ** 0.5, rel=1e-6)
 
 
 def test_low_precision_gradients_accumulate_in_fp32() -> None:

@@ -1,5 +1,6 @@
 """What a run shows and does while it lasts: answers to validation rows, an early end, loggers by name, no adverts."""
 
+import csv
 import json
 import logging
 import os
@@ -15,10 +16,12 @@ from graftwork.training.callbacks.samples import MOST_MOMENTS, Shown, _bounded
 from tests.helpers import tiny_run
 from tests.helpers.distributed import run_ranks
 
-PEFT: dict[str, Any] = {
+STACKS: dict[str, Any] = {
     "lora": lambda: [LoRA(dim=4)],
-    "ptuning": lambda: [PTuning(virtual_tokens=3, embedding_dim=8, bottleneck_dim=8)],
+    "both": lambda: [LoRA(dim=4), PTuning(virtual_tokens=3, embedding_dim=8, bottleneck_dim=8)],
+    "full": list,
 }
+"""Of ``both`` a later pipeline stage trains only a part."""
 LAYOUTS: dict[str, dict[str, int]] = {
     "tp2": {"tensor_model_parallel_size": 2},
     "pp2": {"pipeline_model_parallel_size": 2},
@@ -28,23 +31,32 @@ LAYOUTS: dict[str, dict[str, int]] = {
 def trained(data: Path, root: Path, ranks: int = 1, layout: dict[str, int] | None = None, **options: Any) -> list[Any]:
     """Train four steps with two validations and return what ``samples.jsonl`` holds."""
     settings = {"max_steps": 4, "val_check_interval": 2} | options.pop("trainer", {})
-    given = {"samples": 2, "peft": PEFT["lora"](), "optim": tiny_run.optim()} | options
+    given = {"samples": 2, "peft": STACKS["lora"](), "optim": tiny_run.optim()} | options
     trainer = tiny_run.trainer(root, ranks, layout, **settings)
     finetune(tiny_run.model(), trainer, tiny_run.data_module(data), **given)
     path = root / "samples.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def norms(run: Path) -> dict[str, list[float]]:
+    """Gradient norms by step, of the whole and of each adapter, as the run has logged them."""
+    (metrics,) = (run / "logs").rglob("metrics.csv")
+    rows = [row for row in csv.DictReader(metrics.read_text().splitlines()) if row["grad_norm"]]
+    return {name: [float(row[name]) for row in rows] for name in rows[0] if name.startswith("grad_norm")}
+
+
 def on_ranks(rank: int, world_size: int, data: Path, root: Path) -> dict[str, Any]:
     os.environ["LOCAL_RANK"] = str(rank)
-    return {name: trained(data, root / name, world_size, layout) for name, layout in LAYOUTS.items()}
+    return {
+        name: trained(data, root / name, world_size, layout, peft=STACKS["both"]()) for name, layout in LAYOUTS.items()
+    }
 
 
-@pytest.mark.parametrize("peft", PEFT)
+@pytest.mark.parametrize("peft", ["both", "full"])
 def test_the_same_rows_are_answered_before_while_and_after(
     peft: str, tiny_data: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    shown = trained(tiny_data, tmp_path, peft=PEFT[peft]())
+    shown = trained(tiny_data, tmp_path, peft=STACKS[peft]())
     assert [one["step"] for one in shown] == [0, 0, 2, 2, 4, 4]
     rows = [json.loads(line) for line in (tiny_data / "train.jsonl").read_text().splitlines()]
     right = {row["input"]: row["output"] for row in rows}
@@ -54,10 +66,16 @@ def test_the_same_rows_are_answered_before_while_and_after(
 
 
 @pytest.mark.processes
-def test_every_layout_gives_one_rank_s_answers(tiny_data: Path, tmp_path: Path) -> None:
-    alone = trained(tiny_data, tmp_path / "one")
+def test_every_layout_gives_one_rank_s_answers_and_norms(tiny_data: Path, tmp_path: Path) -> None:
+    alone = trained(tiny_data, tmp_path / "one", peft=STACKS["both"]())
     for found in run_ranks(on_ranks, 2, tiny_data, tmp_path):
         assert found == dict.fromkeys(LAYOUTS, alone)
+    wanted = norms(tmp_path / "one")
+    assert set(wanted) == {"grad_norm", "grad_norm/lora", "grad_norm/ptuning"} and len(wanted["grad_norm"]) == 4
+    for layout in LAYOUTS:
+        found = norms(tmp_path / layout)
+        assert set(found) == set(wanted)
+        assert all(found[name] == pytest.approx(wanted[name], rel=1e-4) for name in wanted)
 
 
 def test_asking_changes_nothing_of_the_training(tiny_data: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from graftwork import parallel
 from graftwork.batch import Batch
 from graftwork.errors import TrainingError
 from graftwork.parallel.collective import agree, all_gather_objects
-from graftwork.parallel.record import record_of
+from graftwork.parallel.record import BASE, owner_of, record_of
 from graftwork.peft.adapter import Adapter
 from graftwork.peft.stack import Stack
 from graftwork.training.callbacks.ranks import largest
@@ -21,7 +21,6 @@ from graftwork.training.checksums import changed, checksums
 from graftwork.training.strategy import MegatronStrategy
 from graftwork.training.trainee import data_of, trainee
 
-BASE = "base"
 Named = Iterator[tuple[str, nn.Parameter]]
 
 
@@ -90,7 +89,7 @@ class SelfCheck(Callback):
         names = [*sorted(trainee(pl_module).adapters), BASE]
         holds, alive = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
         for _, parameter in trainable(pl_module):
-            owner = _owner(parameter)
+            owner = owner_of(parameter)
             holds[owner] = 1.0
             if _alive(trainer, parameter):
                 alive[owner] = 1.0
@@ -113,7 +112,7 @@ class SelfCheck(Callback):
         agree(TrainingError(f"no gradient reaches {_some(dead)}: it would keep the base's values.") if dead else None)
 
     def _unmoved(self, pl_module: LightningModule) -> str | None:
-        owners = {name: _owner(parameter) for name, parameter in trainable(pl_module)}
+        owners = {name: owner_of(parameter) for name, parameter in trainable(pl_module)}
         moved = changed(self._trained, checksums(trainable(pl_module)))
         still = set(owners.values()) - {owners[name] for name in moved if name in owners}
         adapters = trainee(pl_module).adapters
@@ -156,7 +155,7 @@ def _alive(trainer: Trainer, parameter: nn.Parameter) -> bool:
 
 def _not_finite(module: nn.Module) -> str | None:
     """Name weights of the base that are not finite on any rank: no row is to blame for what they give."""
-    base = ((name, p) for name, p in module.named_parameters() if _owner(p) == BASE and p.is_floating_point())
+    base = ((name, p) for name, p in module.named_parameters() if owner_of(p) == BASE and p.is_floating_point())
     mine = [name for name, p in base if not bool(torch.isfinite(p).all())]
     names = sorted({name for found in all_gather_objects(mine) for name in found})
     return f"weights of the base are not finite: {_some(names)}; no row is to blame" if names else None
@@ -193,10 +192,6 @@ def _replicas_differ(module: nn.Module) -> str | None:
 def _everywhere(names: list[str]) -> set[str]:
     """Return the union of ``names`` over all ranks: each sees its part of a tensor."""
     return {name for found in all_gather_objects(names) for name in found}
-
-
-def _owner(parameter: nn.Parameter) -> str:
-    return record_of(parameter).owner or BASE
 
 
 def _any_unmoved(adapters: Iterable[Adapter]) -> bool:

@@ -11,13 +11,11 @@ from torch.distributed import ProcessGroup
 from graftwork import parallel
 from graftwork.optim import MAIN_GRAD, gradient_of
 from graftwork.parallel.collective import all_gather_objects
-from graftwork.parallel.record import record_of
+from graftwork.parallel.record import owner_of, record_of
 from graftwork.training.optimizer.bucket import BUCKET_ELEMENTS, Bucket, Piece
 from graftwork.training.optimizer.queue import Queue
 
 T = TypeVar("T", bound=Tensor)
-BASE = "base"
-"""Owner of what no adapter owns."""
 
 
 class Gradients:
@@ -32,7 +30,7 @@ class Gradients:
         self.partial = [p for p in self.parameters if record_of(p).partial and parallel.tp_size() > 1]
         self.tied = _tied_embedding(chunks)
         self.has_experts = getattr(chunks[0].config, "num_moe_experts", None) is not None
-        mine = sorted({_owner(p) for p in self.parameters})
+        mine = sorted({owner_of(p) for p in self.parameters})
         self.owners = sorted({owner for found in all_gather_objects(mine) for owner in found})
         self.norms: dict[str, Tensor] = {}
         self._device = next(chunks[0].parameters()).device
@@ -170,13 +168,9 @@ class Gradients:
         norms = torch.cat([_norms(bucket, counts) for bucket in buckets])
         if buckets[0].sharded:
             dist.all_reduce(norms, group=buckets[0].group)
-        owners = [_owner(piece.whole) for bucket in buckets for piece in bucket.pieces if counts(piece.whole)]
+        owners = [owner_of(piece.whole) for bucket in buckets for piece in bucket.pieces if counts(piece.whole)]
         places = torch.tensor([self.owners.index(owner) for owner in owners], device=self._device, dtype=torch.int64)
         return squares.index_add(0, places, norms.square())
-
-
-def _owner(parameter: nn.Parameter) -> str:
-    return record_of(parameter).owner or BASE
 
 
 def all_reduce(tensors: Sequence[Tensor], group: ProcessGroup) -> None:

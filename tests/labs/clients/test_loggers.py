@@ -32,14 +32,28 @@ print(*(f"{m.step} {m.value}" for m in client.get_metric_history(done.info.run_i
 """
 
 
+def started(loggers: Path, data: Path, run: Path, **surroundings: str) -> "subprocess.CompletedProcess[str]":
+    """Run the script without whatever account this machine may have."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_"))}
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(loggers), str(data), str(run)],
+        capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
+        env={**own, "PYTHONPATH": str(ROOT), "HOME": str(data), "WANDB_SILENT": "true", **surroundings},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_without_an_account_wandb_is_refused_in_one_sentence(loggers: Path, tmp_path: Path) -> None:
+    done = started(loggers, tiny_run.write_data(tmp_path), tmp_path / "run")
+    told = done.stderr.splitlines()[-1]
+    assert done.returncode and "ConfigError: wandb does not take this run (No API key configured" in told
+    assert told.endswith("keep its figures here with WANDB_MODE=offline.")
+
+
 @pytest.mark.slow
 def test_wandb_and_mlflow_hold_what_the_csv_holds(loggers: Path, tmp_path: Path) -> None:
     data, run = tiny_run.write_data(tmp_path), tmp_path / "run"
-    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(loggers), str(data), str(run)],
-        capture_output=True, text=True, env=surroundings, timeout=300,
-    )  # fmt: skip
+    done = started(loggers, data, run, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr[-3000:]
     status, losses = done.stdout.splitlines()[-2:]
     assert status == "run FINISHED"
