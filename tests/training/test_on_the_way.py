@@ -58,9 +58,9 @@ def test_the_same_rows_are_answered_before_while_and_after(
 ) -> None:
     shown = trained(tiny_data, tmp_path, peft=STACKS[peft]())
     assert [one["step"] for one in shown] == [0, 0, 2, 2, 4, 4]
-    rows = [json.loads(line) for line in (tiny_data / "train.jsonl").read_text().splitlines()]
-    right = {row["input"]: row["output"] for row in rows}
-    assert all(right[one["input"]] == one["expected"] for one in shown)
+    held_out: list[Any] = [row for _, row in tiny_run.data_module(tiny_data).raw_rows("validation")]
+    right = {row["input"]: row["output"] for row in held_out}
+    assert all(right.get(one["input"]) == one["expected"] for one in shown), "they are validation rows"
     said = [line for line in capsys.readouterr().out.splitlines() if "(right: " in line]
     assert len(said) == 4 and repr(shown[0]["input"]) in said[0], "those before the first step are only written down"
 
@@ -93,11 +93,13 @@ def test_long_runs_keep_the_first_moment_and_the_last() -> None:
 def test_a_run_that_stops_to_improve_ends_and_stays_ended(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
     settings: dict[str, Any] = {"trainer": {"max_steps": 8, "val_check_interval": 1}, "samples": 0}
     settings |= {"optim": tiny_run.optim(lr=1e-12, warmup_steps=0), "early_stopping": 2}
+    steps = []
     for again in (False, True):
         trained(tiny_data, tmp_path, **settings)
-        assert json.loads((tmp_path / "summary.json").read_text())["steps"] < 8
+        steps.append(json.loads((tmp_path / "summary.json").read_text())["steps"])
         told = capsys.readouterr().out
         assert "stopped early, val_loss has not fallen for 2 validations" in told and ("resuming" in told) == again
+    assert steps[0] == steps[1] < 8, "started again it trains nothing more"
 
 
 def test_early_stopping_needs_patience_and_validation(tiny_data: Path, tmp_path: Path) -> None:
