@@ -1,4 +1,4 @@
-"""Clocks: interleaved repetitions with minima in this process, peak memory in a child process of its own."""
+"""Clocks: interleaved rounds in this process and what pairs of them say, peak memory in a child process of its own."""
 
 import os
 import platform
@@ -14,25 +14,36 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 TRL = find_spec("trl") is not None
 PACKAGES = ("torch", "megatron-core", "lightning", "transformers", "peft")
 
 
-def interleaved(contestants: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
-    """Return the least seconds of each callable; every round calls all, in random order, so that a busy spell of the
-    machine meets both sides."""
+def interleaved(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each callable, round by round; every round calls all, in random order, so that a busy
+    spell of the machine meets both sides."""
     order = list(contestants)
     shuffle = random.Random(0).shuffle
-    best = dict.fromkeys(order, float("inf"))
-    for _ in range(repetitions):
+    found: dict[str, list[float]] = {name: [] for name in order}
+    for _ in range(rounds):
         shuffle(order)
         for name in order:
             started = time.perf_counter()
             contestants[name]()
-            best[name] = min(best[name], time.perf_counter() - started)
-    return best
+            found[name].append(time.perf_counter() - started)
+    return found
+
+
+def quartiles(ours: list[float], peer: list[float]) -> tuple[float, float, float]:
+    """Return the quartiles of how many times as long the peer took, round by round.
+
+    A spell of a neighbour's lasts longer than a round and meets both sides of a pair; a least time is one lucky spell.
+    """
+    ratios = [theirs / mine for mine, theirs in zip(ours, peer, strict=True)]
+    low, middle, high = numpy.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
+    return low, middle, high
 
 
 def peak_memory(side: str, case: str, checkpoint: Path, given: Namespace) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Ratio benchmark against transformers + peft, and TRL where it is installed: same process, interleaved, minima.
+"""Ratio benchmark against transformers + peft, and TRL where it is installed: same process, rounds of both, medians.
 
 All sides have the same random checkpoint and the same rows.
 
@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import os
+import statistics
 import sys
 import tempfile
 import warnings
@@ -57,16 +58,16 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="toy sizes, one thread, two repetitions")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, one thread, two rounds")
     parser.add_argument("--model", choices=SIZES, default="small", help="default: small, of 30M parameters")
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and 2; 1 with --quick")
-    parser.add_argument("--repetitions", type=int, help="default: 8; 2 with --quick")
+    parser.add_argument("--rounds", type=int, help="default: 12, a third for the mix; 2 with --quick")
     parser.add_argument("--cases", nargs="+", choices=[c.name for c in CASES], help="default: all")
     parser.add_argument("--output", help="another file than benchmarks/results/cpu.json, and no page")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.threads = options.threads or ([1] if options.quick else [1, 2])
-    options.repetitions = options.repetitions or (2 if options.quick else 8)
+    options.rounds = options.rounds or (2 if options.quick else 12)
     return options
 
 
@@ -82,10 +83,10 @@ def run(size: Size, options: argparse.Namespace, folder: Path) -> dict[str, Any]
     return {
         "machine": facts,
         "model": size.model,
-        "repetitions": options.repetitions,
+        "rounds": options.rounds,
         "left_out": left_out,
         "steps": [row for case in cases for row in steps(case, size, checkpoint, options)],
-        "files": files(checkpoint, size, options.repetitions, folder) if options.model == "small" else [],
+        "files": files(checkpoint, size, options.rounds, folder) if options.model == "small" else [],
         "trainer": trainer(checkpoint, size, options) if options.model == "small" else None,
         "memory": memory,
     }
@@ -115,17 +116,22 @@ def steps(case: Case, size: Size, checkpoint: Path, options: argparse.Namespace)
     rows = []
     for threads in options.threads:
         torch.set_num_threads(threads)
-        best = measure.interleaved({"ours": ours.step, "peer": peer.step}, options.repetitions)
+        rounds = options.rounds if case.data == "dense" else max(2, options.rounds // 3)
+        times = measure.interleaved({"ours": ours.step, "peer": peer.step}, rounds)
+        low, ratio, high = measure.quartiles(**times)
+        seconds = {side: statistics.median(found) for side, found in times.items()}
         row = {
             "case": case.name,
             "title": case.title,
             "threads": threads,
             "tokens": batch.real_tokens,
-            "ours_seconds": best["ours"],
-            "peer_seconds": best["peer"],
-            "ours_tokens_per_second": batch.real_tokens / best["ours"],
-            "peer_tokens_per_second": batch.real_tokens / best["peer"],
-            "ratio": best["peer"] / best["ours"],
+            "ours_seconds": seconds["ours"],
+            "peer_seconds": seconds["peer"],
+            "ours_tokens_per_second": batch.real_tokens / seconds["ours"],
+            "peer_tokens_per_second": batch.real_tokens / seconds["peer"],
+            "ratio": ratio,
+            "half_of_the_ratios": [low, high],
+            "rounds": rounds,
             "ours_trainable": ours.trainable,
             "peer_trainable": peer.trainable,
             "losses": {"first": first, "last": {"ours": ours.step(), "peer": peer.step()}},
@@ -156,7 +162,7 @@ def check_same_loss(case: Case, ours: float, peer: float) -> None:
         raise SystemExit(f"{case.name}: the first loss is {ours} here and {peer} at the peer; nothing was compared.")
 
 
-def files(checkpoint: Path, size: Size, repetitions: int, folder: Path) -> list[dict[str, Any]]:
+def files(checkpoint: Path, size: Size, rounds: int, folder: Path) -> list[dict[str, Any]]:
     """Time loading the base and saving and loading an adapter."""
     import ours
     import peer
@@ -173,8 +179,8 @@ def files(checkpoint: Path, size: Size, repetitions: int, folder: Path) -> list[
     found = []
     for title, (first, second) in pairs.items():
         first(), second()
-        best = measure.interleaved({"ours": first, "peer": second}, repetitions)
-        found.append({"title": title, "ours_seconds": best["ours"], "peer_seconds": best["peer"]})
+        times = measure.interleaved({"ours": first, "peer": second}, rounds)
+        found.append({"title": title, **{f"{side}_seconds": statistics.median(t) for side, t in times.items()}})
     return found
 
 
@@ -188,8 +194,8 @@ def trainer(checkpoint: Path, size: Size, options: argparse.Namespace) -> dict[s
     loop, fit = float("inf"), float("inf")
     for _ in range(1 if options.quick else 3):
         bare = ours.Ours(checkpoint, case, batch)
-        loop = min(loop, measure.interleaved({"loop": bare.step}, options.repetitions)["loop"])
-        fit = min(fit, ours.through_the_trainer(checkpoint, case, batch, options.repetitions + 1))
+        loop = min(loop, min(measure.interleaved({"loop": bare.step}, options.rounds)["loop"]))
+        fit = min(fit, ours.through_the_trainer(checkpoint, case, batch, options.rounds + 1))
     return {"title": case.title, "loop_seconds": loop, "trainer_seconds": fit}
 
 

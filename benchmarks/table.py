@@ -44,11 +44,16 @@ def _steps(results: dict[str, Any]) -> str:
         memory = results["memory"][row["case"]]
         lines.append(
             f"| {row['title']} | {row['threads']} | {row['ours_tokens_per_second']:,.0f} "
-            f"| {row['peer_tokens_per_second']:,.0f} | **{row['ratio']:.2f}** "
+            f"| {row['peer_tokens_per_second']:,.0f} | {_ratio(row)} "
             f"| {row['ours_trainable']:,} / {row['peer_trainable']:,} "
             f"| {_added(memory['ours']):,.0f} / {_added(memory['peer']):,.0f} MB | {_losses(row['losses'])} |"
         )
     return "\n".join(lines)
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    low, high = row["half_of_the_ratios"]
+    return f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f})"
 
 
 def _added(memory: dict[str, float]) -> float:

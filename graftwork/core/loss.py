@@ -14,8 +14,11 @@ from graftwork.parallel.state import tp_group, tp_rank, tp_size
 
 FEWEST_ROWS = 64
 """Positions of a block at least: the whole weight is read again for each block."""
-BLOCKS = 13
-"""A large microbatch is cut into so many blocks."""
+BLOCKS, BLOCKS_OF_TWO = 9, 13
+"""A large microbatch is cut into so many blocks, so that one takes less than an eighth of the whole logits; more where
+a block exists twice, in fp32 and in the precision of the weight."""
+ROUND = 8
+"""Positions of a large block are a multiple of this, as the kernels of matrix products like them."""
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -45,11 +48,12 @@ class _HeadLoss(torch.autograd.Function):
         of_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
         first = tp_rank() * len(weight)
         real = vocab_size - first
-        size = min(len(hidden), max(FEWEST_ROWS, -(-len(hidden) // BLOCKS)))
-        room = hidden.new_empty(size, min(max(real, 1), len(weight)), dtype=exact)
+        rows_of_weight = min(max(real, 1), len(weight))
+        blocks = BLOCKS if hidden.dtype == exact else BLOCKS_OF_TWO
+        size = min(len(hidden), max(FEWEST_ROWS, len(hidden) // (blocks * ROUND) * ROUND))
         for start in range(0, len(hidden), size or 1):
             rows = slice(start, start + size)
-            block = _Block(hidden[rows], weight[: room.shape[1]], targets[rows] - first, real, room)
+            block = _Block(hidden[rows], weight[:rows_of_weight], targets[rows] - first, real)
             losses[rows] = block.losses
             if any(wanted):
                 block.differentiate()
@@ -71,19 +75,15 @@ class _HeadLoss(torch.autograd.Function):
 class _Block:
     """Positions whose logits exist at one time: hidden [m, h], and targets [m] as places among this rank's rows.
 
-    Where no row is ``real``, the one in ``weight`` takes no part. In ``room`` stand the logits, then their
+    Where no row is ``real``, the one in ``weight`` takes no part. In one tensor stand the logits, then their
     exponentials, then their gradients times the softmax's sum: that is divided out of each product's small side.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, real: int, room: Tensor) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, real: int) -> None:
         self.hidden, self.weight = hidden, weight
         self.mine = (targets >= 0) & (targets < min(real, len(weight)))
         self.places = targets.where(self.mine, 0)[:, None]
-        logits = room[: len(hidden)]
-        if room.dtype == hidden.dtype:
-            torch.mm(hidden, weight.t(), out=logits)
-        else:
-            logits.copy_(F.linear(hidden, weight))
+        logits = _product(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
         if real < 1:
             logits.fill_(float("-inf"))
         logits -= _over_ranks(logits.amax(1), dist.ReduceOp.MAX)[:, None]
@@ -108,6 +108,14 @@ class _Block:
             torch.addmm(rows, self.gradients.t(), scaled, out=rows)
         else:
             rows += self.gradients.t() @ scaled
+
+
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return ``hidden weight^T`` of few rows and many: on a CPU oneDNN makes it up to twice as fast as torch's BLAS."""
+    if hidden.is_cpu and hidden.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
+        return product
+    return F.linear(hidden, weight)
 
 
 def _over_ranks(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import measure  # noqa: E402
 import step_time  # noqa: E402
 import table  # noqa: E402
 import workload  # noqa: E402
@@ -20,7 +21,7 @@ SIDES = ("ours", "peer")
 
 
 def results() -> dict[str, Any]:
-    step = {"case": "lora_fp32", "title": "LoRA", "threads": 1, "ratio": 1.5}
+    step = {"case": "lora_fp32", "title": "LoRA", "threads": 1, "ratio": 1.5, "half_of_the_ratios": [1.4, 1.6]}
     for side in SIDES:
         step |= {f"{side}_tokens_per_second": 1234.5, f"{side}_trainable": 1000}
     step["losses"] = {when: dict.fromkeys(SIDES, 9.68) for when in ("first", "last")}
@@ -73,6 +74,11 @@ def test_the_mix_has_short_and_long_rows_and_answers_in_the_last_quarter() -> No
     lengths = [len(row) for row in batch.tokens]
     assert len(lengths) == 32 and min(lengths) < 50 and max(lengths) > 250
     assert 0.2 < batch.target_count / batch.real_tokens < 0.27
+
+
+def test_a_spell_that_meets_a_whole_round_changes_no_ratio() -> None:
+    ours, peer = [1.0, 1.0, 4.0, 1.0, 1.0], [1.1, 1.2, 4.8, 1.2, 1.3]
+    assert measure.quartiles(ours, peer) == pytest.approx((1.2, 1.2, 1.2))
 
 
 def test_dense_rows_have_a_target_everywhere_but_at_the_end() -> None:
