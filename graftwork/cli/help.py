@@ -37,6 +37,19 @@ GROUPS: Mapping[str, Sequence[str]] = {
 }  # fmt: skip
 """The fields of all verbs, in the order in which help lists them."""
 
+NESTED: Mapping[str, tuple[str, Sequence[str]]] = {
+    "model.": ("graftwork.models:GPT", ()),
+    "peft[0].": ("graftwork.peft:LoRA", ()),
+    "data.": ("graftwork.data:SFTDataModule", ()),
+    "trainer.": ("lightning.pytorch:Trainer", (
+        "devices", "num_nodes", "max_steps", "max_epochs", "max_time", "val_check_interval", "limit_val_batches",
+        "gradient_clip_val", "log_every_n_steps", "default_root_dir",
+    )),
+    "trainer.strategy.": ("graftwork.training:MegatronStrategy", ()),
+    "optim.": ("graftwork.optim:AdamW", ()),
+}  # fmt: skip
+"""What stands in the fields of a recipe: its class, and which of its fields are shown where there are too many."""
+
 _ONLY_WITH = {"Training": "trainer", "Answers": "max_new_tokens"}
 """Groups of verbs that have this field; a seed belongs to one of them."""
 
@@ -68,8 +81,12 @@ class GraftEntrypoint(api.Entrypoint[..., object]):
 
 
 def described(function: Callable[..., object]) -> dict[str, str]:
-    """Return what the section ``Args:`` of a docstring says of every argument, as one line without marks of code."""
-    _, _, section = (inspect.getdoc(function) or "").partition("Args:\n")
+    """Return what the section ``Args:`` of a docstring says of every argument, as one line without marks of code.
+
+    The arguments of a class may be told by its constructor, or by the class that it got the constructor from.
+    """
+    tellers = [part for one in getattr(function, "__mro__", (function,)) for part in (one, one.__init__)]
+    section = next((t.partition("Args:\n")[2] for t in map(inspect.getdoc, tellers) if t and "Args:\n" in t), "")
     found, name = dict[str, str](), ""
     for line in section.splitlines():
         if entry := _ENTRY.fullmatch(line):
@@ -106,12 +123,23 @@ def _sections(verb: Verb, function: Callable[..., object], options: Sequence[Any
     for title, names in GROUPS.items():
         if _ONLY_WITH.get(title, names[0]) in own or title not in _ONLY_WITH:
             yield title, [own[name] for name in names if name in own]
+    if verb is VERBS[0]:
+        yield from _nested()
     if verb.trains:
         yield "Names", list(_names())
     context = resolve_name(verb.context)
     takes = context.takes if verb.trains else ()
     yield "Options", [(name, "", OPTION_HELP[name]) for name in option_names(takes)]
     yield "Options of NeMo Run", [(", ".join(one.opts), "", one.help or "Show this message.") for one in options]
+
+
+def _nested() -> Iterator[tuple[str, list[Row]]]:
+    """Return what stands inside of the fields of a recipe; of another project's texts the first sentence."""
+    for path, (place, shown) in NESTED.items():
+        thing = resolve_name(place)
+        rows = _fields(thing)
+        title = f"{path}FIELD, of {thing.__name__}"
+        yield title, [_first_sentence(rows[name]) if shown else rows[name] for name in shown or rows]
 
 
 def _fields(function: Callable[..., object]) -> dict[str, Row]:
@@ -121,6 +149,11 @@ def _fields(function: Callable[..., object]) -> dict[str, Row]:
         more = " (required)" if default is parameter.empty else "" if default is None else f" (default {default})"
         rows[name] = name, kind(parameter.annotation), texts.get(name, "") + more
     return rows
+
+
+def _first_sentence(row: Row) -> Row:
+    name, what, text = row
+    return name, what, text.partition(". ")[0].rstrip(".") + "."
 
 
 def kind(annotation: Any) -> str:

@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import json
 from collections.abc import Mapping, Set
 from typing import Annotated, Literal, NamedTuple, Optional
 
@@ -139,6 +140,27 @@ class CompletionExample(Completion):
     output: Answer = Field(alias="completion")
 
 
+def _joined(content: object) -> object:
+    """Return a list of parts of text as one text; raises ValueError for a part that is none."""
+    if not isinstance(content, list):
+        return content
+    for number, part in enumerate(content, 1):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type", part) if isinstance(part, dict) else part
+            raise ValueError(f"part {number} is {quoted(kind, 60)}, and only parts of type 'text' can be learned from")
+    return "".join(part["text"] for part in content)
+
+
+def _read(tools: object) -> object:
+    """Return what is written as JSON in a string, as files that must keep to one schema hold it."""
+    if not isinstance(tools, str):
+        return tools
+    try:
+        return json.loads(tools) if tools else None
+    except ValueError:
+        raise ValueError("the string is no JSON") from None
+
+
 class Message(BaseModel):
     """One turn of a conversation; further fields are handed to the chat template.
 
@@ -148,7 +170,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text
+    content: Annotated[Text, BeforeValidator(_joined)]
     weight: Optional[Literal[0, 1]] = Field(default=None, exclude=True)
 
     @model_validator(mode="before")
@@ -170,7 +192,7 @@ class Chat(_Row):
     """A conversation to continue; ``tools``: what the assistant may call, as the chat template takes them."""
 
     messages: list[Message] = Field(min_length=1)
-    tools: Optional[list[dict[str, object]]] = None
+    tools: Annotated[Optional[list[dict[str, object]]], BeforeValidator(_read)] = None
 
 
 class ShareGPT(Chat):

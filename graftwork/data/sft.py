@@ -31,16 +31,30 @@ from graftwork.virtual_tokens import PromptLayout
 class SFTDataModule(pl.LightningDataModule):
     """Rows of files or directories, answer-only loss, padded or packed.
 
-    ``train`` and the others: a file, a directory, or several. ``train_weights``: the share that each of several has of
-    an epoch's rows, as whole numbers. ``row_layout``: the name of the one rows have; None: their columns tell.
-    ``tokenizer``: a directory (None = the model's own). ``seq_length``: tokens per row, virtual ones included; longer
-    prompts lose tokens on the left. ``answer_length``: for sequence-to-sequence models, whose prompts alone
-    ``seq_length`` limits, the tokens per answer (None: as many). ``global_batch_size``: rows (packed rows when
-    ``packing``) per optimizer step, over all devices. ``prompt_template``: see graftwork.data.template;
-    ``answer_template`` follows it and is tokenised on its own; either may be one text or one per task.
-    ``add_bos=None``: as the tokenizer itself. ``validation_fraction``: share of ``train`` held out when there is no
-    ``validation`` file, chosen by each row's content. ``too_long``: "error" or "drop" for answers that do not fit.
     Raises ConfigError, ParallelismError on settings, DataError on files and rows.
+
+    Args:
+        train: A file, a directory, or a list of several.
+        validation: The same; its loss is told at each validation.
+        test: The same, for ``trainer.test``.
+        predict: The same, for ``trainer.predict``.
+        tokenizer: A directory; default the model's own.
+        seq_length: Tokens per row, virtual ones included; longer prompts lose tokens on the left.
+        micro_batch_size: Rows that go through the model at once.
+        global_batch_size: Rows (packed rows with ``packing``) per optimizer step, over all devices.
+        packing: Lay several samples side by side in rows of ``seq_length`` tokens.
+        prompt_template: A text with fields in braces, or one per task (graftwork.data.template).
+        answer_template: It follows the prompt and is tokenised on its own.
+        add_bos: Put the first token in front; default as the tokenizer itself does.
+        add_eos: Let the answer end with the end token.
+        validation_fraction: Share of ``train`` held out, chosen by each row's content, when there is no ``validation``.
+        too_long: ``error`` or ``drop`` for answers that do not fit.
+        seed: Decides the order of rows.
+        num_workers: Processes that build batches; 0 is this one.
+        cache_dir: Where tokenised rows are kept; default the user's cache.
+        answer_length: Tokens per answer of a sequence-to-sequence model, whose prompts alone ``seq_length`` limits.
+        row_layout: The name of the layout that rows have; default what their columns tell.
+        train_weights: The share that each of several files has of an epoch's rows, as whole numbers.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True  # prediction on fewer rows than devices

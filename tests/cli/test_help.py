@@ -12,7 +12,7 @@ import pytest
 from graftwork.cli import factories
 from graftwork.cli.arguments import OPTION_HELP, OPTIONS
 from graftwork.cli.context import check_complete
-from graftwork.cli.help import GROUPS, described, kind, tell
+from graftwork.cli.help import GROUPS, NESTED, described, kind, tell
 from graftwork.cli.verbs import VERBS, Verb
 from tests.helpers.tiny_hf import make_tiny
 
@@ -41,8 +41,23 @@ def test_every_field_is_named_with_what_it_means(
         assert list(texts) == fields, "a line for each, in the order of the call"
         for name in fields:
             assert len(texts[name].split()) > 1 and texts[name].endswith("."), name
-            [row] = re.findall(rf"^    {name} +\S.*$", text, re.MULTILINE)
+            [row, *_] = re.findall(rf"^    {name} +\S.*$", text, re.MULTILINE)
             assert texts[name].split()[0] in row, row
+
+
+def test_what_stands_inside_of_a_recipe_is_described_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = printed(VERBS[0], capsys, monkeypatch)
+    for path, (place, shown) in NESTED.items():
+        _, _, section = text.partition(f"\n{path}FIELD, of ")
+        section, _, _ = section.partition("\n\n")
+        thing = resolve_name(place)
+        names = shown or list(inspect.signature(thing).parameters)
+        assert set(names) <= set(described(thing)), place
+        for name in names:
+            [row] = re.findall(rf"^    {name} +\S.*$", section, re.MULTILINE)
+            assert described(thing)[name].split()[0] in row, row
 
 
 @VERB

@@ -1,5 +1,7 @@
 """Rows in the layouts that people have become the tokens of the same rows in ours; what fits two of them is refused."""
 
+import json
+
 import pytest
 
 from graftwork.data.encoder import RowEncoder
@@ -97,9 +99,28 @@ def test_nulls_of_a_table_are_no_fields():
     assert parse_row({"messages": turns}, HERE, answered=True) == parse_row(MESSAGES, HERE, answered=True)
 
 
+def test_parts_of_text_are_one_text_and_tools_may_be_a_string_of_json():
+    """As OpenAI writes contents, and as data sets of one schema keep tools."""
+    turns = [
+        {**turn, "content": [{"type": "text", "text": part, "image_url": None} for part in (said[:1], said[1:])]}
+        for turn in MESSAGES["messages"]
+        for said in (turn["content"],)
+    ]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    wanted = parse_row({**MESSAGES, "tools": tools}, HERE, answered=True)
+    assert parse_row({"messages": turns, "tools": json.dumps(tools)}, HERE, answered=True) == wanted
+    assert parse_row({**MESSAGES, "tools": ""}, HERE, answered=True).tools is None
+
+
+IMAGE = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": "cat.png"}}]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
+        ({"messages": [{"role": "user", "content": IMAGE}]}, "'messages.0.content': part 2 is 'image_url', and only"),
+        ({**MESSAGES, "tools": "[{"}, "field 'tools': the string is no JSON"),
+        ({**MESSAGES, "tools": "{}"}, "field 'tools': input should be a valid list, got {}"),
         ({**ALPACA, **SHAREGPT}, r"read as Alpaca rows .* or ShareGPT .*set row_layout to 'alpaca' or 'sharegpt'\.$"),
         ({**PAIR, **COMPLETION}, "set row_layout to 'input_output' or 'prompt_completion'"),
         ({"conversations": [{"from": "bob", "value": "x"}]}, r"'from' of turn 1 is 'bob' \(valid: system, human, user"),

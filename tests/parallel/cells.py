@@ -1,4 +1,4 @@
-"""Runs cells: the real model under the real strategy, three clipped AdamW steps, everything seen under global names."""
+"""Runs cells: the real model under the real strategy, two clipped AdamW steps, everything seen under global names."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

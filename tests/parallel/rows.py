@@ -12,7 +12,7 @@ from graftwork.batch import IGNORED, Batch
 from graftwork.routes import Routes
 from tests.parallel.models import prompt_of
 
-LENGTH, ROWS, MICRO, STEPS = 16, 8, 2, 3
+LENGTH, ROWS, MICRO, STEPS = 16, 8, 2, 2
 SECOND = 9
 """Where the second sample of a packed row starts."""
 

@@ -20,6 +20,7 @@ from graftwork.data.chat import row_templates
 from graftwork.data.encoder import RowEncoder
 from graftwork.data.schema import Place, parse_row
 from graftwork.errors import CheckpointError, ConfigError, GraftworkError
+from graftwork.inference import generate
 from graftwork.layout import Layout
 from graftwork.models import GPT, T5
 from graftwork.models.weights import read_config, shape_from_hf
@@ -35,6 +36,7 @@ from graftwork.recipes import auto, show
 from graftwork.recipes.files import from_text, load, save
 from graftwork.training import finetune
 from tests.contracts.methods import shape
+from tests.helpers.t5_tokenizer import t5_tokenizer
 from tests.helpers.tiny_gguf import write_gguf
 from tests.helpers.tiny_hf import make_tiny
 from tests.helpers.tiny_recipe import make_place, summary
@@ -299,3 +301,18 @@ def test_it_trains_from_the_command_line(place: Path) -> None:
     assert summary(place / "run")["steps"] == 2
     told = recipes.files.from_adapter(place / "run" / "adapter")
     assert told.model.checkpoint == str(place / "base") and told.data.prompt_template.endswith("assistant\n")
+
+
+def test_an_encoder_decoder_trains_too_and_answers(tmp_path: Path) -> None:
+    words = t5_tokenizer(tmp_path / "base")
+    base = make_t5("t5v11", tmp_path / "base", vocab_size=len(words))
+    rows = [{"input": f"a {word} film", "output": word} for word in ("warm", "cold", "long", "good") * 4]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = auto.finetune_recipe(base=str(base), dir=str(tmp_path), name="run", seq_length=16)
+    assert recipe.model.__fn_or_cls__ is T5 and recipe.data.seq_length == 16
+    recipe.data.train, recipe.data.cache_dir = str(tmp_path / "train.jsonl"), str(tmp_path / "cache")
+    recipe.trainer.max_steps, recipe.samples = 2, 0
+    fdl.build(recipe)()
+    assert summary(tmp_path / "run")["steps"] == 2
+    answers = generate(str(base), ["a warm film"], adapter=str(tmp_path / "run" / "adapter"), max_new_tokens=4)
+    assert len(answers) == 1

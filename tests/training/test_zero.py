@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from megatron.core import dist_checkpointing
 
 from graftwork import parallel
@@ -42,13 +43,14 @@ SHARES = {"dp2": 2, "cp2": 2, "dp4": 4, "dp2_tp2": 2, "dp2_pp2_bf16": 2}
 
 
 def train(
-    rank: int, world: int, layout: dict[str, Any], model: dict[str, Any], shared: bool, state: Path | None = None
-) -> dict[str, Any]:
+    rank: int, world: int, layout: dict[str, Any], model: dict[str, Any], shared: bool, state: Path | None = None,
+    *more: Callback,
+) -> dict[str, Any]:  # fmt: skip
     """Train two clipped steps; return what they gave, and save the training state's tensors."""
     curve, module, early = Curve(), StandIn(optim=AdamW(lr=1e-2, weight_decay=0.1), **model), list[tuple[int, int]]()
     layout = {**layout, "distributed_optimizer": shared}
     trainer = trainer_for(
-        layout, world, rank, callbacks=[curve], gradient_clip_val=0.5, limit_val_batches=0, max_steps=2
+        layout, world, rank, callbacks=[curve, *more], gradient_clip_val=0.5, limit_val_batches=0, max_steps=2
     )
     finish = Queue.finish
 
@@ -129,6 +131,45 @@ def test_training_states_are_those_of_a_whole_optimizer_bit_for_bit(case: str, t
     assert any(key.startswith("optimizer.state.master") for key in whole) == ("bf16" in case)
     assert not [key for key, value in whole.items() if not torch.equal(value, shared[key])]
     parallel.destroy()
+
+
+class GoesOn(Callback):
+    """Takes a state before the first step and writes it down again as the ranks of now hold it."""
+
+    def __init__(self, state: Path, again: Path) -> None:
+        self.state, self.again = state, again
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        """Fill weights and moments, and save them."""
+        update = trainer.strategy.update  # type: ignore[attr-defined]
+        update.load_weights(self.state, "the state")
+        update.load_optimizers(2.0, self.state, "the state")
+        self.again.mkdir(parents=True, exist_ok=True)
+        barrier()
+        sharded_files.save(update.state(), self.again)
+
+
+def go_on(rank: int, world: int, root: Path) -> dict[str, Any]:
+    """Go on from the state that two ranks have shared out."""
+    again = GoesOn(root / "dp2" / "True", root / f"again{world}")
+    return train(rank, world, {}, {"tied": True}, True, None, again)
+
+
+@pytest.mark.processes
+def test_two_ranks_shares_go_on_on_four(trained: dict[str, list[Any]]) -> None:
+    [root] = trained["root"]
+    two, four = (run_ranks(go_on, world, root) for world in (2, 4))
+    parallel.ensure_initialized()
+    written, *again = (dist_checkpointing.load_plain_tensors(str(root / n)) for n in ("dp2/True", "again2", "again4"))
+    for found in again:
+        assert set(found) == set(written)
+        assert not [key for key, value in written.items() if not torch.equal(value, found[key])]
+    parallel.destroy()
+    assert four[0]["bytes"] < 0.55 * two[0]["bytes"]
+    for rank in four:
+        assert rank["curve"][0] == pytest.approx(two[0]["curve"][0], rel=1e-6)
+        for name, value in two[0]["weights"].items():
+            assert torch.allclose(rank["weights"][name], value, rtol=1e-6, atol=1e-6), name
 
 
 @pytest.mark.processes
