@@ -16,7 +16,7 @@ from graftwork.errors import ConfigError, suggest
 from graftwork.executors import EXECUTORS
 from graftwork.peft import METHODS
 from graftwork.recipes import AUTO, RECIPES
-from graftwork.recipes.show import SELF
+from graftwork.recipes.show import TOLD
 
 WITH_RECIPE = ("finetune", "sweep")
 """Verbs that take ``--factory`` and any field of a recipe."""
@@ -52,7 +52,7 @@ def paths(config: fdl.Buildable, prefix: str = "") -> Iterator[str]:
     """Yield the path of every field that can be set in ``config``, set or not."""
     given = config.__arguments__
     for parameter in inspect.signature(config.__fn_or_cls__).parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.name == SELF:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.name in TOLD:
             continue
         path = prefix + parameter.name
         yield path

@@ -31,7 +31,7 @@ from graftwork.executors.process.task import exit_code, quiet_lightning, sentenc
 from graftwork.executors.submission.script import script_of
 from graftwork.recipes import files
 from graftwork.recipes.planning import outlook, refuse_problems
-from graftwork.recipes.show import diff, show, with_text
+from graftwork.recipes.show import diff, show, with_changes, with_text
 from graftwork.training import finetune
 
 
@@ -100,10 +100,10 @@ class GraftContext(run.cli.RunContext):
         self.confirm(task)
         executor = self.executor or executor_for(task)
         if self.direct or executor is None:
-            tell(build(with_text(task))())
+            tell(build(with_text(self.carrying(task)))())
         else:
             check_output(task)
-            identity = launch(task, executor, name=self.name, wait=not self.detach, plugins=self.plugins)
+            identity = launch(self.carrying(task), executor, name=self.name, wait=not self.detach, plugins=self.plugins)
             if self.detach:
                 typer.echo(f"launched as {identity}; look with: nemorun graft status|logs|attach|cancel {identity}")
 
@@ -128,10 +128,18 @@ class GraftContext(run.cli.RunContext):
             raise SystemExit(0)
 
     def changes(self, task: run.Partial) -> str:
+        """Return what was set beside what the recipe says by itself, for people who are asked."""
+        found = self.difference(task)
+        return f"changed, of the recipe (--all shows every field):\n{found}" if found else "the recipe as it is."
+
+    def difference(self, task: run.Partial) -> str:
         """Return what was set beside what the recipe says by itself, each line as ``diff`` has it."""
         usual = self.written()
-        found = diff(self.parse_fn(task.__fn_or_cls__, []) if usual is None else usual, task)
-        return f"changed, of the recipe (--all shows every field):\n{found}" if found else "the recipe as it is."
+        return diff(self.parse_fn(task.__fn_or_cls__, []) if usual is None else usual, task)
+
+    def carrying(self, task: run.Partial) -> run.Partial:
+        """Return a training with what was set, which its report tells; other verbs as they are."""
+        return with_changes(task, self.difference(task)) if task.__fn_or_cls__ is finetune else task
 
 
 def with_profile(own: list[str], name: str | None) -> list[str]:

@@ -28,6 +28,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
     ),
     "Training": (
         "trainer", "optim", "resume", "seed", "allow_changes", "samples", "early_stopping", "recipe_text",
+        "recipe_changes",
     ),
     "Answers": ("max_new_tokens", "temperature", "top_p", "seed"),
     "Output": (
@@ -146,7 +147,8 @@ def _fields(function: Callable[..., object]) -> dict[str, Row]:
     texts, rows = described(function), dict[str, Row]()
     for name, parameter in inspect.signature(function).parameters.items():
         default = parameter.default
-        more = " (required)" if default is parameter.empty else "" if default is None else f" (default {default})"
+        shown = repr(default) if isinstance(default, str) and " " in default else default
+        more = " (required)" if default is parameter.empty else "" if default is None else f" (default {shown})"
         rows[name] = name, kind(parameter.annotation), texts.get(name, "") + more
     return rows
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 AT_A_TIME = 1 << 17
-"""Values of one half that the backward pass takes at a time: its tensors then stay in a core's cache."""
+"""Values of one half that the backward pass takes at a time: its tensors then stay in a core's cache. Other devices
+take all, and so do plans, which look at shapes alone."""
 
 
 class SwiGLU(torch.autograd.Function):
@@ -30,7 +31,7 @@ class SwiGLU(torch.autograd.Function):
         """[..., f] -> [..., 2 f]."""
         (joined,) = ctx.saved_tensors
         found = torch.empty(joined.shape, dtype=joined.dtype, device=joined.device)
-        size = max(1, AT_A_TIME // gradient.shape[-1])
+        size = max(1, AT_A_TIME // gradient.shape[-1] if gradient.is_cpu else gradient.numel())
         for rows in zip(
             *(one.reshape(-1, one.shape[-1]).split(size) for one in (joined, gradient, found)), strict=True
         ):

@@ -8,7 +8,7 @@ import nemo_run as run
 
 from graftwork.errors import ConfigError, quoted, suggest
 from graftwork.recipes.allowed import target
-from graftwork.recipes.show import SELF, callable_name
+from graftwork.recipes.show import TOLD, callable_name
 
 TARGET, PARTIAL, SAME, TUPLE, NAME = "_target_", "_partial_", "_same_as_", "_tuple_", "_name_"
 """Keys of a mapping that is no plain mapping: a configured part, one that waits for more arguments, one that stands
@@ -44,7 +44,7 @@ class Writer:
         marks: dict[str, object] = {TARGET: callable_name(value.__fn_or_cls__)}
         if where and isinstance(value, fdl.Partial):
             marks[PARTIAL] = True
-        given = {name: one for name, one in value.__arguments__.items() if name != SELF}
+        given = {name: one for name, one in value.__arguments__.items() if name not in TOLD}
         return {**marks, **{name: self.plain(f"{where}.{name}".lstrip("."), one) for name, one in given.items()}}
 
     def _items(self, where: str, values: list[Any] | tuple[Any, ...]) -> list[object]:

@@ -8,8 +8,9 @@ import fiddle as fdl
 
 Lines = dict[str, str]
 
-SELF = "recipe_text"
-"""The field that holds this very text; it is left out of it."""
+TEXT, CHANGES = "recipe_text", "recipe_changes"
+TOLD = (TEXT, CHANGES)
+"""The fields that hold this very text, and what is set beside a recipe's own values; they are left out of it."""
 
 
 def show(recipe: fdl.Buildable) -> str:
@@ -29,10 +30,19 @@ def diff(before: fdl.Buildable, after: fdl.Buildable) -> str:
 
 def with_text(recipe: fdl.Buildable) -> fdl.Buildable:
     """Return a copy that carries its own text to the run, if its verb remembers one and none is set."""
-    if SELF not in inspect.signature(recipe.__fn_or_cls__).parameters or getattr(recipe, SELF, None) is not None:
+    return _carrying(recipe, TEXT, show(recipe))
+
+
+def with_changes(recipe: fdl.Buildable, changes: str) -> fdl.Buildable:
+    """Return a copy that carries what is set beside its own values, if its verb remembers that and none is set."""
+    return _carrying(recipe, CHANGES, changes)
+
+
+def _carrying(recipe: fdl.Buildable, name: str, text: str) -> fdl.Buildable:
+    if name not in inspect.signature(recipe.__fn_or_cls__).parameters or getattr(recipe, name, None) is not None:
         return recipe
     carrying = copy.deepcopy(recipe)
-    setattr(carrying, SELF, show(recipe))
+    setattr(carrying, name, text)
     return carrying
 
 
@@ -63,7 +73,7 @@ def fields(config: fdl.Buildable) -> list[tuple[str, object]]:
     declared = inspect.signature(config.__fn_or_cls__).parameters
     defaults = {n: p.default for n, p in declared.items() if ours and p.default is not p.empty}
     order = [n for n in declared if n in given or n in defaults] + [n for n in given if n not in declared]
-    return [(str(n), given.get(n, defaults.get(n))) for n in order if n != SELF]
+    return [(str(n), given.get(n, defaults.get(n))) for n in order if n not in TOLD]
 
 
 def callable_name(target: Callable[..., object]) -> str:

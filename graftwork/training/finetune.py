@@ -52,6 +52,7 @@ def finetune(
     resume: bool = True,
     seed: int = 1234,
     recipe_text: Optional[str] = None,
+    recipe_changes: Optional[str] = None,
     allow_changes: Optional[list[str]] = None,
     samples: int = 3,
     early_stopping: Optional[int] = None,
@@ -72,6 +73,7 @@ def finetune(
         resume: Go on from the run's newest training state; False deletes what is there and trains anew.
         seed: Decides initial adapter values, random base weights and dropout.
         recipe_text: Remembered by its hash and in the adapter; the command line sets it.
+        recipe_changes: What was set beside the recipe's own values, for the report; the command line sets it.
         allow_changes: Fields, such as ``optim.lr``, in which a state may differ from the recipe; others are refused.
         samples: Rows of the validation data that are answered at each validation (``samples.jsonl``).
         early_stopping: Validations without a new best after which the run ends.
@@ -82,7 +84,7 @@ def finetune(
     extra = [Samples(samples), *([] if early_stopping is None else [EarlyStop(early_stopping)])]
     seed_everything(seed)
     trainee(model).prepare(optim=optim or AdamW(), seed=seed)
-    facts = RunFacts(seed, recipe_text)
+    facts = RunFacts(seed, recipe_text, recipe_changes)
     report = equip(trainer, stack, facts, extra)
     _fit(model, trainer, data, facts, resume, allow_changes or ())
     return report.summary

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RunFacts:
-    """``seed`` of the run and the text of its recipe; None where nobody has told."""
+    """``seed`` of the run, the text of its recipe and what was set beside it; None where nobody has told."""
 
     seed: int | None = None
     recipe_text: str | None = None
+    recipe_changes: str | None = None
 
 
 class WritesRunDown:

@@ -18,17 +18,17 @@ SECOND = 9
 
 
 class Rows(LightningDataModule):
-    """STEPS training batches and one to validate, cut over the data-parallel ranks."""
+    """Training batches and one to validate, cut over the data-parallel ranks."""
 
     global_batch_size, micro_batch_size = ROWS, MICRO
 
-    def __init__(self, packed: bool = False, routed: bool = False) -> None:
+    def __init__(self, packed: bool = False, routed: bool = False, steps: int = STEPS) -> None:
         super().__init__()
-        self.packed, self.routed = packed, routed
+        self.packed, self.routed, self.steps = packed, routed, steps
 
     def train_dataloader(self) -> DataLoader:
         """Return the steps of an epoch."""
-        return DataLoader([self._mine(step) for step in range(STEPS)], batch_size=None)
+        return DataLoader([self._mine(step) for step in range(self.steps)], batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
         """Return one batch."""

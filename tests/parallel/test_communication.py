@@ -34,7 +34,7 @@ def _listen(rank: int, world: int, sizes: dict[str, Any], cell: Cell, root: Path
     model, spy = model_of(cell, root), SpyOnStep(step=2)
     model.prepare(AdamW(lr=1e-3, schedule="constant"))
     trainer = trainer_for(sizes, world, rank, callbacks=[spy], limit_val_batches=0, gradient_clip_val=1.0)
-    trainer.fit(model, datamodule=Rows())
+    trainer.fit(model, datamodule=Rows(steps=3))
     return spy.spy.traffic, spy.tokens, trainable_of(model.named_parameters())
 
 

@@ -23,7 +23,7 @@ from tests.parallel.cells import Outcome
 from tests.parallel.compare import assert_faithful, differences
 from tests.parallel.layouts import LAYOUTS, Cell
 from tests.parallel.models import model_of
-from tests.parallel.rows import MICRO, global_batch
+from tests.parallel.rows import MICRO, STEPS, global_batch
 
 ROWS = 11
 """Two batches of four rows and one of three."""
@@ -38,13 +38,13 @@ def test_a_rank_without_trainable_parameters(
     """P-tuning trains on the first stage only; the last one still sends gradients back and knows loss and norm."""
     first, last = in_layout(layout, cell)
     assert first.weights and not last.weights and not last.gradients
-    assert len(last.losses) == 3 and min(last.norms) > 0
+    assert len(last.losses) == STEPS and min(last.norms) > 0
     assert_faithful(differences([first, last], one_process(cell)))
 
 
 def test_the_matrix_holds_steps_in_which_replicas_and_microbatches_have_no_answer(checkpoints: Path) -> None:
     model = model_of(Cell("llama", "full"), checkpoints)
-    answers = [(global_batch(model, step).labels != IGNORED).sum(1) for step in range(3)]
+    answers = [(global_batch(model, step).labels != IGNORED).sum(1) for step in range(STEPS)]
     assert all(step[0::2].sum() != step[1::2].sum() for step in answers)
     assert answers[1][1::2].sum() == 0 and answers[1][:MICRO].sum() == 0 and answers[1].sum() > 0
 

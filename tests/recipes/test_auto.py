@@ -299,6 +299,7 @@ def test_it_trains_from_the_command_line(place: Path) -> None:
         finetune, [*words, "trainer.max_steps=2", "trainer.val_check_interval=2"]
     )
     assert summary(place / "run")["steps"] == 2
+    assert "+ trainer.max_steps = 2" in (place / "run" / "report.html").read_text()
     told = recipes.files.from_adapter(place / "run" / "adapter")
     assert told.model.checkpoint == str(place / "base") and told.data.prompt_template.endswith("assistant\n")
 

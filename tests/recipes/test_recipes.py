@@ -14,7 +14,7 @@ from graftwork.layout import Layout
 from graftwork.models import MODELS
 from graftwork.peft import LoRA, PTuning
 from graftwork.recipes import RECIPES, diff, show
-from graftwork.recipes.show import lines, with_text
+from graftwork.recipes.show import lines, with_changes, with_text
 from tests.helpers.golden import DIRECTORY, golden, text
 
 NAMES = list(RECIPES)
@@ -166,3 +166,11 @@ def test_a_launched_recipe_carries_its_own_text_once() -> None:
     assert carrying.recipe_text == show(config) == show(carrying) and diff(config, carrying) == ""
     assert config == recipe("smollm2_135m") and with_text(carrying) is carrying
     assert with_text(run.Partial(text, name="x")) == run.Partial(text, name="x")
+
+
+def test_what_was_set_beside_a_recipe_travels_with_it_and_is_no_part_of_it() -> None:
+    config = recipe("smollm2_135m")
+    carrying = with_changes(config, "+ a = 1")
+    assert carrying.recipe_changes == "+ a = 1" and show(carrying) == show(config)
+    assert with_changes(carrying, "+ b = 2") is carrying
+    assert with_changes(run.Partial(text, name="x"), "") == run.Partial(text, name="x")

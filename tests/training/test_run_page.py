@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,8 @@ def trained(root: Path, directory: Path, **options: Any) -> tuple[Any, Any, dict
     stack = [LoRA(dim=4), PTuning(virtual_tokens=2, embedding_dim=8, bottleneck_dim=8)]
     data = tiny_run.data_module(root, seq_length=60)
     text = f"recipe = 'x'\ndata.train = {EVIL!r}"
-    summary = finetune(model, trainer, data, stack, tiny_run.optim(), recipe_text=text, samples=2, **options)
+    told = {"recipe_text": text, "recipe_changes": f"- data.train = None\n+ data.train = {EVIL!r}", "samples": 2}
+    summary = finetune(model, trainer, data, stack, tiny_run.optim(), **told, **options)
     return model, trainer, dict(summary)
 
 
@@ -70,6 +72,11 @@ def test_figures_are_those_of_the_summary(run: dict[str, Any]) -> None:
     for name, values in summary["metrics"].items():
         (row,) = [row for row in run["page"].rows if row[0] == name]
         assert row[1:3] == [f"{values['before']:.4g}", f"{values['after']:.4g}"]
+
+
+def test_what_was_set_beside_the_recipe_is_told(run: dict[str, Any]) -> None:
+    text = run["page"].text
+    assert "What was set" in text and f"- data.train = None\n+ data.train = {EVIL!r}" in text
 
 
 def test_curves_have_a_point_for_every_step(run: dict[str, Any]) -> None:
@@ -127,10 +134,12 @@ def test_every_text_of_a_story_is_escaped(run: dict[str, Any]) -> None:
     story = Story(
         EVIL, EVIL, [EVIL], EVIL, EVIL, {**run["summary"], "metrics": {EVIL: {"before": 1.0}}, "adapter_path": EVIL},
         5.0, [(1, 2.0)], [(1, 2.0)], {f"lr/{EVIL}": [(1, 1.0)]}, [(0, EVIL, EVIL, EVIL), (1, EVIL, EVIL, "")],
-        {EVIL: {EVIL: {EVIL: 1}}}, moved, [Way(EVIL, [("sh", EVIL)]), Way(EVIL, why_not=EVIL)], EVIL,
+        {EVIL: {EVIL: {EVIL: 1}}}, moved, [Way(EVIL, [("sh", EVIL)]), Way(EVIL, why_not=EVIL)], EVIL, EVIL,
     )  # fmt: skip
     page = Page(run_page(story))
     assert not page.open and page.text.count(EVIL) > 20
+    as_it_is, unknown = (run_page(replace(story, recipe_changes=changes)) for changes in ("", None))
+    assert "The recipe as it is" in as_it_is and "What was set" not in unknown
 
 
 def test_a_resumed_run_tells_the_whole_run(data: Path, tmp_path: Path) -> None:

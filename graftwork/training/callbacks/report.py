@@ -153,6 +153,7 @@ class Report(WritesRunDown, Callback):
             moved=moved,
             usage=usage_of(pl_module, made["adapter_path"]),
             recipe_text=self.facts.recipe_text,
+            recipe_changes=self.facts.recipe_changes,
         )
         atomic_write_text(root / "report.html", run_page(story))
 

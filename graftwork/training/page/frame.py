@@ -69,8 +69,8 @@ summary {{ cursor: pointer; }}
   .stack thead {{ display: none; }} .stack td {{ display: block; padding-left: 0; border: 0; }}
   .stack td::before {{ content: attr(data-name); display: block; font-size: .8rem; color: var(--faint); }}
   .stack tr {{ display: block; border-bottom: 1px solid var(--rule); padding: .3rem 0; }} }}
-@media print {{ body {{ max-width: none; padding: 0; font-size: 12px; }} h2 {{ break-after: avoid; }}
-  tr {{ break-inside: avoid; }} }}
+@media print {{ body {{ max-width: none; padding: 0; font-size: 12px; }} h2, h3 {{ break-after: avoid; }}
+  tr, pre {{ break-inside: avoid; }} }}
 """.strip()
 
 

@@ -28,7 +28,8 @@ NOISY = ("grad_norm", "tokens_per_second")
 class Story:
     """What a page tells of a run.
 
-    ``stack``: its transforms as they are written; ``series``: points of what was logged, by name; ``confusion``: counts
+    ``stack``: its transforms as they are written; ``recipe_changes``: lines of what is not as the recipe has it, each
+    with - or + in front, '' for none; ``series``: points of what was logged, by name; ``confusion``: counts
     by right answer and by what was said, of each moment; ``usage``: how the result is used; ``seconds``: of training,
     over all its starts.
     """
@@ -48,6 +49,7 @@ class Story:
     moved: Sequence[Movement] = ()
     usage: Sequence[Way] = ()
     recipe_text: str | None = None
+    recipe_changes: str | None = None
 
 
 def run_page(story: Story) -> str:
@@ -64,6 +66,7 @@ def run_page(story: Story) -> str:
         section("Answers", answers(story.shown)),
         section("Confusions", _confused(story)),
         section("Use it", blocks(story.usage)),
+        section("What was set", _set(story.recipe_changes)),
         section("Make it again", blocks([again]) + _folded(story)),
     ]
     return frame(f"{story.name}: {what}", parts)
@@ -109,6 +112,12 @@ def _curves(story: Story) -> str:
 def _confused(story: Story) -> str:
     tables = [f"<div><h3>{escape(when)}</h3>{confusion(counts)}</div>" for when, counts in story.confusion.items()]
     return f'<div class="figures">{"".join(tables)}</div>' if tables else ""
+
+
+def _set(changes: str | None) -> str:
+    if changes is None:
+        return ""
+    return f"<pre>{escape(changes)}</pre>" if changes else '<p class="faint">The recipe as it is.</p>'
 
 
 def _folded(story: Story) -> str:
