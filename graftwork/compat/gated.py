@@ -32,10 +32,9 @@ class SwiGLU(torch.autograd.Function):
         (joined,) = ctx.saved_tensors
         found = torch.empty(joined.shape, dtype=joined.dtype, device=joined.device)
         size = max(1, AT_A_TIME // gradient.shape[-1] if gradient.is_cpu else gradient.numel())
-        for rows in zip(
-            *(one.reshape(-1, one.shape[-1]).split(size) for one in (joined, gradient, found)), strict=True
-        ):
-            _differentiate(*rows)
+        blocks = (one.reshape(-1, one.shape[-1]).split(size) for one in (joined, gradient, found))
+        for block in zip(*blocks, strict=True):
+            _differentiate(*block)
         return found
 
 

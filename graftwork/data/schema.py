@@ -2,7 +2,6 @@
 
 import difflib
 import itertools
-import json
 from collections.abc import Mapping, Set
 from typing import Annotated, Literal, NamedTuple, Optional
 
@@ -20,6 +19,7 @@ from pydantic import (
 from graftwork.data.place import Place
 from graftwork.data.row_layout import ALPACA, INPUT_OUTPUT, LAYOUTS, MESSAGES, PROMPT_COMPLETION, SHAREGPT, layout_of
 from graftwork.errors import DataError, quoted
+from graftwork.jsonfile import parse_json
 from graftwork.ways import Way, way
 
 _COMPARED = 100
@@ -156,9 +156,9 @@ def _read(tools: object) -> object:
     if not isinstance(tools, str):
         return tools
     try:
-        return json.loads(tools) if tools else None
-    except ValueError:
-        raise ValueError("the string is no JSON") from None
+        return parse_json(_whole_pairs(tools).encode(), "the string", DataError) if tools else None
+    except DataError as error:
+        raise ValueError(str(error).removesuffix(".")) from None
 
 
 class Message(BaseModel):

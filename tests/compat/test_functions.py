@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import graftwork.core  # noqa: F401  # installs them
+from graftwork.compat import gated
 from graftwork.compat.gated import SwiGLU, weighted_swiglu
 from graftwork.compat.rotary import Rotation
 
@@ -29,10 +30,16 @@ def gradients(function: Callable[[Tensor], Tensor], x: Tensor, of: Tensor) -> tu
     return out.detach(), x.grad
 
 
+@pytest.mark.parametrize("rows", [None, 4, 1])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
 )
-def test_swiglu_is_its_formula(dtype: torch.dtype, tolerance: float) -> None:
+def test_swiglu_is_its_formula(
+    dtype: torch.dtype, tolerance: float, rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going back at once, by blocks of which the last is smaller, and row by row where one alone is too large."""
+    if rows is not None:
+        monkeypatch.setattr(gated, "AT_A_TIME", rows * 8 - (rows == 1))
     x, of = seeded(5, 3, 16, dtype=dtype), seeded(5, 3, 8, dtype=dtype)
     for found, wanted in zip(gradients(SwiGLU.apply, x, of), gradients(formula, x.double(), of.double()), strict=True):
         assert found.dtype == dtype and (found - wanted).abs().max() <= tolerance * wanted.abs().max()

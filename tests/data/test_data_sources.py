@@ -64,28 +64,28 @@ def test_every_container_gives_the_rows_in_their_order(containers, monkeypatch):
     assert [str(place)[-13:] for place, _ in read_rows(containers["array"])][:2] == ["a.json, row 1", "a.json, row 2"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("a.jsonl.gz", gzip.compress(TEXT)[:-9], "cannot be read: Compressed file ended before the end-of-stream"),
-        ("a.jsonl.gz", b"plain", "cannot be read: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(TEXT)[:40] + b"\0" * 40, "cannot be read: "),
-        ("a.jsonl.zst", squeezed(TEXT)[:-9], "cannot be read: Truncated compressed stream"),
-        ("a.jsonl.zst", b"plain" * 9, "cannot be read: "),
-        ("a.parquet.gz", b"", "unknown kind '.parquet.gz'; valid: .arrow, .csv, .*text compressed as .gz or .zst"),
-        ("a.arrow", b"plain" * 9, "not a readable Arrow file"),
-        ("a.json", "[]", "has no rows"),
-        ("a.json", '[{"a": 1},]', "row 2: no row begins here"),
-        ("a.json", '[{"a": 1} {}]', r"row 1: not valid JSON \(a comma or the array's end must follow"),
-        ("a.json", '[{"a": 1}', r"row 1: not valid JSON \(a comma or the array's end must follow"),
-        ("a.json", '[{"a": 1}, {"b": "x', r"row 2: not valid JSON \(Unterminated string"),
-        ("a.json", '[{"a": 1}] []', "something follows the array's end"),
-        ("a.json", '[{"a": 1}, {"a": ?' + " " * 99 + "}]", r"row 2: not valid JSON \(Expecting value"),
-        ("a.json", '[{"a": 1, "a": 2}]', "row 1: .*the key 'a' is given twice"),
-        ("a.json", "[" + '{"a":' * 5000, "nested deeper than 64 levels|not valid JSON"),
-        ("a.json", b'[{"a": "\xff"}]', "not UTF-8 text"),
-    ],
-)
+DAMAGED = [
+    ("a.jsonl.gz", gzip.compress(TEXT, mtime=0)[:-9], "cannot be read: Compressed file ended before the end-of-stream"),
+    ("a.jsonl.gz", b"plain", "cannot be read: Not a gzipped file"),
+    ("a.jsonl.gz", gzip.compress(TEXT, mtime=0)[:40] + b"\0" * 40, "cannot be read: "),
+    ("a.jsonl.zst", squeezed(TEXT)[:-9], "cannot be read: Truncated compressed stream"),
+    ("a.jsonl.zst", b"plain" * 9, "cannot be read: "),
+    ("a.parquet.gz", b"", "unknown kind '.parquet.gz'; valid: .arrow, .csv, .*text compressed as .gz or .zst"),
+    ("a.arrow", b"plain" * 9, "not a readable Arrow file"),
+    ("a.json", "[]", "has no rows"),
+    ("a.json", '[{"a": 1},]', "row 2: no row begins here"),
+    ("a.json", '[{"a": 1} {}]', r"row 1: not valid JSON \(a comma or the array's end must follow"),
+    ("a.json", '[{"a": 1}', r"row 1: not valid JSON \(a comma or the array's end must follow"),
+    ("a.json", '[{"a": 1}, {"b": "x', r"row 2: not valid JSON \(Unterminated string"),
+    ("a.json", '[{"a": 1}] []', "something follows the array's end"),
+    ("a.json", '[{"a": 1}, {"a": ?' + " " * 99 + "}]", r"row 2: not valid JSON \(Expecting value"),
+    ("a.json", '[{"a": 1, "a": 2}]', "row 1: .*the key 'a' is given twice"),
+    ("a.json", "[" + '{"a":' * 5000, "nested deeper than 64 levels|not valid JSON"),
+    ("a.json", b'[{"a": "\xff"}]', "not UTF-8 text"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), DAMAGED, ids=[f"{name}: {said}" for name, _, said in DAMAGED])
 def test_damaged_containers(write, name, content, said):
     with pytest.raises(DataError, match=said) as caught:
         list(read_rows(write(name, content)))

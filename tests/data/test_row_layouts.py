@@ -119,7 +119,10 @@ IMAGE = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_u
     ("row", "said"),
     [
         ({"messages": [{"role": "user", "content": IMAGE}]}, "'messages.0.content': part 2 is 'image_url', and only"),
-        ({**MESSAGES, "tools": "[{"}, "field 'tools': the string is no JSON"),
+        ({**MESSAGES, "tools": "[{"}, "field 'tools': the string is not valid JSON"),
+        ({**MESSAGES, "tools": "[" * 100_000}, "field 'tools': the string is nested deeper than 64 levels"),
+        ({**MESSAGES, "tools": '[{"a": 1, "a": 2}]'}, "field 'tools': the string is not valid JSON: .*twice"),
+        ({**MESSAGES, "tools": '["\ud800"]'}, "field 'tools': half of a surrogate pair"),
         ({**MESSAGES, "tools": "{}"}, "field 'tools': input should be a valid list, got {}"),
         ({**ALPACA, **SHAREGPT}, r"read as Alpaca rows .* or ShareGPT .*set row_layout to 'alpaca' or 'sharegpt'\.$"),
         ({**PAIR, **COMPLETION}, "set row_layout to 'input_output' or 'prompt_completion'"),

@@ -184,7 +184,7 @@ def test_a_70b_plan_takes_seconds() -> None:
     sizes, rows = shapes.llama2_70b(), Workload(4096, 1, 8, packing=True)
     started = time.process_time()
     made = plan(sizes, [LoRA()], Layout(8, sequence_parallel=True), 8, rows, "selective", "bf16")
-    assert time.process_time() - started < 10  # 3 to 4.5, by what runs beside it
+    assert time.process_time() - started < 10  # 2 s alone, 4.6 beside three other processes
     assert 17e9 < made.memory_per_rank[0].weights < 17.5e9 and made.devices[0].fits
     assert made.trainable_parameters == 80 * 32 * (8192 + 10240 + 2 * 8192 + 8192 + 2 * 28672 + 28672 + 8192)
 
